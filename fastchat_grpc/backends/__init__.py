@@ -1,0 +1,1 @@
+"""Backends: the engines that a worker can host, behind one interface."""

@@ -1,0 +1,278 @@
+"""One thread that steps a batch: the driver of engines that are libraries without a loop of their own.
+
+The thread owns the engine and everything in it. The event loop only puts orders into a queue, and gets what
+a step made in one call, so nothing of the engine needs a lock.
+
+    event loop:  submit / stop / call ---orders---> thread:  take orders; step; repeat
+                 Job.feed <------ one call per step -------
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from fastchat_grpc.backends.driver import Job, as_domain_error
+from fastchat_grpc.core import FinishReason, TokenLogprob
+from fastchat_grpc.errors import WorkerUnavailable
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+JOIN_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Running:
+    """One choice of a job, as the engine runs it. Compared by identity."""
+
+    job: Job
+    index: int
+    token_ids: Sequence[int]
+    """The prompt, and the output that another worker has made of it."""
+    max_tokens: int
+    min_tokens: int
+    seed: int
+    scores_prompt: bool = False
+    """Whether the prompt's log probabilities are wanted of this choice."""
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of `token_ids` that are the prompt's."""
+        return len(self.job.prompt_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a step made for one sequence."""
+
+    sequence: Running
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    started: bool = False
+    """The engine has begun with the sequence."""
+    cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    error: Exception | None = None
+    """The sequence alone has failed."""
+
+
+class BatchEngine(Protocol):
+    """An engine as its thread sees it. Every method runs in that thread."""
+
+    def add(self, sequence: Running) -> None:
+        """Begin a sequence at a later step. An error raised here is that sequence's."""
+        ...
+
+    def remove(self, sequence: Running) -> None:
+        """Forget a sequence; nothing is wrong with one that has ended."""
+        ...
+
+    def step(self) -> Iterable[Output]:
+        """Make the next tokens. An error raised here is every running sequence's."""
+        ...
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step has something to do."""
+        ...
+
+    def reset(self) -> None:
+        """Forget every sequence, after a step has failed."""
+        ...
+
+    def close(self) -> None:
+        """Free everything."""
+        ...
+
+
+class EngineThread:
+    """Runs a BatchEngine; implements `driver.TokenEngine`. Make it on the event loop, then `await start()`."""
+
+    def __init__(self, name: str, make_engine: Callable[[], BatchEngine], seed_of: Callable[[Job, int], int]) -> None:
+        self._make_engine = make_engine
+        self._seed_of = seed_of
+        self._loop = asyncio.get_running_loop()
+        self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._sequences: dict[tuple[Job, int], Running] = {}  # of the event loop
+        self._waiting: dict[Job, list[Running]] = {}  # siblings that wait for the prompt's log probabilities
+        self._running: set[Running] = set()  # of the thread
+        self._engine: BatchEngine | None = None
+        self._closed = False
+        self._ready: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    async def start(self) -> None:
+        """Start the thread and wait for its engine. Raises what making it raises."""
+        self._thread.start()
+        await asyncio.wrap_future(self._ready)
+
+    def submit(self, job: Job) -> None:
+        request = job.request
+        scores_prompt = request.output.prompt_logprobs is not None and request.resume is None
+        sequences = [
+            Running(
+                job=job,
+                index=index,
+                token_ids=job.prefix(index),
+                max_tokens=job.max_tokens(index),
+                min_tokens=job.min_tokens(index),
+                seed=self._seed_of(job, index),
+                scores_prompt=scores_prompt and position == 0,
+            )
+            for position, index in enumerate(job.pending)
+        ]
+        for sequence in sequences:
+            self._sequences[job, sequence.index] = sequence
+        if scores_prompt:
+            # The prompt's event comes before any token, so the other choices wait for the one that scores it.
+            self._waiting[job] = sequences[1:]
+            sequences = sequences[:1]
+        else:
+            job.show_prompt()
+        self._add(sequences)
+
+    def stop(self, job: Job, index: int) -> None:
+        sequence = self._sequences.pop((job, index), None)
+        if sequence is None or self._closed:
+            return
+        waiting = self._waiting.get(job, [])
+        if sequence in waiting:
+            waiting.remove(sequence)
+        if not waiting:
+            self._waiting.pop(job, None)
+        self._order(lambda: self._remove(sequence))
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """Run a function in the thread, between two steps."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+
+        self._order(run)
+        return await asyncio.wrap_future(future)
+
+    async def close(self) -> None:
+        """End every request and the thread. Safe to call twice."""
+        if not self._closed:
+            self._closed = True
+            self._orders.put(None)
+            jobs = {sequence.job for sequence in self._sequences.values()}
+            for job in jobs:
+                job.fail(WorkerUnavailable("the worker closes"))
+            self._sequences.clear()
+            self._waiting.clear()
+        if self._thread.ident is not None:
+            await asyncio.to_thread(self._thread.join, JOIN_TIMEOUT_S)
+
+    def _add(self, sequences: Sequence[Running]) -> None:
+        def add() -> None:
+            for sequence in sequences:
+                self._begin(sequence)
+
+        self._order(add)
+
+    def _order(self, order: Callable[[], None]) -> None:
+        if self._closed:
+            raise WorkerUnavailable("the worker closes")
+        self._orders.put(order)
+
+    # In the thread.
+
+    def _run(self) -> None:
+        try:
+            self._engine = self._make_engine()
+        except BaseException as error:
+            self._ready.set_exception(error)
+            return
+        self._ready.set_result(None)
+        try:
+            while self._take_orders():
+                self._deliver(self._step())
+        finally:
+            self._engine.close()
+
+    def _take_orders(self) -> bool:
+        """Carry out what is in the queue, waiting for it where there is nothing else to do. False: the end."""
+        assert self._engine is not None
+        while True:
+            try:
+                order = self._orders.get(block=not self._engine.busy)
+            except queue.Empty:
+                return True
+            if order is None:
+                return False
+            order()
+
+    def _begin(self, sequence: Running) -> None:
+        assert self._engine is not None
+        try:
+            self._engine.add(sequence)
+            self._running.add(sequence)
+        except Exception as error:
+            self._deliver([Output(sequence, error=as_domain_error(error))])
+
+    def _remove(self, sequence: Running) -> None:
+        assert self._engine is not None
+        if sequence in self._running:
+            self._running.discard(sequence)
+            self._engine.remove(sequence)
+
+    def _step(self) -> Sequence[Output]:
+        assert self._engine is not None
+        try:
+            outputs = list(self._engine.step())
+        except Exception as error:
+            failure = as_domain_error(error)
+            outputs = [Output(sequence, error=failure) for sequence in self._running]
+            self._engine.reset()
+        for output in outputs:
+            if output.finish_reason is not None or output.error is not None:
+                self._running.discard(output.sequence)
+        return outputs
+
+    def _deliver(self, outputs: Sequence[Output]) -> None:
+        if outputs:
+            try:
+                self._loop.call_soon_threadsafe(self._receive, outputs)
+            except RuntimeError:  # the loop is closed: nobody is left to tell
+                logger.debug("the event loop is closed; dropping what the engine made")
+
+    # On the event loop.
+
+    def _receive(self, outputs: Sequence[Output]) -> None:
+        for output in outputs:
+            sequence, job = output.sequence, output.sequence.job
+            if (job, sequence.index) not in self._sequences:
+                continue
+            if output.error is not None:
+                self._forget(sequence)
+                self._waiting.pop(job, None)
+                job.fail(output.error)
+                continue
+            if output.started:
+                job.started()
+            job.cached_tokens = max(job.cached_tokens, output.cached_tokens)
+            if output.prompt_logprobs is not None:
+                job.show_prompt(output.prompt_logprobs)
+                self._add(self._waiting.pop(job, []))
+            if output.finish_reason is not None:
+                self._forget(sequence)
+            if output.token_ids or output.finish_reason is not None:
+                job.feed(sequence.index, output.token_ids, output.logprobs, output.finish_reason)
+
+    def _forget(self, sequence: Running) -> None:
+        self._sequences.pop((sequence.job, sequence.index), None)

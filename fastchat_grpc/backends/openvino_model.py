@@ -1,0 +1,221 @@
+"""From a model path to what OpenVINO GenAI reads: an exported folder or a GGUF file.
+
+The embedded model and GGUF files need no export (see `openvino_gguf`). A Hugging Face folder is exported once,
+by optimum-intel, into the cache. That library needs torch and releases of transformers that the server need
+not have, so it runs in another process and may live in another environment, which
+`--backend-option export_python=/path/to/python` names, or which is found by itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastchat_grpc.backends import openvino_convert
+from fastchat_grpc.backends.openvino_gguf import ARCHITECTURES, exact_file, facts
+from fastchat_grpc.backends.served import ModelFolder
+from fastchat_grpc.config import BackendConfig, ModelConfig
+from fastchat_grpc.errors import ConfigError, ModelLoadError
+from fastchat_grpc.models.embedded import EMBEDDED_MODEL, cache_root, embedded_gguf, embedded_model
+from fastchat_grpc.models.resolve import check_gguf, read_json, resolve
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = ("fp32", "fp16", "int8", "int4")
+MODEL_FILE = "openvino_model.xml"
+TOKENIZER_FILE = "openvino_tokenizer.xml"
+EXPORT_TIMEOUT_S = 3600
+_EXPORT_VERSION = 1  # grows when openvino_convert changes what it writes
+
+
+@dataclass(frozen=True, slots=True)
+class OpenVinoModel:
+    """Files to load: `model` for the engine, `folder` for tokenizer and configuration (a GGUF file holds both)."""
+
+    model: Path
+    folder: Path
+    context_length: int | None = None
+    """Where a GGUF file says it."""
+
+    @property
+    def grammars(self) -> bool:
+        """Whether the engine has the vocabulary, which its grammars need."""
+        return self.model.is_file() or (self.model / TOKENIZER_FILE).is_file()
+
+
+def find(config: BackendConfig) -> OpenVinoModel:
+    """The model's files, exported first where need be. Raises ModelLoadError or ConfigError."""
+    settings = config.model
+    path = Path(settings.path).expanduser()
+    weights = wanted_weights(config)
+    if (path / MODEL_FILE).is_file():
+        return OpenVinoModel(path, path)
+    if settings.path == EMBEDDED_MODEL and weights != "fp32":
+        return _gguf(embedded_gguf(), embedded_model(), weights or "fp16")
+    source = resolve(settings.path, settings.revision)
+    if source.is_file():
+        if weights == "fp32":
+            raise ConfigError(f"{source} is served in fp16, int8 or, as it is, int4; not in fp32")
+        return _gguf(source, source, weights)
+    exported = _exported(source, weights or "fp32", config)
+    return OpenVinoModel(exported, exported)
+
+
+def can_load(config: BackendConfig) -> bool:
+    """Whether `find` would succeed without a long export that nothing here can do; loads and fetches nothing."""
+    settings = config.model
+    path = Path(settings.path).expanduser()
+    if (path / MODEL_FILE).is_file() or (settings.path == EMBEDDED_MODEL and wanted_weights(config) != "fp32"):
+        return True
+    if path.is_file():
+        return path.suffix == ".gguf" and facts(path).architecture in ARCHITECTURES
+    return _exporter(config) is not None and _is_causal(path)
+
+
+def wanted_weights(config: BackendConfig) -> str | None:
+    """Precision of the weights that the flags ask for; None: as the model has them. Raises ConfigError."""
+    model = config.model
+    given = {
+        "--backend-option weights": config.options.get("weights"),
+        "--load-8bit": "int8" if model.load_8bit else None,
+        "--quantization": model.quantization,
+        "--dtype": {"float32": "fp32", "float16": "fp16", "bfloat16": "fp16"}.get(model.dtype),
+    }
+    asked = {flag: weights for flag, weights in given.items() if weights is not None}
+    for flag, weights in asked.items():
+        if weights not in WEIGHTS:
+            raise ConfigError(f"{flag} must be one of {', '.join(WEIGHTS)} for the openvino backend, got {weights}")
+    if len(set(asked.values())) > 1:
+        raise ConfigError("these contradict each other: " + ", ".join(f"{f} ({w})" for f, w in asked.items()))
+    return next(iter(asked.values()), None)
+
+
+def adapter_file(name: str, path: str) -> tuple[str, float]:
+    """Weights file and scale of a LoRA adapter. Raises ModelLoadError."""
+    folder = resolve(path)
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ModelLoadError(f"LoRA adapter {name}: no adapter_model.safetensors in {folder}")
+    stated = read_json(folder / "adapter_config.json")
+    rank = float(stated.get("r") or 1)
+    if stated.get("use_dora") or stated.get("rank_pattern") or stated.get("alpha_pattern"):
+        raise ModelLoadError(f"LoRA adapter {name}: DoRA and ranks by layer are not supported by the openvino backend")
+    return str(file), float(stated.get("lora_alpha") or rank) / (rank**0.5 if stated.get("use_rslora") else rank)
+
+
+def _gguf(file: Path, folder: Path, weights: str | None) -> OpenVinoModel:
+    check_gguf(file)
+    known = facts(file)
+    if known.architecture not in ARCHITECTURES:
+        names = ", ".join(sorted(ARCHITECTURES))
+        raise ModelLoadError(f"OpenVINO reads GGUF files of {names}; {file} is {known.architecture or 'unreadable'}")
+    return OpenVinoModel(exact_file(file, known, weights), folder, known.context_length)
+
+
+def _is_causal(path: Path) -> bool:
+    """Whether a folder holds a decoder; what is no folder is a hub id, and is taken for one."""
+    if not (path / "config.json").is_file():
+        return not path.exists()
+    names = read_json(path / "config.json").get("architectures") or ()
+    return any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+
+
+def _exported(source: Path, weights: str, config: BackendConfig) -> Path:
+    """The exported folder in the cache, made first if it is not there; once, however many processes ask."""
+    target = cache_root() / "openvino" / f"{source.name}-{_fingerprint(source)}-{weights}-{_EXPORT_VERSION}"
+    if target.is_dir():
+        return target
+    import filelock
+
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(target.with_name(target.name + ".lock")):
+            if not target.is_dir():
+                _export(source, target, weights, config)
+    except OSError as error:
+        raise ModelLoadError(f"cannot export {source} into {target.parent}: {error}") from error
+    return target
+
+
+def _fingerprint(source: Path) -> str:
+    """Changes when the folder's files do: by their names, sizes and times, not their content."""
+    files = sorted(file for file in source.iterdir() if file.is_file())
+    facts = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    return hashlib.sha256("\n".join([str(source.resolve()), *facts]).encode()).hexdigest()[:12]
+
+
+def _export(source: Path, target: Path, weights: str, config: BackendConfig) -> None:
+    """Export into a folder beside the target, which is renamed when it is whole. The caller holds the lock."""
+    python = _exporter(config)
+    if python is None:
+        raise ModelLoadError(
+            f"{source} must first be exported to OpenVINO, which needs optimum-intel: "
+            "run pip install 'fastchat-grpc[openvino-export]' in an environment of its own and name its Python with "
+            "--backend-option export_python=/path/to/python, or give --model-path an exported folder or a GGUF file"
+        )
+    work = target.with_name(target.name + ".part")
+    shutil.rmtree(work, ignore_errors=True)
+    logger.info("exporting %s to OpenVINO %s (once; about a minute per billion parameters)", source.name, weights)
+    trust = ["trust"] if config.model.trust_remote_code else []
+    try:
+        done = subprocess.run(
+            [python, openvino_convert.__file__, str(source), str(work), weights, *trust],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            timeout=EXPORT_TIMEOUT_S,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ModelLoadError(f"the export of {source} took over {EXPORT_TIMEOUT_S} s") from error
+    finally:
+        if not (work / MODEL_FILE).is_file():
+            shutil.rmtree(work, ignore_errors=True)
+    if done.returncode != 0 or not work.is_dir():
+        shutil.rmtree(work, ignore_errors=True)
+        raise ModelLoadError(f"{source} cannot be exported to OpenVINO: {_reason(done.stderr)}")
+    work.rename(target)
+
+
+def _reason(stderr: str) -> str:
+    lines = stderr.strip().splitlines()
+    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return (said or lines or ["the export ended without a message"])[-1]
+
+
+def _exporter(config: BackendConfig) -> str | None:
+    """A Python with optimum-intel: as told, this one, or that of .venvs/openvino-export beside this environment."""
+    if told := config.options.get("export_python"):
+        if not Path(told).is_file():
+            raise ConfigError(f"--backend-option export_python: there is no file {told}")
+        return told
+    if _has_optimum_intel():
+        return sys.executable
+    beside = Path(sys.prefix).parent / ".venvs" / "openvino-export" / "bin" / "python"
+    return str(beside) if beside.is_file() else None
+
+
+def _has_optimum_intel() -> bool:
+    try:
+        return importlib.util.find_spec("optimum.intel") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def model_folder(found: OpenVinoModel, settings: ModelConfig) -> ModelFolder:
+    """Configuration of a model that is a folder."""
+    config: dict[str, Any] = read_json(found.folder / "config.json")
+    text = config.get("text_config") or config
+    limit = text.get("max_position_embeddings") or text.get("n_positions") or found.context_length
+    return ModelFolder(path=found.folder, config=config, context_length=int(limit) if limit else None)

@@ -1,0 +1,178 @@
+"""Requests in the words of the OpenAI API, and of vLLM's additions to it."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fastchat_grpc.core import (
+    ChatMessage,
+    ChatPrompt,
+    EmbedRequest,
+    GenerateRequest,
+    GrammarKind,
+    Image,
+    Prompt,
+    TextPrompt,
+    TokenPrompt,
+)
+from fastchat_grpc.errors import UnsupportedField
+
+
+def generation_body(
+    request: GenerateRequest, model: str, *, vllm: bool, seed: int | None
+) -> tuple[str, dict[str, Any]]:
+    """Path and body of one choice. Raises UnsupportedField."""
+    chat = isinstance(request.prompt, ChatPrompt)
+    body: dict[str, Any] = {
+        "model": model,
+        "stream": True,
+        "stream_options": {"include_usage": True, **({"continuous_usage_stats": True} if vllm else {})},
+        # Every server takes this name; max_completion_tokens is newer and not known to all.
+        "max_tokens": request.stopping.max_new_tokens,
+        **_prompt(request.prompt, vllm),
+        **_sampling(request, seed),
+    }
+    if request.stopping.stop:
+        body["stop"] = list(request.stopping.stop)
+    if vllm:
+        body |= _vllm(request)
+    elif request.stopping.include_stop:
+        raise UnsupportedField("stopping.include_stop", "needs a server of vLLM's dialect")
+    return ("/chat/completions" if chat else "/completions"), body | _grammar(request)
+
+
+def tokenize_body(prompt: Prompt, model: str) -> dict[str, Any]:
+    """Body of vLLM's /tokenize. Raises UnsupportedField for tokens, which are tokenized already."""
+    if isinstance(prompt, TokenPrompt):
+        raise UnsupportedField("prompt_token_ids", "are tokens already")
+    return {"model": model, **_prompt(prompt, vllm=True)}
+
+
+def embedding_body(request: EmbedRequest, model: str) -> dict[str, Any]:
+    """Body of /embeddings. Raises UnsupportedField for what the API has no field for."""
+    if not request.normalize:
+        raise UnsupportedField("skip_normalization", "the OpenAI API has no such field")
+    if request.truncate:
+        raise UnsupportedField("truncate", "the OpenAI API has no such field")
+    return {"model": model, "input": [item if isinstance(item, str) else list(item) for item in request.inputs]}
+
+
+def _prompt(prompt: Prompt, vllm: bool) -> dict[str, Any]:
+    match prompt:
+        case TextPrompt(text):
+            return {"prompt": text}
+        case TokenPrompt(token_ids):
+            return {"prompt": list(token_ids)}
+        case ChatPrompt() as chat:
+            return _chat(chat, vllm)
+
+
+def _chat(chat: ChatPrompt, vllm: bool) -> dict[str, Any]:
+    if chat.tools and chat.tool_choice != "none":
+        raise UnsupportedField("chat.tools", "the upstream backend passes text only; send tools to the server itself")
+    body: dict[str, Any] = {"messages": [_message(message) for message in chat.messages]}
+    if chat.continue_final_message:
+        _need(vllm, "chat.continue_final_message")
+        body |= {"continue_final_message": True, "add_generation_prompt": False}
+    if chat.template_arguments:
+        _need(vllm, "chat.template_arguments")
+        body["chat_template_kwargs"] = _plain(chat.template_arguments)
+    return body
+
+
+def _message(message: ChatMessage) -> dict[str, Any]:
+    result: dict[str, Any] = {"role": message.role, "content": _content(message)}
+    if message.name:
+        result["name"] = message.name
+    if message.tool_call_id:
+        result["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        result["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments_json}}
+            for call in message.tool_calls
+        ]
+    return result
+
+
+def _content(message: ChatMessage) -> str | list[dict[str, Any]]:
+    if isinstance(message.content, str):
+        return message.content
+    return [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image_url", "image_url": _image(part)}
+        for part in message.content
+    ]
+
+
+def _image(image: Image) -> dict[str, str]:
+    if image.url:
+        return {"url": image.url}
+    data = base64.b64encode(image.data).decode()
+    return {"url": f"data:{image.media_type or 'image/png'};base64,{data}"}
+
+
+def _sampling(request: GenerateRequest, seed: int | None) -> dict[str, Any]:
+    sampling = request.sampling
+    body: dict[str, Any] = {"temperature": 0.0 if sampling.greedy else sampling.temperature}
+    if sampling.top_p < 1 and not sampling.greedy:
+        body["top_p"] = sampling.top_p
+    if sampling.presence_penalty:
+        body["presence_penalty"] = sampling.presence_penalty
+    if sampling.frequency_penalty:
+        body["frequency_penalty"] = sampling.frequency_penalty
+    if seed is not None:
+        body["seed"] = seed
+    if sampling.logit_bias:
+        body["logit_bias"] = {str(token_id): bias for token_id, bias in sampling.logit_bias.items()}
+    return body
+
+
+def _vllm(request: GenerateRequest) -> dict[str, Any]:
+    """What vLLM's dialect adds, each where it says something."""
+    sampling, stopping, output = request.sampling, request.stopping, request.output
+    fields: dict[str, tuple[bool, Any]] = {
+        "top_k": (sampling.top_k > 0, sampling.top_k),
+        "min_p": (sampling.min_p > 0, sampling.min_p),
+        "repetition_penalty": (sampling.repetition_penalty > 1, sampling.repetition_penalty),
+        "min_tokens": (stopping.min_new_tokens > 0, stopping.min_new_tokens),
+        "stop_token_ids": (bool(stopping.stop_token_ids), list(stopping.stop_token_ids)),
+        "ignore_eos": (stopping.ignore_eos, True),
+        "include_stop_str_in_output": (stopping.include_stop, True),
+        "skip_special_tokens": (output.keep_special_tokens, False),
+        "truncate_prompt_tokens": (request.truncate_prompt_tokens is not None, request.truncate_prompt_tokens),
+    }
+    return {name: value for name, (given, value) in fields.items() if given}
+
+
+def _grammar(request: GenerateRequest) -> dict[str, Any]:
+    if request.grammar is None:
+        return {}
+    match request.grammar.kind:
+        case GrammarKind.JSON_OBJECT:
+            return {"response_format": {"type": "json_object"}}
+        case GrammarKind.JSON_SCHEMA:
+            try:
+                schema = json.loads(request.grammar.source)
+            except ValueError as error:
+                raise UnsupportedField("structured_output.json_schema", "is not JSON") from error
+            named = {"name": "output", "schema": schema, "strict": True}
+            return {"response_format": {"type": "json_schema", "json_schema": named}}
+        case GrammarKind.REGEX:
+            return {"structured_outputs": {"regex": request.grammar.source}}
+        case GrammarKind.LARK:
+            raise AssertionError("refused before")
+
+
+def _need(vllm: bool, path: str) -> None:
+    if not vllm:
+        raise UnsupportedField(path, "needs a server of vLLM's dialect: --backend-option dialect=vllm")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,137 @@
+"""`fastchat-grpc generate`, `models` and `workers`: calls to a running fleet."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fastchat_grpc.config import CONTROLLER_PORT
+
+if TYPE_CHECKING:
+    from fastchat_grpc.client import AsyncClient
+
+address_option = click.option(
+    "--address",
+    default=f"127.0.0.1:{CONTROLLER_PORT}",
+    show_default=True,
+    help="Controller or worker to ask.",
+)
+api_key_option = click.option("--api-key", envvar="FASTCHAT_GRPC_API_KEY", help="Key, where the server asks for one.")
+
+
+@click.command()
+@click.argument("prompt")
+@address_option
+@api_key_option
+@click.option("--model", default="", help="Model to ask.  [default: the only one served]")
+@click.option(
+    "--chat/--plain", default=True, show_default=True, help="Ask as a chat message, or continue the plain text."
+)
+@click.option("--system", help="System message of the chat.")
+@click.option("--max-new-tokens", type=int, default=256, show_default=True)
+@click.option("--temperature", type=float, default=1.0, show_default=True)
+@click.option("--top-p", type=float, default=1.0, show_default=True)
+@click.option("--top-k", type=int, default=-1, show_default=True)
+@click.option("--repetition-penalty", type=float, default=1.0, show_default=True)
+@click.option("--seed", type=int)
+@click.option("--stop", multiple=True, help="Stop string; may be repeated.")
+@click.option("--stats", is_flag=True, help="Print time to first token and tokens per second.")
+def generate(prompt: str, address: str, api_key: str | None, **flags: Any) -> None:
+    """Stream one generation to the terminal. PROMPT "-" reads standard input."""
+    from fastchat_grpc.client import AsyncClient
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+
+    async def call() -> None:
+        async with AsyncClient(address, api_key=api_key) as client:
+            await _stream(client, text, flags)
+
+    asyncio.run(call())
+
+
+async def _stream(client: AsyncClient, text: str, flags: dict[str, Any]) -> None:
+    from fastchat_grpc.core import Completion, Delta
+
+    show_stats, chat, system = flags.pop("stats"), flags.pop("chat"), flags.pop("system")
+    messages = [{"role": "system", "content": system}] if system else []
+    prompt = [*messages, {"role": "user", "content": text}] if chat else text
+    flags = {key: value for key, value in flags.items() if value is not None}
+    started = time.monotonic()
+    first_s = 0.0
+    async for event in client.generate(prompt, **flags):
+        if isinstance(event, Delta):
+            first_s = first_s or time.monotonic() - started
+            print(event.text, end="", flush=True)
+        elif isinstance(event, Completion):
+            print()
+            if show_stats:
+                _print_stats(
+                    event.usage.completion_tokens, first_s, time.monotonic() - started, event.finish_reason.value
+                )
+
+
+def _print_stats(tokens: int, first_s: float, total_s: float, reason: str) -> None:
+    speed = (tokens - 1) / (total_s - first_s) if tokens > 1 and total_s > first_s else 0.0
+    print(
+        f"{tokens} tokens, {speed:.1f} tokens/s, time to first token {first_s * 1000:.0f} ms, finish reason {reason}",
+        file=sys.stderr,
+    )
+
+
+@click.command()
+@address_option
+@api_key_option
+def models(address: str, api_key: str | None) -> None:
+    """List the models of the fleet."""
+
+    async def call(client: AsyncClient) -> list[list[str]]:
+        return [
+            [entry.model.name, str(entry.worker_count), str(entry.model.context_length), entry.model.backend]
+            for entry in await client.models()
+        ]
+
+    _table(["model", "workers", "context", "backend"], address, api_key, call)
+
+
+@click.command()
+@address_option
+@api_key_option
+@click.option("--model", default="", help="Only workers of this model.")
+def workers(address: str, api_key: str | None, model: str) -> None:
+    """List the live workers and their load."""
+
+    async def call(client: AsyncClient) -> list[list[str]]:
+        from fastchat_grpc.rpc import convert
+
+        rows = []
+        for worker in await client.workers(model):
+            load = convert.load_from_pb(worker.load)
+            queue = f"{load.running}+{load.waiting}/{load.max_running}"
+            names = ", ".join(entry.name for entry in worker.models)
+            rows.append(
+                [worker.worker_id, worker.address, names, load.state.value, queue, f"{load.tokens_per_second:.1f}"]
+            )
+        return rows
+
+    _table(["worker", "address", "models", "state", "running+waiting/slots", "tokens/s"], address, api_key, call)
+
+
+def _table(columns: list[str], address: str, api_key: str | None, call: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastchat_grpc.client import AsyncClient
+
+    async def run() -> list[list[str]]:
+        async with AsyncClient(address, api_key=api_key, timeout_s=10) as client:
+            rows: list[list[str]] = await call(client)
+            return rows
+
+    table = Table(*columns, box=None, header_style="bold")
+    for row in asyncio.run(run()):
+        table.add_row(*row)
+    Console(soft_wrap=True).print(table)

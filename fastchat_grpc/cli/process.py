@@ -1,0 +1,44 @@
+"""What every serving process does: logging, signals, one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+
+SUPERVISED = "FASTCHAT_GRPC_SUPERVISED"
+"""Set for children of `serve`: their standard input is a pipe that closes when the supervisor is gone."""
+
+Run = Callable[[asyncio.Event], Awaitable[None]]
+
+
+def run_until_signalled(run: Run, log_level: str) -> None:
+    """Run an app until SIGINT or SIGTERM asks it to stop; a second signal ends the process at once."""
+    logging.basicConfig(
+        level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    asyncio.run(_main(run))
+
+
+async def _main(run: Run) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            os._exit(130)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    if os.environ.get(SUPERVISED):
+        loop.add_reader(sys.stdin.fileno(), lambda: _on_parent_gone(loop, stop))
+    await run(stop)
+
+
+def _on_parent_gone(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+    loop.remove_reader(sys.stdin.fileno())
+    stop.set()

@@ -1,0 +1,1 @@
+"""The controller: registry, dispatch, relay."""

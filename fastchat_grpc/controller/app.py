@@ -1,0 +1,194 @@
+"""The controller process: a registry, a dispatcher and a relay behind one server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import logging
+import uuid
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from fastchat_grpc.config import ControllerConfig
+from fastchat_grpc.controller.dispatch import Dispatcher
+from fastchat_grpc.controller.fleet import Change, ChangeKind, Removal
+from fastchat_grpc.controller.generation import GenerationServicer, RelayedGeneration
+from fastchat_grpc.controller.parents import Parents
+from fastchat_grpc.controller.registry import Registry
+from fastchat_grpc.controller.relay import Relay
+from fastchat_grpc.controller.servicer import ControllerServicer
+from fastchat_grpc.openai.servicer import OpenAIServicer
+from fastchat_grpc.rpc.api_keys import ApiKeyInterceptor, ApiKeys
+from fastchat_grpc.rpc.pool import ChannelPool
+from fastchat_grpc.rpc.security import AllowedNetworks, JoinToken
+from fastchat_grpc.rpc.server import RpcServer
+from fastchat_grpc.v1 import openai_pb2_grpc, registry_pb2_grpc
+
+if TYPE_CHECKING:
+    from fastchat_grpc.controller.bridge import Bridge
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 0.25
+"""Leases are looked at this often; a heartbeat or a pick looks, too."""
+STOP_GRACE_S = 1.0
+
+
+KEYLESS_METHODS = (
+    "/grpc.health.v1.Health/",
+    "/envoy.service.",
+    *(
+        f"/fastchat_grpc.v1.ControllerService/{name}"
+        for name in ("Register", "Heartbeat", "Deregister", "DrainWorker", "RefreshWorkers")
+    ),
+)
+"""Methods that ask for no API key: health, and those of the fleet's members, which show the join token."""
+
+
+async def run(config: ControllerConfig, stop: asyncio.Event) -> None:
+    """Serve until `stop` is set, by a signal or by a parent's order to drain; then let what runs end.
+
+    Raises ConfigError if it cannot listen.
+    """
+    app = ControllerApp(config, stop)
+    try:
+        await app.start()
+        await stop.wait()
+    finally:
+        await app.stop()
+
+
+class ControllerApp:
+    """The parts of a controller, wired. Build it on the event loop; `start` once, `stop` once."""
+
+    def __init__(self, config: ControllerConfig, stop: asyncio.Event | None = None) -> None:
+        self._config = config
+        self._stop = stop or asyncio.Event()
+        self._drain_timeout_s = config.drain_timeout_s
+        self.registry = Registry(config.lease, config.breaker)
+        self.dispatcher = Dispatcher(self.registry, config.dispatch)
+        self.pool = ChannelPool(
+            config.worker_tls, max_message_bytes=config.listen.max_message_bytes, on_reachable=self._on_reachable
+        )
+        self.relay = Relay(self.dispatcher, self.pool, config.failover)
+        self.generation = RelayedGeneration(self.relay)
+        join_token = JoinToken(config.join_token)
+        self.keys = ApiKeys(config.api_keys)
+        self.bridge = _bridge(self.relay, self.keys, join_token, config)
+        self._servicer = ControllerServicer(
+            self.dispatcher, self.pool, join_token, AllowedNetworks(config.allowed_networks)
+        )
+        self._server = RpcServer(config.listen, self._services(), [ApiKeyInterceptor(self.keys, KEYLESS_METHODS)])
+        self._parents: Parents | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._started = False
+
+    @property
+    def address(self) -> str:
+        """host:port that the server listens on."""
+        return self._server.address
+
+    @property
+    def port(self) -> int:
+        return self._server.port
+
+    async def start(self) -> None:
+        """Listen, then register with parents. Raises ConfigError."""
+        await self._server.start()
+        self._started = True
+        address = self._config.advertised_address or self.address
+        self.generation.identity = (self._config.worker_id or address, uuid.uuid4().hex)
+        self.registry.subscribe(self._on_change)
+        self._spawn(self._tick())
+        self._spawn(self.pool.run())
+        if self.bridge is not None:
+            self._spawn(self.bridge.run())
+        if self._config.parent_addresses:
+            self._parents = Parents(self._config, self.registry, self.generation, address, self._drain_ordered)
+            self._spawn(self._parents.run())
+        await self._server.set_serving(True)
+        logger.info("controller listens on %s", self.address)
+
+    async def stop(self) -> None:
+        """Refuse new requests, let those under way end, then free everything."""
+        if self._started:
+            await self._drain()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._servicer.close()
+        if self.bridge is not None:
+            self.bridge.close()
+        await self._server.stop(STOP_GRACE_S)
+        await self.pool.close()
+        if self._started:
+            logger.info("controller stopped")
+
+    def _services(self) -> list[tuple[str, Callable[[grpc.aio.Server], None]]]:
+        return [
+            (
+                "fastchat_grpc.v1.ControllerService",
+                lambda server: registry_pb2_grpc.add_ControllerServiceServicer_to_server(self._servicer, server),
+            ),
+            ("fastchat_grpc.v1.GenerationService", GenerationServicer(self.relay, self.generation).add_to),
+            (
+                "fastchat_grpc.v1.OpenAIService",
+                lambda server: openai_pb2_grpc.add_OpenAIServiceServicer_to_server(
+                    OpenAIServicer(self.generation), server
+                ),
+            ),
+            *(self.bridge.services() if self.bridge is not None else ()),
+        ]
+
+    async def _drain(self) -> None:
+        await self._server.set_serving(False)
+        self.generation.close()
+        if self._parents is not None:
+            self._parents.push()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.generation.idle(), self._drain_timeout_s)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self.registry.expire()
+
+    def _on_change(self, change: Change) -> None:
+        worker = change.worker
+        if change.kind is ChangeKind.ADDED:
+            logger.info("worker %s registered at %s", worker.spec.worker_id, worker.spec.address)
+            # Another process may have been there before: its channel may still wait to connect again.
+            self.pool.forget(worker.spec.address)
+        elif change.kind is ChangeKind.REMOVED and change.removal is not None:
+            level = logging.INFO if change.removal is Removal.DEREGISTERED else logging.WARNING
+            logger.log(level, "worker %s left: %s", worker.spec.worker_id, change.removal.value)
+            if change.removal is not Removal.REPLACED:
+                self.pool.forget(worker.spec.address)
+
+    def _on_reachable(self, address: str, reachable: bool) -> None:
+        for worker in self.registry.at(address):
+            self.registry.set_reachable(worker, reachable)
+
+    def _drain_ordered(self, timeout_s: float | None) -> None:
+        if timeout_s is not None:
+            self._drain_timeout_s = timeout_s
+        if not self._stop.is_set():
+            logger.info("a parent asked this controller to drain")
+            self._stop.set()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _bridge(relay: Relay, keys: ApiKeys, join_token: JoinToken, config: ControllerConfig) -> Bridge | None:
+    """What a gateway asks of a controller; None where the protos of Envoy are not installed (extra `gateway`)."""
+    if importlib.util.find_spec("envoy") is None or importlib.util.find_spec("envoy.service") is None:
+        return None
+    from fastchat_grpc.controller.bridge import Bridge
+
+    return Bridge(relay, keys, join_token, settle_s=2 * config.lease.heartbeat_interval_s)

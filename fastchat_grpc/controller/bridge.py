@@ -1,0 +1,69 @@
+"""What a controller offers to the Envoy of a gateway: picker, endpoints and completions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+from envoy.service.accesslog.v3 import als_pb2_grpc
+from envoy.service.auth.v3 import external_auth_pb2_grpc
+from envoy.service.endpoint.v3 import eds_pb2_grpc
+
+from fastchat_grpc.controller import completions, endpoints, picker
+from fastchat_grpc.controller.completions import Completions
+from fastchat_grpc.controller.endpoints import Endpoints
+from fastchat_grpc.controller.picker import Picker
+from fastchat_grpc.controller.relay import Relay
+from fastchat_grpc.controller.tickets import Tickets
+from fastchat_grpc.rpc.api_keys import ApiKeys
+from fastchat_grpc.rpc.security import JoinToken
+
+Service = tuple[str, Callable[[grpc.aio.Server], None]]
+
+ENVOY_METHODS = tuple(f"/{module.SERVICE_NAME}/" for module in (picker, endpoints, completions))
+"""Prefixes of the methods that gateways call: they show the join token, not an API key."""
+
+
+class Bridge:
+    """The parts, wired. Serve `services`, `run` it beside the server, `close` it at the end.
+
+    Args:
+        relay: knows registry and dispatcher.
+        keys: who may ask.
+        join_token: what gateways must show.
+        settle_s: how long after the start a gateway keeps the endpoints that it has.
+    """
+
+    def __init__(self, relay: Relay, keys: ApiKeys, join_token: JoinToken, settle_s: float) -> None:
+        registry = relay.dispatcher.registry
+        authorize: Callable[[Any], None] = join_token.check
+        self.tickets = Tickets()
+        self.endpoints = Endpoints(registry, settle_s, authorize)
+        self.picker = Picker(relay, self.endpoints, self.tickets, keys, authorize)
+        self.completions = Completions(registry, self.tickets, authorize)
+
+    def services(self) -> list[Service]:
+        """Full names, and the functions that add them to a server."""
+        return [
+            (
+                picker.SERVICE_NAME,
+                lambda server: external_auth_pb2_grpc.add_AuthorizationServicer_to_server(self.picker, server),
+            ),
+            (
+                endpoints.SERVICE_NAME,
+                lambda server: eds_pb2_grpc.add_EndpointDiscoveryServiceServicer_to_server(self.endpoints, server),
+            ),
+            (
+                completions.SERVICE_NAME,
+                lambda server: als_pb2_grpc.add_AccessLogServiceServicer_to_server(self.completions, server),
+            ),
+        ]
+
+    async def run(self) -> None:
+        """Follow the registry until cancelled."""
+        await self.endpoints.run()
+
+    def close(self) -> None:
+        """Hear of no more changes."""
+        self.endpoints.close()

@@ -1,0 +1,191 @@
+"""GenerationService on a controller: every call is relayed to a worker, as bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from time import monotonic
+from typing import Any
+
+import grpc
+from google.api.httpbody_pb2 import HttpBody
+
+from fastchat_grpc import __version__
+from fastchat_grpc.controller.relay import Errand, Relay, forwarded
+from fastchat_grpc.controller.servicer import fleet_models
+from fastchat_grpc.core import (
+    EmbedRequest,
+    EmbedResult,
+    Event,
+    GenerateRequest,
+    Load,
+    ModelInfo,
+    Prompt,
+    WorkerState,
+)
+from fastchat_grpc.errors import Draining
+from fastchat_grpc.rpc import convert
+from fastchat_grpc.v1 import generation_pb2 as pb
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+SERVICE = "fastchat_grpc.v1.GenerationService"
+IDLE_LOOK_S = 0.02
+DETOKENIZE = "/fastchat_grpc.v1.OpenAIService/Detokenize"
+
+
+class RelayedGeneration:
+    """Generation by the fleet, for every service that needs it: the GenerationPort of the OpenAI surface.
+
+    Args:
+        identity: worker id and instance id that GetStatus tells.
+    """
+
+    def __init__(self, relay: Relay, identity: tuple[str, str] = ("", "")) -> None:
+        self._relay = relay
+        self._registry = relay.dispatcher.registry
+        self.identity = identity
+        self.draining = False
+
+    def close(self) -> None:
+        """Refuse new requests from now on; those under way go on."""
+        self.draining = True
+
+    async def idle(self) -> None:
+        """Return when no request is under way."""
+        while self._relay.failover.running:  # noqa: ASYNC110  # asked once in a life; an event would cost every request
+            await asyncio.sleep(IDLE_LOOK_S)
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        """Events of one generation, as `Backend.generate`."""
+        message = convert.generate_request_to_pb(request)
+        message.model = self.resolve(request.model)
+        errand = Errand(model=message.model, key=self._relay.affinity_key(message))
+        async with aclosing(self._relay.generate(message, errand)) as items:
+            async for item in items:
+                yield convert.event_from_pb(pb.GenerateResponse.FromString(item))
+
+    async def embed(self, request: EmbedRequest) -> EmbedResult:
+        """Embed each input."""
+        message = convert.embed_request_to_pb(request)
+        message.model = self.resolve(request.model)
+        raw = await self._relay.call(f"/{SERVICE}/Embed", message.SerializeToString(), Errand(model=message.model))
+        return convert.embed_result_from_pb(pb.EmbedResponse.FromString(raw))
+
+    async def tokenize(self, model: str, prompt: Prompt) -> Sequence[int]:
+        """Token ids of a prompt."""
+        asked = convert.generate_request_to_pb(GenerateRequest(prompt=prompt))
+        message = pb.CountTokensRequest(model=self.resolve(model), include_token_ids=True)
+        match asked.WhichOneof("input"):
+            case "prompt":
+                message.prompt = asked.prompt
+            case "chat":
+                message.chat.CopyFrom(asked.chat)
+            case _:
+                return list(asked.prompt_token_ids.ids)
+        raw = await self._relay.call(
+            f"/{SERVICE}/CountTokens", message.SerializeToString(), Errand(model=message.model)
+        )
+        return list(pb.CountTokensResponse.FromString(raw).token_ids)
+
+    async def detokenize(self, model: str, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens included. Asks the worker's OpenAIService, which alone offers it."""
+        model = self.resolve(model)
+        body = HttpBody(
+            content_type="application/json", data=json.dumps({"model": model, "tokens": list(token_ids)}).encode()
+        )
+        raw = await self._relay.call(DETOKENIZE, body.SerializeToString(), Errand(model=model))
+        return str(json.loads(HttpBody.FromString(raw).data)["prompt"])
+
+    def models(self) -> Sequence[ModelInfo]:
+        """The models of the live workers."""
+        return [model for model, _ in fleet_models(self._registry)]
+
+    def load(self) -> Load:
+        """Load of all workers together."""
+        loads = [worker.load for worker in self._registry.workers()]
+        return Load(
+            state=WorkerState.DRAINING if self.draining else _sum_state([load.state for load in loads]),
+            running=sum(load.running for load in loads),
+            waiting=sum(load.waiting for load in loads),
+            max_running=sum(load.max_running for load in loads),
+            max_waiting=sum(load.max_waiting for load in loads),
+            kv_cache_usage=max((load.kv_cache_usage for load in loads), default=0.0),
+            tokens_per_second=sum(load.tokens_per_second for load in loads),
+        )
+
+    def weight(self) -> float:
+        """Weight of all workers together."""
+        return sum(worker.weight for worker in self._registry.workers())
+
+    def resolve(self, model: str) -> str:
+        """The full name of a model. Raises Draining after `close`, and as `Registry.pool`."""
+        if self.draining:
+            raise Draining("this controller is shutting down and takes no new requests")
+        return self._registry.pool(model)[0]
+
+
+def _sum_state(states: Sequence[WorkerState]) -> WorkerState:
+    for state in (WorkerState.SERVING, WorkerState.DEGRADED, WorkerState.DRAINING):
+        if state in states:
+            return state
+    return WorkerState.STARTING
+
+
+class GenerationServicer:
+    """The methods of GenerationService. All but GetStatus take and give serialized messages."""
+
+    def __init__(self, relay: Relay, generation: RelayedGeneration) -> None:
+        self._relay = relay
+        self._generation = generation
+        self._started = monotonic()
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Serve the methods on a server."""
+        unary = grpc.unary_unary_rpc_method_handler
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "Generate": grpc.unary_stream_rpc_method_handler(self.Generate, pb.GenerateRequest.FromString),
+            "Embed": unary(self._relayed("Embed", pb.EmbedRequest)),
+            "CountTokens": unary(self._relayed("CountTokens", pb.CountTokensRequest)),
+            "GetModelInfo": unary(self._relayed("GetModelInfo", pb.GetModelInfoRequest)),
+            "GetStatus": unary(self.GetStatus, pb.GetStatusRequest.FromString, pb.GetStatusResponse.SerializeToString),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        server.add_registered_method_handlers(SERVICE, handlers)
+
+    def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[bytes]:
+        request.model = self._generation.resolve(request.model)
+        return self._relay.generate(request, self._errand(request.model, context, self._relay.affinity_key(request)))
+
+    async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:
+        worker_id, instance_id = self._generation.identity
+        return pb.GetStatusResponse(
+            worker_id=worker_id,
+            instance_id=instance_id,
+            version=__version__,
+            models=[convert.model_to_pb(model) for model in self._generation.models()],
+            load=convert.load_to_pb(self._generation.load()),
+            uptime=convert.duration(monotonic() - self._started),
+        )
+
+    def _relayed(self, name: str, kind: Any) -> Any:
+        async def relayed(raw: bytes, context: Context) -> bytes:
+            request = kind.FromString(raw)
+            model = self._generation.resolve(request.model)
+            if not request.model:
+                request.model = model
+                raw = request.SerializeToString()
+            return await self._relay.call(f"/{SERVICE}/{name}", raw, self._errand(model, context))
+
+        return relayed
+
+    def _errand(self, model: str, context: Context, key: str = "") -> Errand:
+        left_s = context.time_remaining()
+        return Errand(
+            model=model,
+            key=key,
+            deadline=None if left_s is None else monotonic() + left_s,
+            metadata=forwarded(context.invocation_metadata()),
+        )

@@ -1,0 +1,258 @@
+"""ControllerService: the registry and the dispatcher over gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+import grpc
+
+from fastchat_grpc.controller.dispatch import Dispatcher
+from fastchat_grpc.controller.fleet import ChangeKind, LeaseTerms, Worker, WorkerSpec
+from fastchat_grpc.controller.registry import Registry
+from fastchat_grpc.controller.watch import Watch
+from fastchat_grpc.core import ModelInfo
+from fastchat_grpc.errors import InvalidArgument
+from fastchat_grpc.rpc import convert
+from fastchat_grpc.rpc.pool import ChannelPool
+from fastchat_grpc.rpc.security import AllowedNetworks, JoinToken
+from fastchat_grpc.v1 import generation_pb2, registry_pb2_grpc
+from fastchat_grpc.v1 import registry_pb2 as pb
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+MAX_ID_LENGTH = 128
+MAX_MODELS = 1024
+MAX_LABELS = 32
+MAX_LABEL_LENGTH = 256
+MAX_WEIGHT = 1e6
+REFRESH_TIMEOUT_S = 3.0
+REFRESH_PARALLEL = 64
+WATCH_PAUSE_S = 0.1
+"""Changes are gathered this long before they are sent, so that a large fleet's loads come in batches."""
+GET_STATUS = "/fastchat_grpc.v1.GenerationService/GetStatus"
+
+_KINDS: Mapping[ChangeKind, Any] = {
+    ChangeKind.ADDED: pb.WORKER_CHANGE_TYPE_ADDED,
+    ChangeKind.STATE: pb.WORKER_CHANGE_TYPE_UPDATED,
+    ChangeKind.LOAD: pb.WORKER_CHANGE_TYPE_UPDATED,
+    ChangeKind.REMOVED: pb.WORKER_CHANGE_TYPE_REMOVED,
+}
+
+
+class ControllerServicer(registry_pb2_grpc.ControllerServiceServicer):
+    """Messages in, messages out. Errors become statuses in the interceptor."""
+
+    def __init__(
+        self, dispatcher: Dispatcher, pool: ChannelPool, join_token: JoinToken, networks: AllowedNetworks
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._registry = dispatcher.registry
+        self._pool = pool
+        self._join_token = join_token
+        self._networks = networks
+        self._terms: LeaseTerms | None = None
+        self._confirmation = pb.HeartbeatResponse()
+        self._watches: set[Watch] = set()
+
+    def close(self) -> None:
+        """End the watches, which would not end by themselves."""
+        for watch in self._watches:
+            watch.close()
+
+    async def Register(self, request: pb.RegisterRequest, context: Context) -> pb.RegisterResponse:
+        self._join_token.check(context.invocation_metadata())
+        spec = spec_from_pb(request)
+        await self._networks.check(spec.address)
+        worker = self._registry.register(spec, convert.load_from_pb(request.load))
+        return pb.RegisterResponse(
+            lease_id=worker.lease_id,
+            time_to_live=convert.duration(worker.terms.time_to_live_s),
+            heartbeat_interval=convert.duration(worker.terms.heartbeat_interval_s),
+        )
+
+    async def Heartbeat(self, request: pb.HeartbeatRequest, context: Context) -> pb.HeartbeatResponse:
+        worker = self._registry.heartbeat(request.lease_id, convert.load_from_pb(request.load))
+        confirmation = self._confirm(worker.terms)
+        if worker.drain is None:
+            return confirmation
+        response = pb.HeartbeatResponse(drain=pb.DrainOrder())
+        response.MergeFrom(confirmation)
+        if worker.drain.timeout_s is not None:
+            response.drain.timeout.CopyFrom(convert.duration(worker.drain.timeout_s))
+        return response
+
+    async def Deregister(self, request: pb.DeregisterRequest, context: Context) -> pb.DeregisterResponse:
+        self._registry.deregister(request.lease_id)
+        return pb.DeregisterResponse()
+
+    async def ListWorkers(self, request: pb.ListWorkersRequest, context: Context) -> pb.ListWorkersResponse:
+        workers = self._registry.workers(request.model)
+        return pb.ListWorkersResponse(workers=[worker_to_pb(worker, self._registry) for worker in workers])
+
+    async def WatchWorkers(
+        self, request: pb.WatchWorkersRequest, context: Context
+    ) -> AsyncIterator[pb.WatchWorkersResponse]:
+        watch = Watch(self._registry, request.model)
+        self._watches.add(watch)
+        try:
+            yield self._changes([(ChangeKind.ADDED, worker) for worker in watch.initial])
+            while changes := await watch.next():
+                yield self._changes(changes)
+                await asyncio.sleep(WATCH_PAUSE_S)
+        finally:
+            self._watches.discard(watch)
+            watch.close()
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
+        return pb.ListModelsResponse(
+            models=[
+                pb.FleetModel(model=convert.model_to_pb(model), worker_count=count)
+                for model, count in fleet_models(self._registry)
+            ]
+        )
+
+    async def GetWorkerAddress(
+        self, request: pb.GetWorkerAddressRequest, context: Context
+    ) -> pb.GetWorkerAddressResponse:
+        _, worker = self._dispatcher.choose(request.model, request.session_key, request.excluded_worker_ids)
+        self._registry.count_pick(worker)
+        spec = worker.spec
+        return pb.GetWorkerAddressResponse(address=spec.address, worker_id=spec.worker_id, instance_id=spec.instance_id)
+
+    async def DrainWorker(self, request: pb.DrainWorkerRequest, context: Context) -> pb.DrainWorkerResponse:
+        self._join_token.check(context.invocation_metadata())
+        timeout_s = convert.seconds(request.timeout) if request.HasField("timeout") else None
+        if timeout_s is not None and timeout_s < 0:
+            raise InvalidArgument("timeout", f"must be at least 0 s, got {timeout_s:g}")
+        worker = self._registry.drain(request.worker_id, timeout_s)
+        return pb.DrainWorkerResponse(running_count=max(worker.load.running, worker.reserved_count))
+
+    async def RefreshWorkers(self, request: pb.RefreshWorkersRequest, context: Context) -> pb.RefreshWorkersResponse:
+        self._join_token.check(context.invocation_metadata())
+        places = asyncio.Semaphore(REFRESH_PARALLEL)
+        workers = self._registry.workers()
+        answers = await asyncio.gather(*(self._answers(worker, places) for worker in workers))
+        response = pb.RefreshWorkersResponse()
+        for worker, answers_now in zip(workers, answers, strict=True):
+            if answers_now:
+                response.live_worker_ids.append(worker.spec.worker_id)
+            else:
+                self._registry.drop(worker)
+                response.removed_worker_ids.append(worker.spec.worker_id)
+        return response
+
+    async def _answers(self, worker: Worker, places: asyncio.Semaphore) -> bool:
+        """Whether the process that registered answers at its address."""
+        async with places:
+            try:
+                raw = await self._pool.get(worker.spec.address).unary_unary(GET_STATUS)(b"", timeout=REFRESH_TIMEOUT_S)
+            except grpc.aio.AioRpcError:
+                return False
+        return generation_pb2.GetStatusResponse.FromString(raw).instance_id == worker.spec.instance_id
+
+    def _confirm(self, terms: LeaseTerms) -> pb.HeartbeatResponse:
+        """The answer to most heartbeats; built anew only when the terms change."""
+        if terms is not self._terms:
+            self._terms = terms
+            self._confirmation = pb.HeartbeatResponse(
+                time_to_live=convert.duration(terms.time_to_live_s),
+                heartbeat_interval=convert.duration(terms.heartbeat_interval_s),
+            )
+        return self._confirmation
+
+    def _changes(self, changes: Sequence[tuple[ChangeKind, Worker]]) -> pb.WatchWorkersResponse:
+        return pb.WatchWorkersResponse(
+            changes=[
+                pb.WorkerChange(type=_KINDS[kind], worker=worker_to_pb(worker, self._registry))
+                for kind, worker in changes
+            ]
+        )
+
+
+def spec_from_pb(request: pb.RegisterRequest) -> WorkerSpec:
+    """Check and convert how a worker presents itself. Raises InvalidArgument."""
+    for name in ("worker_id", "instance_id"):
+        _check_length(name, getattr(request, name), 1, MAX_ID_LENGTH)
+    if not 1 <= len(request.models) <= MAX_MODELS:
+        raise InvalidArgument("models", f"must hold 1 to {MAX_MODELS} models, got {len(request.models)}")
+    models = tuple(convert.model_from_pb(model) for model in request.models)
+    for i, model in enumerate(models):
+        _check_length(f"models[{i}].name", model.name, 1, MAX_LABEL_LENGTH)
+    if len({model.name for model in models}) < len(models):
+        raise InvalidArgument("models", "must have different names")
+    weight = request.weight if request.HasField("weight") else 1.0
+    if not (math.isfinite(weight) and 0 < weight <= MAX_WEIGHT):
+        raise InvalidArgument("weight", f"must be above 0 and at most {MAX_WEIGHT:g}, got {weight:g}")
+    return WorkerSpec(
+        worker_id=request.worker_id,
+        instance_id=request.instance_id,
+        address=request.address,
+        models=models,
+        weight=weight,
+        labels=_labels(request.labels),
+        check_heartbeat=request.check_heartbeat if request.HasField("check_heartbeat") else True,
+        version=request.version[:MAX_LABEL_LENGTH],
+    )
+
+
+def _labels(labels: Mapping[str, str]) -> dict[str, str]:
+    if len(labels) > MAX_LABELS:
+        raise InvalidArgument("labels", f"must be at most {MAX_LABELS}, got {len(labels)}")
+    for key, value in labels.items():
+        _check_length("labels key", key, 1, MAX_LABEL_LENGTH)
+        _check_length(f"labels[{key}]", value, 0, MAX_LABEL_LENGTH)
+    return dict(labels)
+
+
+def _check_length(field: str, value: str, low: int, high: int) -> None:
+    if not low <= len(value) <= high:
+        raise InvalidArgument(field, f"must be {low} to {high} characters long, got {len(value)}")
+
+
+def worker_to_pb(worker: Worker, registry: Registry) -> pb.Worker:
+    """A worker as callers see it; its lease id stays secret."""
+    spec = worker.spec
+    return pb.Worker(
+        worker_id=spec.worker_id,
+        instance_id=spec.instance_id,
+        address=spec.address,
+        models=[convert.model_to_pb(model) for model in spec.models],
+        weight=spec.weight,
+        load=convert.load_to_pb(worker.load),
+        labels=dict(spec.labels),
+        check_heartbeat=spec.check_heartbeat,
+        reserved_count=worker.reserved_count,
+        heartbeat_age=convert.duration(registry.heartbeat_age_s(worker)),
+        suspect=worker.suspect or worker.unreachable,
+        version=spec.version,
+    )
+
+
+def fleet_models(registry: Registry) -> Sequence[tuple[ModelInfo, int]]:
+    """The models of the live workers, by name, and how many workers serve each."""
+    return [
+        (info, len(pool.members))
+        for name in registry.models()
+        for _, pool in [registry.pool(name)]
+        if (info := merge_models([m for worker in pool.members if (m := worker.model(name)) is not None]))
+    ]
+
+
+def merge_models(models: Sequence[ModelInfo]) -> ModelInfo:
+    """One description of a model that several workers serve: what a caller can count on with any of them."""
+    distinct = list(dict.fromkeys(models))
+    first = distinct[0]
+    if len(distinct) == 1:
+        return first
+    return ModelInfo(
+        name=first.name,
+        context_length=min(model.context_length for model in distinct),
+        capabilities=frozenset.intersection(*(model.capabilities for model in distinct)),
+        base_model=first.base_model,
+        backend=",".join(sorted({model.backend for model in distinct})),
+        embedding_size=first.embedding_size if len({model.embedding_size for model in distinct}) == 1 else 0,
+        vocabulary_size=first.vocabulary_size if len({model.vocabulary_size for model in distinct}) == 1 else 0,
+    )

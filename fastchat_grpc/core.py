@@ -1,0 +1,462 @@
+"""Domain types: what a generation is, whatever carries or runs it. Standard library only.
+
+All types are immutable. A request that exists is valid in itself: ranges are checked on
+construction and raise `InvalidArgument` with the field's path in the contract
+(`proto/fastchat_grpc/v1/generation.proto`, which documents every field). What depends on a model,
+such as the context length, is checked by the backend.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+from fastchat_grpc.errors import InvalidArgument
+
+GREEDY_TEMPERATURE = 1e-5
+"""Below this temperature the likeliest token is taken (FastChat's rule)."""
+GREEDY_TOP_P = 1e-8
+"""Below this top_p the likeliest token is taken (FastChat's rule)."""
+
+DEFAULT_MAX_NEW_TOKENS = 256
+MAX_CHOICES = 128
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 64
+MAX_STOP_LENGTH = 1024
+MAX_REQUEST_ID_LENGTH = 128
+MAX_EMBED_INPUTS = 2048
+INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+
+
+class FinishReason(enum.Enum):
+    """Why a choice ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+class WorkerState(enum.Enum):
+    """What a worker takes on."""
+
+    STARTING = "starting"
+    SERVING = "serving"
+    DEGRADED = "degraded"
+    DRAINING = "draining"
+
+
+class Capability(enum.Enum):
+    """What a model can do."""
+
+    GENERATE = "generate"
+    CHAT = "chat"
+    EMBED = "embed"
+    VISION = "vision"
+    STRUCTURED_OUTPUT = "structured_output"
+    LOGPROBS = "logprobs"
+    RESUME = "resume"
+
+
+def _require(ok: bool, path: str, value: object, limit: str) -> None:
+    if not ok:
+        raise InvalidArgument(path, f"must be {limit}, got {value}")
+
+
+def _within(path: str, value: float, low: float, high: float) -> None:
+    _require(math.isfinite(value) and low <= value <= high, path, value, f"from {low:g} to {high:g}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How each next token is chosen."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __post_init__(self) -> None:
+        _within("sampling.temperature", self.temperature, 0, 100)
+        _within("sampling.top_p", self.top_p, 0, 1)
+        _require(self.top_k >= -1, "sampling.top_k", self.top_k, "at least 1, or -1 or 0 for off")
+        _within("sampling.min_p", self.min_p, 0, 1)
+        penalty = self.repetition_penalty
+        _require(math.isfinite(penalty) and penalty > 0, "sampling.repetition_penalty", penalty, "above 0")
+        _within("sampling.presence_penalty", self.presence_penalty, -2, 2)
+        _within("sampling.frequency_penalty", self.frequency_penalty, -2, 2)
+        if self.seed is not None:
+            _require(INT64_MIN <= self.seed <= INT64_MAX, "sampling.seed", self.seed, "a 64-bit integer")
+        for token_id, bias in self.logit_bias.items():
+            _require(token_id >= 0, "sampling.logit_bias", f"token id {token_id}", "keyed by token ids of at least 0")
+            _within(f"sampling.logit_bias[{token_id}]", bias, -100, 100)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature < GREEDY_TEMPERATURE or self.top_p < GREEDY_TOP_P
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopConditions:
+    """When a generation ends."""
+
+    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+    min_new_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.max_new_tokens >= 1, "stopping.max_new_tokens", self.max_new_tokens, "at least 1")
+        _require(
+            0 <= self.min_new_tokens <= self.max_new_tokens,
+            "stopping.min_new_tokens",
+            self.min_new_tokens,
+            f"from 0 to max_new_tokens ({self.max_new_tokens})",
+        )
+        _require(
+            len(self.stop) <= MAX_STOP_STRINGS,
+            "stopping.stop",
+            f"{len(self.stop)} strings",
+            f"at most {MAX_STOP_STRINGS} strings",
+        )
+        for i, stop in enumerate(self.stop):
+            _require(
+                1 <= len(stop) <= MAX_STOP_LENGTH,
+                f"stopping.stop[{i}]",
+                f"{len(stop)} characters",
+                f"1 to {MAX_STOP_LENGTH} characters long",
+            )
+        for i, token_id in enumerate(self.stop_token_ids):
+            _require(token_id >= 0, f"stopping.stop_token_ids[{i}]", token_id, "at least 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputOptions:
+    """What a generation returns, and how often. `stream_interval` None: the worker's default."""
+
+    n: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    echo: bool = False
+    stream_interval: int | None = None
+    cumulative_text: bool = False
+    keep_special_tokens: bool = False
+
+    def __post_init__(self) -> None:
+        _within("output.n", self.n, 1, MAX_CHOICES)
+        if self.logprobs is not None:
+            _within("output.logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            _within("output.prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        if self.stream_interval is not None:
+            _require(self.stream_interval >= 1, "output.stream_interval", self.stream_interval, "at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrompt:
+    """Plain text to continue."""
+
+    text: str
+
+    def __post_init__(self) -> None:
+        if not self.text:
+            raise InvalidArgument("prompt", "must not be empty")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    """Token ids to continue."""
+
+    token_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.token_ids:
+            raise InvalidArgument("prompt_token_ids", "must not be empty")
+        for i, token_id in enumerate(self.token_ids):
+            _require(token_id >= 0, f"prompt_token_ids.ids[{i}]", token_id, "at least 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Image:
+    """An image of a message: its encoded bytes, or its address."""
+
+    data: bytes = b""
+    url: str = ""
+    media_type: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tool:
+    """A function that the model may call; `parameters` is a JSON Schema object."""
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A call that the model made; `arguments_json` as the model wrote it."""
+
+    id: str
+    name: str
+    arguments_json: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatMessage:
+    """One message. `content` is text, or parts that are text or images."""
+
+    role: str
+    content: str | tuple[str | Image, ...] = ""
+    name: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+
+
+CHAT_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatPrompt:
+    """A conversation for the model's chat template."""
+
+    messages: tuple[ChatMessage, ...]
+    tools: tuple[Tool, ...] = ()
+    tool_choice: str = "auto"
+    template_arguments: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    continue_final_message: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.messages:
+            raise InvalidArgument("chat.messages", "must hold at least one message")
+        for i, message in enumerate(self.messages):
+            _require(
+                message.role in CHAT_ROLES,
+                f"chat.messages[{i}].role",
+                repr(message.role[:32]),
+                "one of " + ", ".join(CHAT_ROLES),
+            )
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise InvalidArgument("chat.continue_final_message", "the last message must be the assistant's")
+
+
+Prompt: TypeAlias = TextPrompt | TokenPrompt | ChatPrompt
+
+
+class GrammarKind(enum.Enum):
+    """Kinds of grammar that an output may follow."""
+
+    JSON_OBJECT = "json_object"
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    LARK = "lark"
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """A grammar for the output; `source` is its text, empty for JSON_OBJECT."""
+
+    kind: GrammarKind
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResumedChoice:
+    """A choice that another worker began: the tokens and the characters of text that the caller has."""
+
+    index: int
+    output_token_ids: tuple[int, ...] = ()
+    text_length: int = 0
+    finished: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.index >= 0, "resume.choices.index", self.index, "at least 0")
+        _require(self.text_length >= 0, "resume.choices.text_length", self.text_length, "at least 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """One request for one or more continuations of one prompt."""
+
+    prompt: Prompt
+    model: str = ""
+    sampling: SamplingParams = SamplingParams()
+    stopping: StopConditions = StopConditions()
+    output: OutputOptions = OutputOptions()
+    grammar: Grammar | None = None
+    request_id: str = ""
+    priority: int = 0
+    lora_adapter: str = ""
+    session_key: str = ""
+    truncate_prompt_tokens: int | None = None
+    resume: tuple[ResumedChoice, ...] | None = None
+    """None for a new generation. A resumed one sends no prompt event again, even when empty."""
+
+    def __post_init__(self) -> None:
+        _require(
+            len(self.request_id) <= MAX_REQUEST_ID_LENGTH,
+            "request_id",
+            f"{len(self.request_id)} characters",
+            f"at most {MAX_REQUEST_ID_LENGTH} characters long",
+        )
+        if self.truncate_prompt_tokens is not None:
+            _require(
+                self.truncate_prompt_tokens >= 1, "truncate_prompt_tokens", self.truncate_prompt_tokens, "at least 1"
+            )
+        for choice in self.resume or ():
+            _require(
+                choice.index < self.output.n, "resume.choices.index", choice.index, f"below output.n ({self.output.n})"
+            )
+
+    def resumed_choice(self, index: int) -> ResumedChoice:
+        """What the caller has of choice `index` already."""
+        for choice in self.resume or ():
+            if choice.index == index:
+                return choice
+        return ResumedChoice(index=index)
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogprob:
+    """One alternative at a token's place."""
+
+    token_id: int
+    token: str
+    token_bytes: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log probability (natural) of one token; None for a prompt's first token."""
+
+    token_id: int
+    token: str
+    token_bytes: bytes
+    logprob: float | None
+    top: tuple[TopLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens of one choice."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Seconds since the request's arrival at the worker."""
+
+    queued_s: float = 0.0
+    time_to_first_token_s: float = 0.0
+    total_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptEcho:
+    """The prompt as the model sees it; sent first, and only when asked for."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """Output of one choice since its last Delta."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    usage: Usage
+    logprobs: tuple[TokenLogprob, ...] = ()
+    cumulative_text: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """The end of one choice. `matched` is the stop string or the request's stop token that ended it."""
+
+    index: int
+    finish_reason: FinishReason
+    usage: Usage
+    matched: str | int | None = None
+    timings: Timings = Timings()
+
+
+Event: TypeAlias = PromptEcho | Delta | Completion
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedRequest:
+    """Inputs to embed: each a text or token ids. `truncate` None: the worker's default."""
+
+    inputs: tuple[str | tuple[int, ...], ...]
+    model: str = ""
+    truncate: bool | None = None
+    normalize: bool = True
+
+    def __post_init__(self) -> None:
+        count = len(self.inputs)
+        _require(1 <= count <= MAX_EMBED_INPUTS, "inputs", f"{count} inputs", f"1 to {MAX_EMBED_INPUTS} inputs")
+        for i, item in enumerate(self.inputs):
+            if not item:
+                raise InvalidArgument(f"inputs[{i}]", "must not be empty")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedResult:
+    """One vector per input, and the tokens of all inputs."""
+
+    embeddings: Sequence[Sequence[float]]
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """A model as served. Sizes are 0 where unknown or absent."""
+
+    name: str
+    context_length: int
+    capabilities: frozenset[Capability] = frozenset({Capability.GENERATE})
+    base_model: str = ""
+    backend: str = ""
+    embedding_size: int = 0
+    vocabulary_size: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """Load of a worker at one moment."""
+
+    state: WorkerState = WorkerState.SERVING
+    running: int = 0
+    waiting: int = 0
+    max_running: int = 0
+    max_waiting: int = 0
+    kv_cache_usage: float = 0.0
+    tokens_per_second: float = 0.0
+
+    @property
+    def queue_length(self) -> int:
+        """Running plus waiting (FastChat's queue length)."""
+        return self.running + self.waiting

@@ -1,0 +1,1 @@
+"""The Transformers engine: continuous batching, sampling, KV cache. Knows nothing of gRPC."""

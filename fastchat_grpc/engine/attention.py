@@ -1,0 +1,224 @@
+"""Attention over a ragged batch: the tokens of many sequences in one row, each with its own past.
+
+Registered with transformers under `PACKED`. A model that calls it runs all its other layers over all
+tokens of a step at once. Outside a step it behaves as "sdpa", so that the same model also serves
+ordinary padded batches.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from fastchat_grpc.engine.native import Kernels, rows_are_plain
+
+PACKED = "fastchat_packed"
+
+
+class Step(Protocol):
+    """One step's attention."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
+    ) -> torch.Tensor:
+        """Attention of the step's tokens; all (tokens, heads, size), of which the last may differ for values."""
+        ...
+
+
+class CannotPack(Exception):
+    """The model's attention has a part that packed attention does not have; it needs the generic runner."""
+
+
+_current = threading.local()
+
+
+@contextmanager
+def running(step: Step) -> Iterator[None]:
+    """Let the model's attention layers work on `step`, in this thread."""
+    _current.step = step
+    try:
+        yield
+    finally:
+        _current.step = None
+
+
+def current_step() -> Step | None:
+    """The step that this thread's model works on."""
+    return getattr(_current, "step", None)
+
+
+def register() -> None:
+    """Make `PACKED` known to transformers. Safe to call again."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    def mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+        return None if current_step() is not None else sdpa_mask(*args, **kwargs)
+
+    AttentionInterface.register(PACKED, _packed_attention)
+    AttentionMaskInterface.register(PACKED, mask)
+
+
+_IGNORED = {"position_ids", "cache_position", "use_cache", "is_causal", "output_attentions", "output_hidden_states"}
+
+
+def _packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The interface of transformers: query (batch, heads, tokens, size) and so on, to (batch, tokens, heads, size)."""
+    step = current_step()
+    if step is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    for name, argument in kwargs.items():
+        if argument is not None and argument is not False and name not in _IGNORED:
+            raise CannotPack(f"attention has {name}")
+    if attention_mask is not None or query.shape[0] != 1 or not getattr(module, "is_causal", True):
+        raise CannotPack("attention is not plainly causal")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    out = step.attend(
+        layer, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), scale, sliding_window
+    )
+    return out[None], None
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """A piece of a prompt in a step: its rows, and the places of all its tokens so far in the pool."""
+
+    begin: int
+    end: int
+    context: torch.Tensor
+    """(past + new tokens,) places."""
+
+    @property
+    def past(self) -> int:
+        """Tokens before the piece."""
+        return len(self.context) - (self.end - self.begin)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PagedStep:
+    """A step over a block pool. The first `lengths` rows are single tokens; the rest are pieces of prompts."""
+
+    keys: list[torch.Tensor]
+    """Per layer (tokens, heads, size)."""
+    values: list[torch.Tensor]
+    places: torch.Tensor
+    """(tokens of the step,) where their keys and values go."""
+    contexts: torch.Tensor
+    """(single tokens, longest context) places of each one's context, itself last; padded with any place."""
+    lengths: torch.Tensor
+    """(single tokens,) lengths of the contexts."""
+    prefills: tuple[Prefill, ...]
+    kernels: Kernels | None = None
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
+    ) -> torch.Tensor:
+        keys, values = self.keys[layer], self.values[layer]
+        native = self.kernels is not None and rows_are_plain(query) and rows_are_plain(key) and rows_are_plain(value)
+        kernels = self.kernels if native else None
+        store = _store if kernels is None else kernels.store
+        store(keys, key, self.places)
+        store(values, value, self.places)
+        singles = len(self.lengths)
+        together = attend_singles if kernels is None else kernels.attend_singles
+        if singles == len(query):
+            return together(query, keys, values, self.contexts, self.lengths, scale, window)
+        out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
+        if singles:
+            out[:singles] = together(query[:singles], keys, values, self.contexts, self.lengths, scale, window)
+        for piece in self.prefills:
+            rows = slice(piece.begin, piece.end)
+            if piece.past:
+                context_keys, context_values = keys[piece.context], values[piece.context]
+            else:
+                context_keys, context_values = key[rows], value[rows]
+            out[rows] = attend_piece(query[rows], context_keys, context_values, scale, window)
+        return out
+
+
+def _store(pool: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> None:
+    pool.index_copy_(0, places, rows)
+
+
+def attend_singles(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    contexts: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """One query token per sequence, (n, heads, size), over contexts gathered from the pool."""
+    count, longest = contexts.shape
+    gathered_keys = keys[contexts].transpose(1, 2)
+    gathered_values = values[contexts].transpose(1, 2)
+    positions = torch.arange(longest, device=lengths.device)
+    mask = positions < lengths[:, None]
+    if window is not None:
+        mask &= positions >= lengths[:, None] - window
+    # The query heads that share a key head stand where a kernel expects query tokens: no keys are repeated.
+    grouped = query.reshape(count, keys.shape[1], -1, query.shape[2])
+    out = sdpa(grouped, gathered_keys, gathered_values, attn_mask=mask[:, None, None], scale=scale)
+    return out.reshape(count, query.shape[1], values.shape[2])
+
+
+def attend_piece(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: int | None
+) -> torch.Tensor:
+    """Successive query tokens, (n, heads, size), over the keys of all tokens up to the last of them."""
+    count, total = query.shape[0], keys.shape[0]
+    mask = None
+    if count < total or window is not None:
+        positions = torch.arange(total, device=query.device)
+        own = positions[total - count :, None]
+        mask = positions <= own
+        if window is not None:
+            mask &= positions > own - window
+    out = sdpa(
+        query.transpose(0, 1)[None],
+        keys.transpose(0, 1)[None],
+        values.transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=query.shape[1] != keys.shape[1],
+    )
+    return out[0].transpose(0, 1)
+
+
+@dataclass(slots=True)
+class WholeStep:
+    """Whole sequences, one after the other, without a cache. Records what each layer would store."""
+
+    lengths: list[int]
+    shapes: dict[int, tuple[int, int, int, torch.dtype, torch.device]] = field(default_factory=dict)
+    """layer -> heads, key size, value size, dtype, device."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
+    ) -> torch.Tensor:
+        self.shapes[layer] = (key.shape[1], key.shape[2], value.shape[2], key.dtype, key.device)
+        parts = zip(*(torch.split(x, self.lengths) for x in (query, key, value)), strict=True)
+        return torch.cat([attend_piece(q, k, v, scale, window) for q, k, v in parts])

@@ -1,0 +1,151 @@
+"""Puts an engine together for a loaded model: which runner, how large a cache, how many threads."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fastchat_grpc.config import BackendConfig, EngineConfig
+from fastchat_grpc.core import Capability
+from fastchat_grpc.engine.embedder import Embedder
+from fastchat_grpc.engine.engine import Delivery, Engine
+from fastchat_grpc.engine.grammar import GrammarCompiler
+from fastchat_grpc.engine.kv_cache import BlockPool
+from fastchat_grpc.engine.model_runner import BLOCK_SIZE, ModelRunner, PackedRunner, make_packed_runner
+from fastchat_grpc.engine.scheduler import Scheduler, SchedulerLimits
+from fastchat_grpc.engine.sequential_runner import SequentialRunner
+from fastchat_grpc.errors import ModelLoadError
+from fastchat_grpc.models.detect import ModelKind
+from fastchat_grpc.models.loading import LoadedModel
+
+log = logging.getLogger(__name__)
+
+CPU_CACHE_BYTES = 2 * 1024**3
+CPU_CACHE_CONTEXTS = 4
+"""Whole contexts that the cache holds at least on a CPU, if memory allows."""
+MEMORY_PART = {"cpu": 0.4, "cuda": 0.85}
+"""Most of the free memory that the cache takes."""
+MAX_RUNNING = {"cpu": 64}
+MAX_RUNNING_ELSEWHERE = 256
+PREFILL_TOKENS = {"cpu": 256}
+PREFILL_TOKENS_ELSEWHERE = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltEngine:
+    """An engine with what belongs to it."""
+
+    engine: Engine
+    loaded: LoadedModel
+    embedder: Embedder
+    grammars: GrammarCompiler
+    context_length: int
+    """The model's, or what the cache holds if that is less."""
+    max_running: int
+    capabilities: frozenset[Capability]
+
+
+def build_engine(
+    loaded: LoadedModel, config: BackendConfig, settings: EngineConfig, deliver: Callable[[list[Delivery]], None]
+) -> BuiltEngine:
+    """Make the engine of a model; it does not run yet.
+
+    Raises:
+        ModelLoadError: not even one block of the cache fits into memory.
+    """
+    device = loaded.device.type
+    torch.set_num_threads(settings.threads or _cpu_count())
+    with torch.inference_mode():
+        runner = _runner(loaded)
+    max_running = config.model.max_running or MAX_RUNNING.get(device, MAX_RUNNING_ELSEWHERE)
+    block_count = _block_count(runner, loaded, settings, max_running)
+    if isinstance(runner, PackedRunner):
+        runner.allocate(block_count)
+    context_length = min(loaded.context_length, block_count * BLOCK_SIZE)
+    limits = SchedulerLimits(
+        max_running=max_running,
+        prefill_tokens=settings.prefill_tokens or PREFILL_TOKENS.get(device, PREFILL_TOKENS_ELSEWHERE),
+        reuse_prefixes=runner.reuses_prefixes and settings.prefix_cache,
+        whole_prompts=runner.whole_prompts,
+    )
+    log.info(
+        "%s, %d requests at once, cache of %d tokens", type(runner).__name__, max_running, block_count * BLOCK_SIZE
+    )
+    engine = Engine(
+        runner,
+        Scheduler(BlockPool(block_count, BLOCK_SIZE), limits),
+        loaded.tokenizer,
+        deliver,
+        context_length=context_length,
+        stream_interval=config.stream_interval,
+        seed=config.model.seed,
+    )
+    return BuiltEngine(
+        engine=engine,
+        loaded=loaded,
+        embedder=Embedder(
+            loaded.base, loaded.pooling.value, loaded.adapters.activate, packed=isinstance(runner, PackedRunner)
+        ),
+        grammars=GrammarCompiler(loaded.tokenizer),
+        context_length=context_length,
+        max_running=max_running,
+        capabilities=_capabilities(loaded),
+    )
+
+
+def _runner(loaded: LoadedModel) -> ModelRunner:
+    runner = make_packed_runner(loaded.base, loaded.adapters.activate) if loaded.kind is ModelKind.DECODER else None
+    return runner or SequentialRunner(loaded.base, loaded.adapters.activate)
+
+
+def _block_count(runner: ModelRunner, loaded: LoadedModel, settings: EngineConfig, max_running: int) -> int:
+    """Blocks of the cache. Where caches are the model's own, they only count tokens."""
+    context_blocks = -(-loaded.context_length // BLOCK_SIZE)
+    if settings.kv_cache_tokens is not None:
+        return max(1, settings.kv_cache_tokens // BLOCK_SIZE)
+    most = context_blocks * max_running
+    if not isinstance(runner, PackedRunner):
+        return min(most, context_blocks * 8)
+    per_block = runner.bytes_per_token * BLOCK_SIZE
+    device = loaded.device.type
+    room = int(_free_bytes(loaded.device) * MEMORY_PART.get(device, 0.5))
+    if device == "cpu":
+        room = min(room, max(CPU_CACHE_BYTES, CPU_CACHE_CONTEXTS * context_blocks * per_block))
+    blocks = min(most, room // per_block)
+    if blocks < 1:
+        raise ModelLoadError(
+            f"no memory for the KV cache: {room >> 20} MiB are free, a block takes {per_block >> 10} KiB"
+        )
+    if blocks < context_blocks:
+        log.warning(
+            "the KV cache holds %d tokens, less than the context of %d", blocks * BLOCK_SIZE, loaded.context_length
+        )
+    return blocks
+
+
+def _capabilities(loaded: LoadedModel) -> frozenset[Capability]:
+    can = set(loaded.capabilities)
+    if Capability.GENERATE in can:
+        can |= {Capability.LOGPROBS, Capability.RESUME}
+        if GrammarCompiler.available() and loaded.tokenizer.eos_token_ids:
+            can.add(Capability.STRUCTURED_OUTPUT)
+    return frozenset(can)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "cpu":
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    accelerator = getattr(torch, device.type, None)
+    if accelerator is not None and hasattr(accelerator, "mem_get_info"):
+        return int(accelerator.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _cpu_count() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

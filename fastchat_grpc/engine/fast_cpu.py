@@ -1,0 +1,203 @@
+"""Llama-shaped decoder layers on the CPU with few, large operations.
+
+At a few rows per step, a layer of transformers costs as much in Python and small operations as in its
+products. Layers of the families below are all the same computation, so here it is written once, over the
+packed row of a step: fused products with weights laid out for the machine (oneDNN), and the kernels of
+kernels.c between them. Outside a packed step a layer runs as transformers wrote it. Whoever speeds a
+model up checks its outputs against those from before, and can undo it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fastchat_grpc.engine.attention import current_step
+from fastchat_grpc.engine.native import Kernels
+
+log = logging.getLogger(__name__)
+
+FAMILIES = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
+PACK_FOR_ROWS = 64
+"""oneDNN lays weights out for a number of rows; this one is good from 1 to hundreds."""
+
+Linear = Callable[[torch.Tensor], torch.Tensor]
+Undo = Callable[[], None]
+
+
+class PackedLinear(torch.nn.Module):
+    """A linear layer in oneDNN's own layout: weight (out, in) and bias (out,), float32 on the CPU."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self._bias = bias
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_FOR_ROWS)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return out
+
+
+class Slice(torch.nn.Module):
+    """Some outputs of a fused layer, for code that wants one of its parts."""
+
+    def __init__(self, whole: Linear, begin: int, end: int) -> None:
+        super().__init__()
+        self._whole = [whole]  # in a list: not a submodule once more
+        self._begin, self._end = begin, end
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._whole[0](x)[..., self._begin : self._end]
+
+
+def speed_up(model: Any, kernels: Kernels) -> Undo | None:
+    """Speed up the layers of a float32 model on the CPU. Returns how to undo it, or None where nothing was done."""
+    layers = [m for m in model.modules() if type(m).__name__ in FAMILIES and _suits(m)]
+    if not layers or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return None
+    done: list[Undo] = []
+    for layer in layers:
+        done.append(_speed_up_layer(layer, kernels))
+    head = model.get_output_embeddings()
+    if _weights(head) is not None:
+        model.set_output_embeddings(fuse([head]))
+        done.append(lambda: model.set_output_embeddings(head))
+
+    def undo() -> None:
+        for step in reversed(done):
+            step()
+
+    log.info("%d layers run on the fast path for CPUs", len(layers))
+    return undo
+
+
+class FastLayer:
+    """The forward of one decoder layer."""
+
+    def __init__(self, layer: Any, kernels: Kernels) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self._kernels = kernels
+        self._ordinary = layer.forward
+        self._index: int = attention.layer_idx
+        self._size: int = attention.head_dim
+        self._scale: float = attention.scaling
+        self._window: int | None = getattr(attention, "sliding_window", None)
+        if type(attention).__name__ == "MistralAttention":
+            self._window = attention.config.sliding_window
+        self._heads: int = attention.config.num_attention_heads
+        self._kv_heads: int = attention.config.num_key_value_heads
+        self._norms = [(n.weight, n.variance_epsilon) for n in (layer.input_layernorm, layer.post_attention_layernorm)]
+        self._head_norms = [
+            (n.weight, n.variance_epsilon)
+            for n in (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None))
+            if n
+        ]
+        self._qkv = fuse([attention.q_proj, attention.k_proj, attention.v_proj])
+        self._o = fuse([attention.o_proj])
+        self._gate_up = fuse([mlp.gate_proj, mlp.up_proj])
+        self._down = fuse([mlp.down_proj])
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        step = current_step()
+        if step is None:
+            out: torch.Tensor = self._ordinary(hidden_states, *args, **kwargs)
+            return out
+        kernels, x = self._kernels, hidden_states[0]
+        weight, epsilon = self._norms[0]
+        x = x + self._attend(step, kernels.rms_norm(x, weight, epsilon, 0.0), kwargs["position_embeddings"])
+        weight, epsilon = self._norms[1]
+        both = self._gate_up(kernels.rms_norm(x, weight, epsilon, 0.0))
+        half = both.shape[1] // 2
+        x += self._down(kernels.silu_and_multiply(both[:, :half], both[:, half:]))
+        return x[None]
+
+    def _attend(self, step: Any, x: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        heads, kv_heads = self._heads, self._kv_heads
+        qkv = self._qkv(x).view(len(x), heads + 2 * kv_heads, self._size)
+        if self._head_norms:
+            parts = zip(torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)[:2], self._head_norms, strict=True)
+            for part, (weight, epsilon) in parts:
+                part.copy_(self._kernels.rms_norm(part, weight, epsilon, 0.0))
+        self._kernels.rotate(qkv[:, : heads + kv_heads], positions[0][0], positions[1][0])
+        query, key, value = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
+        out = step.attend(self._index, query, key, value, self._scale, self._window)
+        return self._o(out.view(len(x), -1))
+
+
+def fuse(linears: Sequence[Any]) -> Linear:
+    """Linear layers of one input as one: their outputs side by side."""
+    known = [weights for weights in map(_weights, linears) if weights is not None]
+    if len(known) == len(linears):
+        return PackedLinear(torch.cat([weight.detach() for weight, _ in known]), _join(*zip(*known, strict=True)))
+    whole = _whole(linears)
+    if whole is not None:
+        weights = _weights(whole)
+        return whole if weights is None else PackedLinear(*weights)
+    return lambda x: torch.cat([linear(x) for linear in linears], dim=-1)
+
+
+def _whole(linears: Sequence[Any]) -> Any:
+    """The one layer that computes all of them, where the loader (models.cpu_linear) has made one, else None."""
+    if len(linears) == 1 and not hasattr(linears[0], "fused"):
+        return linears[0]
+    fused = [getattr(linear, "fused", None) for linear in linears]
+    return fused[0].layer if fused[0] is not None and all(f is fused[0] for f in fused) else None
+
+
+def _join(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    if all(bias is None for bias in biases):
+        return None
+    return torch.cat([torch.zeros(len(w)) if b is None else b.detach() for w, b in zip(weights, biases, strict=True)])
+
+
+def _weights(linear: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Weight (out, in) and bias of a layer that keeps them in float32, else None."""
+    if type(linear) is torch.nn.Linear and linear.weight.dtype == torch.float32:
+        return linear.weight, linear.bias
+    transposed = getattr(linear, "_transposed", None)  # models.cpu_linear.TransposedLinear
+    return None if transposed is None else (transposed.t(), linear._bias)
+
+
+def _suits(layer: Any) -> bool:
+    """Whether a layer is computed as FastLayer does. (That it is a known family says the rest.)"""
+    attention, mlp = layer.self_attn, layer.mlp
+    weight = layer.input_layernorm.weight
+    return (
+        weight.dtype == torch.float32
+        and weight.device.type == "cpu"
+        and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+        and not hasattr(layer, "_hf_hook")
+        and attention.config.num_attention_heads % attention.config.num_key_value_heads == 0
+    )
+
+
+def _speed_up_layer(layer: Any, kernels: Kernels) -> Undo:
+    """Give a layer its fast forward; fused weights replace the originals, which share their storage no more."""
+    fast = FastLayer(layer, kernels)
+    kept: list[tuple[Any, str, Any]] = []
+    for owner, names, whole in (
+        (layer.self_attn, ("q_proj", "k_proj", "v_proj"), fast._qkv),
+        (layer.self_attn, ("o_proj",), fast._o),
+        (layer.mlp, ("gate_proj", "up_proj"), fast._gate_up),
+        (layer.mlp, ("down_proj",), fast._down),
+    ):
+        if not isinstance(whole, PackedLinear):
+            continue
+        begin = 0
+        for name in names:
+            linear = getattr(owner, name)
+            kept.append((owner, name, linear))
+            setattr(owner, name, Slice(whole, begin, begin + linear.out_features))
+            begin += linear.out_features
+    layer.forward = fast
+
+    def undo() -> None:
+        del layer.forward
+        for owner, name, linear in kept:
+            setattr(owner, name, linear)
+
+    return undo

@@ -1,0 +1,276 @@
+"""Runs a step through the model: all tokens of all sequences in one forward pass."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastchat_grpc.engine.attention import PACKED, CannotPack, PagedStep, Prefill, WholeStep, register, running
+from fastchat_grpc.engine.fast_cpu import speed_up
+from fastchat_grpc.engine.native import kernels
+from fastchat_grpc.engine.request import Batch, Chunk, Sequence
+
+log = logging.getLogger(__name__)
+
+BLOCK_SIZE = 16
+PROBE_LENGTHS = 7, 5
+FAST_TOLERANCE = 0.01
+PROBE_TOLERANCE = 0.05
+"""Relative error; a model that packing does not suit is off by about 1, an 8-bit one by up to 0.02."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepLogits:
+    """Logits of a step, float32, for the rows that somebody wants."""
+
+    logits: torch.Tensor
+    """(rows, vocabulary)"""
+    sampled: list[int]
+    """The row of each of `Batch.sampled`."""
+    prompts: list[tuple[Chunk, int]]
+    """Chunks whose every token's logits are here, and the first one's row."""
+
+
+class ModelRunner(Protocol):
+    """Computes chunks, and owns what it keeps of sequences."""
+
+    whole_prompts: bool
+    """Whether a prompt must be computed in one piece."""
+    reuses_prefixes: bool
+    """Whether blocks of one sequence can serve another."""
+
+    def run(self, batch: Batch) -> StepLogits:
+        """Compute the batch, then carry out its forks."""
+        ...
+
+    def release(self, sequence: Sequence) -> None:
+        """Free what is kept for a sequence beside the block pool."""
+        ...
+
+
+class PackedRunner:
+    """For models whose attention goes through transformers' AttentionInterface: one ragged row, a paged cache."""
+
+    whole_prompts = False
+    reuses_prefixes = True
+
+    def __init__(
+        self,
+        model: Any,
+        shapes: dict[int, tuple[int, int, int, torch.dtype, torch.device]],
+        activate: Callable[[str], None],
+        fast: bool,
+    ) -> None:
+        self._model = model
+        self._activate = activate
+        self._device: torch.device = model.get_input_embeddings().weight.device
+        self._shapes = [shapes[layer] for layer in range(len(shapes))]
+        on_cpu = all(dtype == torch.float32 and device.type == "cpu" for *_, dtype, device in self._shapes)
+        self._kernels = kernels() if on_cpu and fast else None
+        self._keys: list[torch.Tensor] = []
+        self._values: list[torch.Tensor] = []
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Size of one token's keys and values."""
+        return sum(heads * (k + v) * dtype.itemsize for heads, k, v, dtype, _ in self._shapes)
+
+    def allocate(self, block_count: int) -> None:
+        """Make the cache. Zeros: padding reads arbitrary places, and no garbage may be NaN there."""
+        tokens = block_count * BLOCK_SIZE
+        self._keys = [torch.zeros(tokens, h, k, dtype=t, device=d) for h, k, _, t, d in self._shapes]
+        self._values = [torch.zeros(tokens, h, v, dtype=t, device=d) for h, _, v, t, d in self._shapes]
+
+    def run(self, batch: Batch) -> StepLogits:
+        wanted = Wanted(batch)
+        parts = [self._forward(chunks, adapter, wanted) for adapter, chunks in by_adapter(batch).items()]
+        for parent, child in batch.forks:
+            self._fork(parent, child)
+        return wanted.result(parts)
+
+    def _forward(self, chunks: list[Chunk], adapter: str, wanted: Wanted) -> torch.Tensor:
+        step, input_ids, positions = self._pack(chunks)
+        rows = np.array(wanted.rows(chunks), dtype=np.int64)
+        self._activate(adapter)
+        with running(step):
+            output = self._model(
+                input_ids=self._tensor(input_ids)[None],
+                position_ids=self._tensor(positions)[None],
+                use_cache=False,
+                logits_to_keep=self._tensor(rows),
+            )
+        logits: torch.Tensor = output.logits[0].float()
+        return logits
+
+    def release(self, sequence: Sequence) -> None:
+        sequence.runner_state = None
+
+    def _pack(self, chunks: Rows[Chunk]) -> tuple[PagedStep, NDArray[np.int64], NDArray[np.int64]]:
+        singles = sum(chunk.count == 1 for chunk in chunks)
+        contexts = [_places(chunk.sequence, chunk.start + chunk.count) for chunk in chunks]
+        lengths = np.array([len(places) for places in contexts[:singles]], dtype=np.int64)
+        padded = np.zeros((singles, max(lengths, default=0)), dtype=np.int64)
+        for row, places in zip(padded, contexts, strict=False):
+            row[: len(places)] = places
+        prefills, begin = [], singles
+        for chunk, places in zip(chunks[singles:], contexts[singles:], strict=True):
+            prefills.append(Prefill(begin, begin + chunk.count, self._tensor(places)))
+            begin += chunk.count
+        step = PagedStep(
+            keys=self._keys,
+            values=self._values,
+            places=self._tensor(np.concatenate([p[c.start :] for c, p in zip(chunks, contexts, strict=True)])),
+            contexts=self._tensor(padded),
+            lengths=self._tensor(lengths),
+            prefills=tuple(prefills),
+            kernels=self._kernels,
+        )
+        input_ids = [t for c in chunks for t in c.sequence.tokens[c.start : c.start + c.count]]
+        positions = np.concatenate([np.arange(c.start, c.start + c.count) for c in chunks])
+        return step, np.array(input_ids, dtype=np.int64), positions
+
+    def _fork(self, parent: Sequence, child: Sequence) -> None:
+        """Copy the block that is not full; full ones are shared already."""
+        for source, target in zip(parent.table.blocks, child.table.blocks, strict=False):
+            if source != target:
+                a, b = source * BLOCK_SIZE, target * BLOCK_SIZE
+                for cache in (*self._keys, *self._values):
+                    cache[b : b + BLOCK_SIZE] = cache[a : a + BLOCK_SIZE]
+
+    def _tensor(self, array: NDArray[np.int64]) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+
+class _Places:
+    """Where a sequence's tokens are in the pool, as numbers that grow with its table."""
+
+    __slots__ = ("blocks", "known", "places")
+
+    def __init__(self, blocks: list[int]) -> None:
+        self.blocks = blocks
+        self.known = 0
+        self.places = np.zeros(0, dtype=np.int64)
+
+
+def _places(sequence: Sequence, count: int) -> NDArray[np.int64]:
+    """Places of a sequence's first tokens."""
+    state: _Places | None = sequence.runner_state
+    blocks = sequence.table.blocks
+    # A preempted sequence comes back with another list.
+    if state is None or state.blocks is not blocks:
+        state = sequence.runner_state = _Places(blocks)
+    if state.known < len(blocks):
+        fresh = np.array(blocks[state.known :], dtype=np.int64)[:, None] * BLOCK_SIZE + np.arange(BLOCK_SIZE)
+        state.places = np.concatenate((state.places, fresh.reshape(-1)))
+        state.known = len(blocks)
+    return state.places[:count]
+
+
+def by_adapter(batch: Batch) -> dict[str, list[Chunk]]:
+    """Chunks by the LoRA adapter that they run with, in the order of the batch."""
+    groups: dict[str, list[Chunk]] = {}
+    for chunk in batch.chunks:
+        groups.setdefault(chunk.sequence.request.adapter, []).append(chunk)
+    return groups
+
+
+class Wanted:
+    """Keeps account of whose logits are where, while a batch runs in parts."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._last: dict[int, int] = {}
+        self._prompts: list[tuple[Chunk, int]] = []
+        self._count = 0
+
+    def rows(self, chunks: Rows[Chunk]) -> list[int]:
+        """Rows of the next part, one for each token of its chunks, whose logits are wanted."""
+        rows: list[int] = []
+        begin = 0
+        for chunk in chunks:
+            if wants_every(chunk):
+                self._prompts.append((chunk, self._count + len(rows)))
+                rows.extend(range(begin, begin + chunk.count))
+            elif chunk.samples:
+                rows.append(begin + chunk.count - 1)
+            self._last[id(chunk.sequence)] = self._count + len(rows) - 1
+            begin += chunk.count
+        self._count += len(rows)
+        return rows
+
+    def result(self, parts: list[torch.Tensor]) -> StepLogits:
+        """The parts' logits together."""
+        sampled = [self._last[id(chunk.sequence)] for chunk in self._batch.chunks if chunk.samples]
+        sampled += [self._last[id(parent)] for parent, _ in self._batch.forks]
+        return StepLogits(parts[0] if len(parts) == 1 else torch.cat(parts), sampled, self._prompts)
+
+
+def wants_every(chunk: Chunk) -> bool:
+    """Whether log probabilities of the prompt ask for the logits of all tokens of a chunk."""
+    return chunk.sequence.request.wants_prompt_logprobs and chunk.start < chunk.sequence.prompt_length
+
+
+def make_packed_runner(model: Any, activate: Callable[[str], None], *, fast: bool = True) -> PackedRunner | None:
+    """A PackedRunner if the model computes the same with it as without, else None and the model as it was.
+
+    `fast` allows the kernels and layers that are made for CPUs; they are kept only if they change nothing either.
+    """
+    before = model.config._attn_implementation
+    register()
+    try:
+        model.set_attn_implementation(PACKED)
+        probe = _Probe(model)
+        if not probe.passes(PROBE_TOLERANCE):
+            raise CannotPack(f"the output is off by {probe.error:.2g}")
+    except Exception as error:
+        log.info("packed attention does not suit this model: %s", error)
+        model.set_attn_implementation(before)
+        return None
+    native = kernels() if fast else None
+    undo = speed_up(model, native) if native is not None else None
+    if undo is not None and not probe.passes(FAST_TOLERANCE):
+        log.warning("the fast path for CPUs is off by %.2g on this model, and left out", probe.error)
+        undo()
+    return PackedRunner(model, probe.shapes, activate, fast)
+
+
+class _Probe:
+    """Two short sequences packed, against each one alone, computed by transformers in its own way."""
+
+    def __init__(self, model: Any) -> None:
+        embedding = model.get_input_embeddings().weight
+        generator = torch.Generator().manual_seed(0)
+        pieces = [torch.randint(embedding.shape[0], (1, n), generator=generator) for n in PROBE_LENGTHS]
+        pieces = [piece.to(embedding.device) for piece in pieces]
+        self._model = model
+        self._ids = torch.cat(pieces, dim=1)
+        self._positions = torch.cat([torch.arange(n, device=embedding.device) for n in PROBE_LENGTHS])[None]
+        self._expected = torch.cat([model(input_ids=ids, use_cache=False).logits[0] for ids in pieces]).float()
+        self.shapes: dict[int, tuple[int, int, int, torch.dtype, torch.device]] = {}
+        self.error = float("inf")
+
+    def passes(self, tolerance: float) -> bool:
+        """Whether the packed model gives the same logits, up to a relative error."""
+        step = WholeStep(list(PROBE_LENGTHS))
+        keep = torch.arange(self._ids.shape[1], device=self._ids.device)
+        with running(step):
+            output = self._model(
+                input_ids=self._ids, position_ids=self._positions, use_cache=False, logits_to_keep=keep
+            )
+        self.error = float((output.logits[0].float() - self._expected).norm() / self._expected.norm())
+        self.shapes = step.shapes
+        return self.error < tolerance and bool(step.shapes) and set(step.shapes) == set(range(len(step.shapes)))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed, on whatever device."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "memory" in str(error) and "alloc" in str(error)

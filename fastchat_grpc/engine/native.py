@@ -1,0 +1,161 @@
+"""The kernels of kernels.c, compiled on first use. Where that is not possible torch does the same, slower."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from fastchat_grpc.models.embedded import cache_root
+
+log = logging.getLogger(__name__)
+
+SWITCH = "FASTCHAT_GRPC_NATIVE"
+"""Environment variable; 0 leaves the kernels out."""
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c11", "-shared", "-fPIC")
+COMPILE_TIMEOUT_S = 60
+
+_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_SIGNATURES = {
+    "attend_singles": (*[_POINTER] * 6, *[_INT] * 8, _FLOAT),
+    "store": (*[_POINTER] * 3, *[_INT] * 3),
+    "rms_norm": (*[_POINTER] * 3, *[_INT] * 2, *[_FLOAT] * 2),
+    "silu_and_multiply": (*[_POINTER] * 3, *[_INT] * 4),
+    "rotate": (*[_POINTER] * 3, *[_INT] * 4),
+}
+
+
+class Kernels:
+    """The compiled kernels, for float32 tensors on the CPU whose last dimension is contiguous."""
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        for name, signature in _SIGNATURES.items():
+            getattr(library, name).argtypes = signature
+            getattr(library, name).restype = ctypes.c_int if name == "attend_singles" else None
+        self._library = library
+
+    def attend_singles(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        contexts: torch.Tensor,
+        lengths: torch.Tensor,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """As `attention.attend_singles`."""
+        n, heads, size = query.shape
+        kv_heads, value_size = values.shape[1:]
+        out = torch.empty(n, heads, value_size)
+        failed = self._library.attend_singles(
+            out.data_ptr(),
+            query.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            contexts.data_ptr(),
+            lengths.data_ptr(),
+            n,
+            contexts.shape[1],
+            kv_heads,
+            heads // kv_heads,
+            size,
+            value_size,
+            query.stride(0),
+            window or 0,
+            scale,
+        )
+        if failed:
+            raise MemoryError("no memory for attention scores")
+        return out
+
+    def store(self, pool: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> None:
+        """pool[places] = rows; (tokens, heads, size), (n, heads, size) and (n,)."""
+        width = pool.shape[1] * pool.shape[2]
+        self._library.store(pool.data_ptr(), rows.data_ptr(), places.data_ptr(), rows.shape[0], width, rows.stride(0))
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> torch.Tensor:
+        """x / sqrt(mean(x^2) + epsilon) * (offset + weight) over the last dimension."""
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        size = x.shape[-1]
+        self._library.rms_norm(
+            out.data_ptr(), x.data_ptr(), weight.data_ptr(), x.numel() // size, size, epsilon, offset
+        )
+        return out
+
+    def silu_and_multiply(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up, (rows, size) each."""
+        n, size = gate.shape
+        out = torch.empty(n, size)
+        self._library.silu_and_multiply(
+            out.data_ptr(), gate.data_ptr(), up.data_ptr(), n, size, gate.stride(0), up.stride(0)
+        )
+        return out
+
+    def rotate(self, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> None:
+        """Rotary embedding of x (n, heads, size) in place, with cosine and sine (n, size) in Hugging Face's layout."""
+        n, heads, size = x.shape
+        self._library.rotate(x.data_ptr(), cosine.data_ptr(), sine.data_ptr(), n, heads, size, x.stride(0))
+
+
+def rows_are_plain(x: torch.Tensor) -> bool:
+    """Whether x (n, heads, size) is float32 on the CPU with contiguous rows, which the kernels can read as it is."""
+    return (
+        x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.stride(2) == 1
+        and (x.shape[1] == 1 or x.stride(1) == x.shape[2])
+    )
+
+
+@functools.cache
+def kernels() -> Kernels | None:
+    """The kernels, compiled by the first call on a machine; None where that cannot be done."""
+    if os.environ.get(SWITCH) == "0":
+        return None
+    compiler = next((c for c in (os.environ.get("CC"), "cc", "gcc", "clang") if c and shutil.which(c)), None)
+    try:
+        source = Path(__file__).with_name("kernels.c").read_bytes()
+        # What -march=native means depends on the machine, and a home folder may be shared by several.
+        machine = platform.machine() + _cpu_flags()
+        name = hashlib.sha256(source + " ".join(FLAGS).encode() + machine.encode()).hexdigest()[:16]
+        path = cache_root() / "kernels" / f"{name}.so"
+        if not path.is_file():
+            if compiler is None:
+                log.info("no C compiler: the CPU kernels are left to torch")
+                return None
+            _compile(compiler, path)
+        return Kernels(path)
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("the CPU kernels cannot be compiled and are left to torch: %s", error)
+        return None
+
+
+def _compile(compiler: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        source = str(Path(__file__).with_name("kernels.c"))
+        command = [compiler, *FLAGS, source, "-o", str(made), "-lm"]
+        subprocess.run(command, check=True, timeout=COMPILE_TIMEOUT_S, capture_output=True)
+        # Renamed when whole, so that two starting workers do not meet half a file.
+        made.rename(path)
+
+
+def _cpu_flags() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")

@@ -1,0 +1,106 @@
+"""Runs any model that transformers can generate with, one sequence at a time.
+
+For encoder-decoders, recurrent states, and attention that cannot be packed. Each sequence keeps the cache
+object that the model itself makes, so nothing needs to be known of its kind.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastchat_grpc.engine.model_runner import StepLogits, Wanted, by_adapter, wants_every
+from fastchat_grpc.engine.request import Batch, Chunk, Sequence
+
+CACHE_NAMES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
+"""Under which models return what the next call must be given (transformers.generation.utils)."""
+RENAMED = {"mems": "past_key_values", "past_buckets_states": "past_key_values"}
+
+
+@dataclass(slots=True)
+class _State:
+    """What a sequence carries from step to step."""
+
+    cache: dict[str, Any] = field(default_factory=dict)
+    encoder_outputs: Any = None
+
+
+class SequentialRunner:
+    """See the module's documentation. The block pool only counts, to bound how much the caches grow."""
+
+    whole_prompts = True
+    reuses_prefixes = False
+
+    def __init__(self, model: Any, activate: Callable[[str], None]) -> None:
+        self._model = model
+        self._activate = activate
+        self._device: torch.device = model.get_input_embeddings().weight.device
+        self._encoder_decoder = bool(model.config.is_encoder_decoder)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def run(self, batch: Batch) -> StepLogits:
+        wanted = Wanted(batch)
+        parts = []
+        for adapter, chunks in by_adapter(batch).items():
+            self._activate(adapter)
+            for chunk in chunks:
+                parts.append(self._forward(chunk, every=wants_every(chunk)))
+                wanted.rows([chunk])
+        for parent, child in batch.forks:
+            child.runner_state = _fork(parent.runner_state)
+        return wanted.result(parts)
+
+    def release(self, sequence: Sequence) -> None:
+        sequence.runner_state = None
+
+    def _forward(self, chunk: Chunk, *, every: bool) -> torch.Tensor:
+        """Logits (1 or all tokens of the chunk, vocabulary) in float32."""
+        sequence = chunk.sequence
+        first = chunk.start == 0
+        if first:
+            sequence.runner_state = _State()
+        state: _State = sequence.runner_state
+        token_ids, fresh = sequence.tokens, chunk.count
+        arguments: dict[str, Any] = {"use_cache": True, **state.cache}
+        if self._encoder_decoder:
+            if first:
+                prompt = self._tensor(sequence.request.prompt)
+                state.encoder_outputs = self._model.get_encoder()(input_ids=prompt, return_dict=True)
+            arguments["encoder_outputs"] = state.encoder_outputs
+            token_ids = [self._start_token, *sequence.tokens[sequence.prompt_length :]]
+            fresh = len(token_ids) if first else chunk.count
+        # A model without a cache is given everything again.
+        known = bool(state.cache)
+        inputs = self._model.prepare_inputs_for_generation(
+            self._tensor(token_ids),
+            next_sequence_length=fresh if known else None,
+            is_first_iteration=first,
+            **arguments,
+        )
+        if self._keeps_logits and not every:
+            inputs["logits_to_keep"] = 1
+        output = self._model(**inputs, return_dict=True)
+        state.cache = {RENAMED.get(n, n): output[n] for n in CACHE_NAMES if output.get(n) is not None}
+        logits: torch.Tensor = output.logits[0] if every else output.logits[0, -1:]
+        return logits.float()
+
+    @property
+    def _start_token(self) -> int:
+        for config in (self._model.generation_config, self._model.config):
+            for name in ("decoder_start_token_id", "bos_token_id"):
+                token = getattr(config, name, None)
+                if token is not None:
+                    return int(token[0] if isinstance(token, list) else token)
+        return 0
+
+    def _tensor(self, token_ids: list[int]) -> torch.Tensor:
+        return torch.tensor([token_ids], device=self._device)
+
+
+def _fork(state: _State) -> _State:
+    return _State(copy.deepcopy(state.cache), state.encoder_outputs)

@@ -1,0 +1,1 @@
+"""The HTTP bridge: Envoy, its configuration and its process."""

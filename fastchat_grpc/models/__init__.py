@@ -1,0 +1,1 @@
+"""Models: finding, fetching and loading them; tokenizers and chat templates."""

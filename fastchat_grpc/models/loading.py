@@ -1,0 +1,204 @@
+"""Loading of any Hugging Face model for the engine: detection, device, dtype, weights, adapters."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastchat_grpc.config import ModelConfig
+from fastchat_grpc.core import Capability, ModelInfo
+from fastchat_grpc.errors import ModelLoadError
+from fastchat_grpc.models.adapters import LoraAdapters, load_adapters
+from fastchat_grpc.models.detect import Detected, ModelKind, Pooling, detect, first_line
+from fastchat_grpc.models.devices import (
+    Placement,
+    check_memory,
+    choose_dtype,
+    layer_devices,
+    place,
+    placement_arguments,
+)
+from fastchat_grpc.models.progress import loading_bars
+from fastchat_grpc.models.quantization_plan import INT8, QuantizationPlan, plan_quantization
+from fastchat_grpc.models.resolve import read_json, resolve
+from fastchat_grpc.models.tokenizer import HuggingFaceTokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model ready to run, and what an engine must know of it. The engine's thread owns `model`."""
+
+    model: Any
+    """transformers.PreTrainedModel, or the peft.PeftModel around it; in eval mode, without gradients."""
+    tokenizer: HuggingFaceTokenizer
+    kind: ModelKind
+    context_length: int
+    """Tokens of prompt and output together (of either, in an encoder-decoder)."""
+    vocabulary_size: int
+    """Columns of the logits; rows of the embedding."""
+    hidden_size: int
+    device: torch.device
+    """Where inputs go."""
+    layer_devices: tuple[torch.device, ...]
+    """Where each decoder layer computes, and so where its part of the KV cache belongs."""
+    dtype: torch.dtype
+    """Of activations, and so of the KV cache."""
+    adapters: LoraAdapters
+    pooling: Pooling = Pooling.MEAN
+    """How embeddings are made of the last hidden states."""
+    quantization: str = ""
+    """How weights are stored, such as "int8"; empty: as `dtype`."""
+
+    @property
+    def base(self) -> Any:
+        """The model without the wrapper of its adapters."""
+        return self.model.get_base_model() if self.adapters.names else self.model
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """What the model can do, with any engine that runs it fully."""
+        if self.kind is ModelKind.EMBEDDING:
+            return frozenset({Capability.EMBED})
+        can = {Capability.GENERATE, Capability.EMBED}
+        if self.tokenizer.chat_template:
+            can.add(Capability.CHAT)
+        return frozenset(can)
+
+    def infos(self, names: tuple[str, ...], capabilities: frozenset[Capability]) -> tuple[ModelInfo, ...]:
+        """The model under each of its names, and each LoRA adapter as a model of its own."""
+        base = names[0]
+
+        def info(name: str, base_model: str = "") -> ModelInfo:
+            return ModelInfo(
+                name=name,
+                base_model=base_model,
+                context_length=self.context_length,
+                capabilities=capabilities,
+                backend="transformers",
+                embedding_size=self.hidden_size if Capability.EMBED in capabilities else 0,
+                vocabulary_size=self.vocabulary_size,
+            )
+
+        return (*(info(name) for name in names), *(info(name, base) for name in self.adapters.names))
+
+
+def load_model(settings: ModelConfig) -> LoadedModel:
+    """Load the model that `settings` name, with its tokenizer and adapters.
+
+    Raises:
+        ModelLoadError: the model is missing, broken, too large, or not supported on this machine.
+    """
+    source = resolve(settings.path, settings.revision)
+    adapter_folders = _adapter_folders(source, settings)
+    found = detect(source, settings)
+    placement = place(settings)
+    quantization = plan_quantization(settings, found.config, placement.device)
+    dtype = choose_dtype(settings.dtype, placement.device, found.stored_dtype, full=found.prefers_full_precision)
+    if not quantization.stored and not quantization.arguments:
+        check_memory(source, placement, dtype, found.stored_dtype)
+    tokenizer = _load_tokenizer(source, found, settings)
+
+    def load_plain() -> tuple[Any, LoraAdapters]:
+        model = _load_weights(source, found, placement, dtype, quantization, settings)
+        return load_adapters(model, adapter_folders)
+
+    from fastchat_grpc.models.cpu import Unsuitable, speed_up
+
+    model, adapters = load_plain()
+    if quantization.own_layers and placement.device.type == "cpu" and dtype.is_floating_point and dtype.itemsize == 4:
+        try:
+            speed_up(model, found.kind, int8=quantization.method == INT8, avoid=tokenizer.special_token_ids)
+        except Unsuitable as error:
+            if quantization.method == INT8:
+                raise ModelLoadError(
+                    f"the model {source} cannot be run with 8-bit weights on the CPU: {error}"
+                ) from error
+            log.warning("this model runs with torch's own linear layers, as faster ones do not suit it (%s)", error)
+            model, adapters = load_plain()
+    return _describe(model, tokenizer, adapters, found, placement, quantization)
+
+
+def _adapter_folders(source: Path, settings: ModelConfig) -> dict[str, Path]:
+    """The folder of each LoRA adapter."""
+    folders = {name: resolve(path) for name, path in settings.lora_adapters.items()}
+    for name, folder in folders.items():
+        if not (folder / "adapter_config.json").is_file():
+            raise ModelLoadError(f"LoRA adapter {name}: no adapter_config.json in {folder}")
+    if (source / "adapter_config.json").is_file() and not (source / "config.json").is_file():
+        base = read_json(source / "adapter_config.json").get("base_model_name_or_path") or "its base model"
+        raise ModelLoadError(f"{source} is a LoRA adapter: use --model-path {base} --lora NAME={source}")
+    return folders
+
+
+def _load_tokenizer(source: Path, found: Detected, settings: ModelConfig) -> HuggingFaceTokenizer:
+    return load_tokenizer(
+        source,
+        chat_template=found.chat_template,
+        default_chat_template=found.default_chat_template,
+        stop_tokens=found.stop_tokens,
+        eos_token_ids=found.eos_token_ids,
+        vocabulary_size=found.vocabulary_size,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+def _load_weights(
+    source: Path,
+    found: Detected,
+    placement: Placement,
+    dtype: torch.dtype,
+    quantization: QuantizationPlan,
+    settings: ModelConfig,
+) -> Any:
+    arguments: dict[str, Any] = {"dtype": dtype, "trust_remote_code": settings.trust_remote_code}
+    arguments |= found.file_arguments | quantization.arguments | placement_arguments(placement)
+    try:
+        with loading_bars():
+            model, report = found.auto_class.from_pretrained(found.folder, output_loading_info=True, **arguments)
+    except Exception as error:  # transformers raises anything from KeyError to ImportError for a bad checkpoint
+        raise ModelLoadError(f"the model {source} cannot be loaded: {first_line(error)}") from error
+    _refuse_missing(source, report)
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+def _refuse_missing(source: Path, report: Mapping[str, Any]) -> None:
+    """transformers fills weights that a checkpoint lacks with random numbers; that is no model to serve."""
+    # A pooler is not used here, and checkpoints of masked language models come without one.
+    missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
+    if missing:
+        raise ModelLoadError(f"the checkpoint {source} lacks {len(missing)} tensors of the model, such as {missing[0]}")
+
+
+def _describe(
+    model: Any,
+    tokenizer: HuggingFaceTokenizer,
+    adapters: LoraAdapters,
+    found: Detected,
+    placement: Placement,
+    quantization: QuantizationPlan,
+) -> LoadedModel:
+    base = model.get_base_model() if adapters.names else model
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        kind=found.kind,
+        context_length=found.context_length,
+        vocabulary_size=tokenizer.vocabulary_size,
+        hidden_size=int(base.config.get_text_config().hidden_size),
+        device=placement.device,
+        layer_devices=layer_devices(base, placement.device),
+        dtype=base.dtype,
+        adapters=adapters,
+        pooling=found.pooling,
+        quantization=quantization.method,
+    )

@@ -1,0 +1,144 @@
+"""Which quantization a model is loaded with, and whether this machine can run it.
+
+on loading      int8 (--load-8bit)     CPU: models/quantization.py; GPU: bitsandbytes
+                bnb-8bit, bnb-4bit     bitsandbytes
+                none                   nothing, not even the faster layers of models/cpu_linear.py
+in the files    gptq, awq, compressed-tensors, bitsandbytes, fp8, ...: transformers reads the
+                checkpoint's quantization_config; here its needs are checked, for a clear refusal
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fastchat_grpc.config import ModelConfig
+from fastchat_grpc.errors import ModelLoadError
+
+if TYPE_CHECKING:
+    import torch
+
+INT8, BNB_8BIT, BNB_4BIT, NONE = "int8", "bnb-8bit", "bnb-4bit", "none"
+ON_LOADING = (INT8, BNB_8BIT, BNB_4BIT, NONE)
+
+_PACKAGES = {
+    "gptq": "gptqmodel",
+    "awq": "gptqmodel",
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed_tensors",
+    "torchao": "torchao",
+    "hqq": "hqq",
+    "quanto": "optimum.quanto",
+    "auto-round": "auto_round",
+}
+"""What transformers needs to read a checkpoint of each method."""
+_GPU_ONLY = frozenset({"fp8", "fbgemm_fp8", "mxfp4", "eetq", "aqlm", "vptq", "spqr", "higgs", "fp_quant"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizationPlan:
+    """What to do about weights."""
+
+    method: str = ""
+    """How weights end up: empty (as they are), a name of ON_LOADING, or the checkpoint's method."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """For from_pretrained."""
+    stored: bool = False
+    """Whether the checkpoint itself is quantized."""
+
+    @property
+    def own_layers(self) -> bool:
+        """Whether the plain linear layers may be replaced by our own for the CPU."""
+        return not self.stored and self.method in ("", INT8)
+
+
+def plan_quantization(settings: ModelConfig, config: Any, device: torch.device) -> QuantizationPlan:
+    """Decide how weights are quantized.
+
+    Args:
+        settings: what the user asks for.
+        config: the model's configuration (transformers).
+        device: where the model goes.
+
+    Raises:
+        ModelLoadError: the method is unknown, or cannot run here.
+    """
+    wanted = _wanted(settings)
+    stored = _stored_method(config)
+    if stored:
+        if wanted not in (None, NONE, stored):
+            raise ModelLoadError(f"the checkpoint is quantized already ({stored}); leave out --quantization {wanted}")
+        _check_stored(stored, device)
+        return QuantizationPlan(method=stored, stored=True)
+    if wanted is None:
+        return QuantizationPlan()
+    if wanted not in ON_LOADING:
+        raise ModelLoadError(
+            f"--quantization {wanted}: the checkpoint is not quantized so; choose one of {', '.join(ON_LOADING)}"
+        )
+    if wanted == INT8 and device.type != "cpu":
+        wanted = BNB_8BIT
+    if wanted in (BNB_8BIT, BNB_4BIT):
+        return QuantizationPlan(method=wanted, arguments={"quantization_config": _bitsandbytes(wanted, device)})
+    if wanted == INT8:
+        _check_int8()
+    return QuantizationPlan(method=wanted)
+
+
+def _wanted(settings: ModelConfig) -> str | None:
+    if not settings.load_8bit:
+        return settings.quantization
+    if settings.quantization not in (None, INT8, BNB_8BIT):
+        raise ModelLoadError(f"--load-8bit and --quantization {settings.quantization} contradict each other")
+    return settings.quantization or INT8
+
+
+def _stored_method(config: Any) -> str:
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return ""
+    method = stored.get("quant_method", "") if isinstance(stored, dict) else getattr(stored, "quant_method", "")
+    name = str(getattr(method, "value", method))
+    return "" if name == "gguf" else name  # weights of a GGUF file are loaded as plain numbers
+
+
+def _check_stored(method: str, device: torch.device) -> None:
+    package = _PACKAGES.get(method)
+    if package is not None and not _installed(package):
+        raise ModelLoadError(
+            f"the checkpoint is quantized with {method}, which needs the package {package.replace('_', '-')}; "
+            "install fastchat-grpc[quantization]"
+        )
+    if method in _GPU_ONLY and device.type == "cpu":
+        raise ModelLoadError(f"the checkpoint is quantized with {method}, which needs a GPU; take one without it")
+
+
+def _check_int8() -> None:
+    from fastchat_grpc.models.cpu_linear import has_fbgemm
+
+    if not has_fbgemm():
+        raise ModelLoadError("8-bit weights on a CPU need FBGEMM, which torch has on x86 only; leave out --load-8bit")
+
+
+def _bitsandbytes(method: str, device: torch.device) -> Any:
+    if not _installed("bitsandbytes"):
+        raise ModelLoadError(f"{method} needs the package bitsandbytes; install fastchat-grpc[quantization]")
+    if device.type in ("mps", "npu"):
+        raise ModelLoadError(f"bitsandbytes ({method}) does not run on {device.type}")
+    import torch
+    import transformers
+
+    config: Any = transformers.BitsAndBytesConfig
+
+    if method == BNB_8BIT:
+        return config(load_in_8bit=True)
+    compute = torch.float32 if device.type == "cpu" else torch.bfloat16
+    return config(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # the parent of a dotted name
+        return False

@@ -1,0 +1,217 @@
+"""Replies of chat completions: a stream of chunks, or one body."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from fastchat_grpc.core import Completion, Delta, Event, FinishReason, PromptEcho, TokenLogprob
+from fastchat_grpc.openai import sse
+from fastchat_grpc.openai.call import Call, Reply, ToolMode
+from fastchat_grpc.openai.jsonio import dumps, dumps_scalar, quote
+from fastchat_grpc.openai.logprobs import chat_logprobs
+from fastchat_grpc.openai.tally import Tally
+from fastchat_grpc.openai.tools.parser import NamedCallParser, ToolCallParser
+from fastchat_grpc.openai.tools.pieces import CallArguments, CallStart, Content, Piece
+
+
+def _parser(reply: Reply) -> ToolCallParser | NamedCallParser | None:
+    tools = reply.tools
+    match tools.mode:
+        case ToolMode.NONE:
+            return None
+        case ToolMode.NAMED:
+            return NamedCallParser(tools.names[0])
+        case _:
+            return ToolCallParser(tools.names, parallel=tools.parallel)
+
+
+def _finish_reason(reason: FinishReason, reply: Reply, *, called: bool) -> str:
+    # As OpenAI does: a call that the caller named ends with "stop", one that the model chose with "tool_calls".
+    if called and reason is FinishReason.STOP and reply.tools.mode is not ToolMode.NAMED:
+        return "tool_calls"
+    return reason.value
+
+
+def _call_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"
+
+
+class _StreamedChoice:
+    """What a streamed choice has pending. The bytes around its text are rendered once."""
+
+    __slots__ = ("head", "logprobs", "parser")
+
+    def __init__(self, head: bytes, reply: Reply) -> None:
+        self.head = head
+        self.parser = _parser(reply)
+        self.logprobs: list[TokenLogprob] = []
+
+
+class ChatStream:
+    """Renders chunks: per choice a role chunk, content chunks and a finish chunk; usage and [DONE] at the end."""
+
+    def __init__(self, call: Call, reply_id: str, created: int) -> None:
+        self._reply = call.reply
+        self._tally = Tally(call.choices_per_prompt)
+        base = {"id": reply_id, "object": "chat.completion.chunk", "created": created, "model": call.reply.model}
+        self._head = sse.START + dumps(base)[:-1]
+        self._no_usage = b',"usage":null' if call.reply.include_usage else b""
+        # Without logprobs and usage a content chunk is three byte strings and the quoted text.
+        self._plain = not (call.reply.logprobs or call.reply.continuous_usage)
+        self._plain_tail = b'},"logprobs":null,"finish_reason":null}]' + self._no_usage + b"}" + sse.END
+        self._choices: dict[int, _StreamedChoice] = {}
+
+    def feed(self, event: Event, base: int = 0) -> bytes:
+        """The chunks of an event; nothing where it says nothing new. A chat has one prompt, so `base` is 0."""
+        match event:
+            case Delta():
+                return self._delta(event)
+            case Completion():
+                return self._completion(event)
+            case PromptEcho():
+                return b""
+
+    def end(self) -> bytes:
+        """What follows the last choice."""
+        if not self._reply.include_usage:
+            return sse.DONE
+        return self._head + b',"choices":[],"usage":' + dumps(self._tally.render()) + b"}" + sse.END + sse.DONE
+
+    def _delta(self, event: Delta) -> bytes:
+        choice = self._choices.get(event.index)
+        opening = b""
+        if choice is None:
+            choice, opening = self._open(event.index)
+        self._tally.note(event.index, event.usage)
+        if choice.parser is None and self._plain:
+            if not event.text:
+                return opening
+            return opening + choice.head + b'"content":' + quote(event.text) + self._plain_tail
+        choice.logprobs.extend(event.logprobs)
+        pieces: list[Piece] = [Content(event.text)] if choice.parser is None else choice.parser.feed(event.text)
+        return opening + self._render(choice, pieces)
+
+    def _completion(self, event: Completion) -> bytes:
+        choice = self._choices.get(event.index)
+        opening = b""
+        if choice is None:
+            choice, opening = self._open(event.index)
+        self._tally.note(event.index, event.usage)
+        rest = self._render(choice, choice.parser.close()) if choice.parser is not None else b""
+        called = choice.parser is not None and choice.parser.called
+        finish = _finish_reason(event.finish_reason, self._reply, called=called)
+        tail = b'},"logprobs":' + self._take_logprobs(choice) + b',"finish_reason":' + quote(finish)
+        tail += b',"stop_reason":' + dumps_scalar(event.matched) + b"}]" + self._usage() + b"}" + sse.END
+        return opening + rest + choice.head + tail
+
+    def _open(self, index: int) -> tuple[_StreamedChoice, bytes]:
+        head = self._head + b',"choices":[{"index":%d,"delta":{' % index
+        choice = self._choices[index] = _StreamedChoice(head, self._reply)
+        opening = head + b'"role":"assistant","content":""' + self._plain_tail
+        if self._reply.prefix:
+            opening += head + b'"content":' + quote(self._reply.prefix) + self._plain_tail
+        return choice, opening
+
+    def _render(self, choice: _StreamedChoice, pieces: list[Piece]) -> bytes:
+        chunks = []
+        for piece in pieces:
+            if isinstance(piece, Content) and not piece.text and not choice.logprobs:
+                continue
+            tail = b'},"logprobs":' + self._take_logprobs(choice) + b',"finish_reason":null}]' + self._usage() + b"}"
+            chunks.append(choice.head + _piece(piece) + tail + sse.END)
+        return b"".join(chunks)
+
+    def _take_logprobs(self, choice: _StreamedChoice) -> bytes:
+        # Logprobs of text that is held back go out with the next chunk.
+        if not choice.logprobs:
+            return b"null"
+        rendered = dumps(chat_logprobs(choice.logprobs))
+        choice.logprobs = []
+        return rendered
+
+    def _usage(self) -> bytes:
+        if self._reply.continuous_usage:
+            return b',"usage":' + dumps(self._tally.render())
+        return self._no_usage
+
+
+def _piece(piece: Piece) -> bytes:
+    """The members of a chunk's delta."""
+    match piece:
+        case Content(text):
+            return b'"content":' + quote(text)
+        case CallStart(index, name):
+            function = {"name": name, "arguments": ""}
+            return b'"tool_calls":' + dumps(
+                [{"index": index, "id": _call_id(), "type": "function", "function": function}]
+            )
+        case CallArguments(index, text):
+            return b'"tool_calls":' + dumps([{"index": index, "function": {"arguments": text}}])
+
+
+class _Choice:
+    """A choice that is collected."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.end: Completion | None = None
+
+
+class ChatBody:
+    """Collects a whole generation into one body."""
+
+    def __init__(self, call: Call, reply_id: str, created: int) -> None:
+        self._reply = call.reply
+        self._tally = Tally(call.choices_per_prompt)
+        self._base = {"id": reply_id, "object": "chat.completion", "created": created, "model": call.reply.model}
+        self._choices = {index: _Choice() for index in range(call.choices_per_prompt)}
+
+    def feed(self, event: Event, base: int = 0) -> None:
+        """Take an event. A chat has one prompt, so `base` is 0."""
+        match event:
+            case Delta():
+                choice = self._choices[event.index]
+                choice.texts.append(event.text)
+                choice.logprobs.extend(event.logprobs)
+                self._tally.note(event.index, event.usage)
+            case Completion():
+                self._choices[event.index].end = event
+                self._tally.note(event.index, event.usage)
+
+    def end(self) -> bytes:
+        """The body."""
+        choices = [self._render(index, choice) for index, choice in self._choices.items()]
+        return dumps({**self._base, "choices": choices, "usage": self._tally.render()})
+
+    def _render(self, index: int, choice: _Choice) -> dict[str, Any]:
+        content, calls = self._split("".join(choice.texts))
+        message: dict[str, Any] = {"role": "assistant", "content": self._reply.prefix + content, "refusal": None}
+        if calls:
+            message["content"] = message["content"] or None
+            message["tool_calls"] = calls
+        reason = choice.end.finish_reason if choice.end is not None else FinishReason.ABORT
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": chat_logprobs(choice.logprobs) if self._reply.logprobs else None,
+            "finish_reason": _finish_reason(reason, self._reply, called=bool(calls)),
+            "stop_reason": choice.end.matched if choice.end is not None else None,
+        }
+
+    def _split(self, text: str) -> tuple[str, list[dict[str, Any]]]:
+        parser = _parser(self._reply)
+        if parser is None:
+            return text, []
+        content: list[str] = []
+        calls: list[dict[str, Any]] = []
+        for piece in [*parser.feed(text), *parser.close()]:
+            match piece:
+                case Content(more):
+                    content.append(more)
+                case CallStart(_, name):
+                    calls.append({"id": _call_id(), "type": "function", "function": {"name": name, "arguments": ""}})
+                case CallArguments(index, more):
+                    calls[index]["function"]["arguments"] += more
+        return "".join(content), calls

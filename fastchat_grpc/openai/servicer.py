@@ -1,0 +1,201 @@
+"""The OpenAI API as a gRPC service: JSON in, JSON or server-sent events out."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from typing import Any, Protocol
+
+import grpc
+from google.api.httpbody_pb2 import HttpBody
+
+from fastchat_grpc.core import Event, GenerateRequest, ModelInfo
+from fastchat_grpc.errors import InvalidArgument, ModelNotFound
+from fastchat_grpc.openai import sse
+from fastchat_grpc.openai.call import Call
+from fastchat_grpc.openai.chat_reply import ChatBody, ChatStream
+from fastchat_grpc.openai.chat_request import parse_chat
+from fastchat_grpc.openai.completion_reply import CompletionBody, CompletionStream
+from fastchat_grpc.openai.completion_request import parse_completion
+from fastchat_grpc.openai.embeddings import RENAMES as EMBED_RENAMES
+from fastchat_grpc.openai.embeddings import parse_embeddings, render_embeddings
+from fastchat_grpc.openai.jsonio import dumps, parse_object
+from fastchat_grpc.openai.merge import merge
+from fastchat_grpc.openai.paths import rename, renamed_errors
+from fastchat_grpc.openai.port import GenerationPort
+from fastchat_grpc.openai.settings import find_model
+from fastchat_grpc.openai.tokens import (
+    TOKENIZE_RENAMES,
+    parse_detokenize,
+    parse_token_check,
+    parse_tokenize,
+    render_detokenize,
+    render_token_check,
+    render_tokenize,
+)
+from fastchat_grpc.rpc.interceptors import to_domain_error
+from fastchat_grpc.v1 import openai_pb2 as pb
+from fastchat_grpc.v1 import openai_pb2_grpc
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["OpenAIService"].full_name
+CATALOG_S = 0.5
+"""Facts about models, such as context lengths, may be this old."""
+_OWNER = "fastchat_grpc"
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class StreamReply(Protocol):
+    """Renders the events of a stream as they come."""
+
+    def feed(self, event: Event, base: int = 0) -> bytes: ...
+    def end(self) -> bytes: ...
+
+
+class BodyReply(Protocol):
+    """Collects the events of a generation into one body."""
+
+    def feed(self, event: Event, base: int = 0) -> None: ...
+    def end(self) -> bytes: ...
+
+
+class OpenAIServicer(openai_pb2_grpc.OpenAIServiceServicer):
+    """Answers in the OpenAI schema for whatever generates behind `port`.
+
+    Nothing is sent before the first event: until then a failure is a status, and a bridge may retry elsewhere.
+    """
+
+    def __init__(self, port: GenerationPort) -> None:
+        self._port = port
+        self._catalog: Sequence[ModelInfo] = ()
+        self._catalog_until = 0.0
+        self._started = int(time.time())
+
+    async def ChatCompletions(self, request: HttpBody, context: Context) -> AsyncGenerator[HttpBody, None]:
+        call = self._parse(parse_chat, request, context)
+        reply_id, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+        if call.reply.stream:
+            chunks = self._stream(call, ChatStream(call, reply_id, created))
+        else:
+            chunks = self._body(call, ChatBody(call, reply_id, created))
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                yield chunk
+
+    async def Completions(self, request: HttpBody, context: Context) -> AsyncGenerator[HttpBody, None]:
+        call = self._parse(parse_completion, request, context)
+        reply_id, created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
+        if call.reply.stream:
+            chunks = self._stream(call, CompletionStream(call, reply_id, created))
+        else:
+            chunks = self._body(call, CompletionBody(call, reply_id, created))
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                yield chunk
+
+    async def Embeddings(self, request: HttpBody, context: Context) -> HttpBody:
+        with renamed_errors(EMBED_RENAMES):
+            call = parse_embeddings(parse_object(request.data), self._port.models())
+            return _json(render_embeddings(call, await self._port.embed(call.request)))
+
+    async def Tokenize(self, request: HttpBody, context: Context) -> HttpBody:
+        with renamed_errors(TOKENIZE_RENAMES):
+            name, prompt = parse_tokenize(parse_object(request.data))
+            token_ids = await self._port.tokenize(name, prompt)
+        return _json(render_tokenize(token_ids, find_model(self._port.models(), name)))
+
+    async def Detokenize(self, request: HttpBody, context: Context) -> HttpBody:
+        name, token_ids = parse_detokenize(parse_object(request.data))
+        with renamed_errors({"token_ids": "tokens"}):
+            return _json(render_detokenize(await self._port.detokenize(name, token_ids)))
+
+    async def TokenCheck(self, request: HttpBody, context: Context) -> HttpBody:
+        checks = parse_token_check(parse_object(request.data), self._port.models())
+        counts = [len(await self._port.tokenize(check.model.name, check.prompt)) for check in checks]
+        return _json(render_token_check(checks, counts))
+
+    async def ListModels(self, request: pb.ListOpenAIModelsRequest, context: Context) -> HttpBody:
+        models = sorted(self._port.models(), key=lambda model: model.name)
+        return _json(dumps({"object": "list", "data": [self._model(model) for model in models]}))
+
+    async def GetModel(self, request: pb.GetOpenAIModelRequest, context: Context) -> HttpBody:
+        model = next((model for model in self._port.models() if model.name == request.model), None)
+        if model is None:
+            raise ModelNotFound("no such model is served; see /v1/models")
+        return _json(dumps(self._model(model)))
+
+    def _model(self, model: ModelInfo) -> dict[str, Any]:
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": _OWNER,
+            "root": model.base_model or model.name,
+            "parent": model.base_model or None,
+            "max_model_len": model.context_length,
+            "capabilities": sorted(capability.value for capability in model.capabilities),
+        }
+
+    def _parse(self, parse: Callable[..., Call], request: HttpBody, context: Context) -> Call:
+        values = parse_object(request.data)
+        # A controller sums its models over its fleet, which is not for every request.
+        name, now = values.get("model"), time.monotonic()
+        if now >= self._catalog_until or not any(model.name == name for model in self._catalog):
+            self._catalog, self._catalog_until = self._port.models(), now + CATALOG_S
+        return parse(values, self._catalog, request_id(context))
+
+    async def _stream(self, call: Call, reply: StreamReply) -> AsyncGenerator[HttpBody, None]:
+        """One body per event of the generation that says something new; a failure midway ends the stream in band."""
+        begun = False
+        try:
+            async with aclosing(self._events(call)) as events:
+                async for base, event in events:
+                    if chunk := reply.feed(event, base):
+                        yield HttpBody(data=chunk) if begun else HttpBody(content_type=sse.CONTENT_TYPE, data=chunk)
+                        begun = True
+            yield HttpBody(data=reply.end())
+        except Exception as failure:
+            if not begun or isinstance(failure, grpc.aio.AbortError):
+                raise
+            error = to_domain_error(failure, "OpenAIService")
+            yield HttpBody(data=sse.failure(error))
+            # For gRPC callers and metrics; over HTTP the status is already sent, and the event above tells.
+            raise error from None
+
+    async def _body(self, call: Call, reply: BodyReply) -> AsyncGenerator[HttpBody, None]:
+        async with aclosing(self._events(call)) as events:
+            async for base, event in events:
+                reply.feed(event, base)
+        yield _json(reply.end())
+
+    async def _events(self, call: Call) -> AsyncGenerator[tuple[int, Event], None]:
+        """Events of all prompts, each with the index of the first choice of its prompt."""
+        generations = [self._generate(call, i, generation) for i, generation in enumerate(call.generations)]
+        async with aclosing(merge(generations)) as merged:
+            async for position, event in merged:
+                yield position * call.choices_per_prompt, event
+
+    async def _generate(self, call: Call, position: int, generation: GenerateRequest) -> AsyncGenerator[Event, None]:
+        try:
+            async with aclosing(self._port.generate(generation)) as events:
+                async for event in events:
+                    yield event
+        except InvalidArgument as error:
+            several = len(call.generations) > 1
+            raise rename(
+                error, {**call.reply.renames, "prompt": f"prompt[{position}]"} if several else call.reply.renames
+            ) from None
+
+
+def _json(body: bytes) -> HttpBody:
+    return HttpBody(content_type=sse.JSON_TYPE, data=body)
+
+
+def request_id(context: Context) -> str:
+    """The caller's name for the request: its x-request-id, or an empty string."""
+    for key, value in context.invocation_metadata() or ():
+        if key == "x-request-id" and isinstance(value, str):
+            return value[:128]
+    return ""

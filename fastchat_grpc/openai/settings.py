@@ -1,0 +1,158 @@
+"""What chat and text completions have in common: sampling, stopping, streaming, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastchat_grpc.core import (
+    MAX_REQUEST_ID_LENGTH,
+    GenerateRequest,
+    Grammar,
+    ModelInfo,
+    OutputOptions,
+    Prompt,
+    SamplingParams,
+    StopConditions,
+)
+from fastchat_grpc.openai.call import Reply
+from fastchat_grpc.openai.fields import INT32_MAX, Fields, integers, number, strings
+from fastchat_grpc.openai.jsonio import type_name
+from fastchat_grpc.openai.paths import renamed_errors
+
+IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_retention")
+"""Members that are accepted and change nothing."""
+UNARY_STREAM_INTERVAL = 16
+"""Tokens between events of a generation whose caller sees only its end."""
+RENAMES = {
+    "stopping.max_new_tokens": "max_tokens",
+    "stopping.min_new_tokens": "min_tokens",
+    "stopping.include_stop": "include_stop_str_in_output",
+    "output.keep_special_tokens": "skip_special_tokens",
+    "output.stream_interval": "stream",
+    "lora_adapter": "model",
+}
+
+
+def find_model(models: Sequence[ModelInfo], name: str) -> ModelInfo | None:
+    """The model of that name; the only one where the name is empty."""
+    if not name:
+        return models[0] if len(models) == 1 else None
+    return next((model for model in models if model.name == name), None)
+
+
+def model_name(fields: Fields) -> str:
+    """The model asked for; empty for the only one."""
+    return fields.text("model") or ""
+
+
+def parse_reply(fields: Fields, model: ModelInfo | None, renames: Mapping[str, str]) -> Reply:
+    """How to answer, as far as both kinds of completion share it."""
+    stream = bool(fields.flag("stream"))
+    include_usage = continuous = False
+    options = fields.nested("stream_options")
+    if options is not None:
+        if not stream:
+            raise fields.wrong("stream_options", "needs stream: true")
+        include_usage = bool(options.flag("include_usage"))
+        continuous = bool(options.flag("continuous_usage_stats"))
+        options.unsupported("include_obfuscation", False)
+        options.finish()
+    return Reply(
+        model=model_name(fields) or (model.name if model is not None else ""),
+        stream=stream,
+        include_usage=include_usage,
+        continuous_usage=include_usage and continuous,
+        renames=renames,
+    )
+
+
+def parse_generation(
+    fields: Fields,
+    prompt: Prompt,
+    reply: Reply,
+    *,
+    grammar: Grammar | None,
+    max_tokens: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
+    keep_special: bool = False,
+    request_id: str = "",
+) -> GenerateRequest:
+    """The domain request. Raises InvalidArgument that names the caller's field."""
+    with renamed_errors(reply.renames):
+        return GenerateRequest(
+            prompt=prompt,
+            model=model_name(fields),
+            sampling=_sampling(fields),
+            stopping=_stopping(fields, max_tokens),
+            output=OutputOptions(
+                n=_or(fields.integer("n"), 1),
+                logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
+                echo=reply.echo,
+                stream_interval=None if reply.stream else UNARY_STREAM_INTERVAL,
+                keep_special_tokens=fields.flag("skip_special_tokens") is False or keep_special,
+            ),
+            grammar=grammar,
+            request_id=fields.text("request_id") or request_id[:MAX_REQUEST_ID_LENGTH],
+            priority=_or(fields.integer("priority"), 0),
+            session_key=fields.text("prompt_cache_key") or "",
+            truncate_prompt_tokens=fields.integer("truncate_prompt_tokens", 1),
+        )
+
+
+def _sampling(fields: Fields) -> SamplingParams:
+    given: dict[str, Any] = {
+        name: value
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+        if (value := fields.number(name)) is not None
+    }
+    if (top_k := fields.integer("top_k")) is not None:
+        given["top_k"] = top_k
+    return SamplingParams(seed=fields.long("seed"), logit_bias=_logit_bias(fields), **given)
+
+
+def _logit_bias(fields: Fields) -> Mapping[int, float]:
+    biases: dict[int, float] = {}
+    for key, value in (fields.table("logit_bias") or {}).items():
+        if not (key.isascii() and key.isdecimal() and len(key) <= 10 and int(key) <= INT32_MAX):
+            raise fields.wrong("logit_bias", "must be keyed by token ids")
+        biases[int(key)] = number(value, f"logit_bias[{key}]")
+    return biases
+
+
+def _stopping(fields: Fields, max_tokens: int) -> StopConditions:
+    stop = fields.raw("stop")
+    if isinstance(stop, str):
+        stop = [stop]
+    elif stop is not None and not isinstance(stop, list):
+        raise fields.wrong("stop", f"must be a string or a list of strings, got {type_name(stop)}")
+    return StopConditions(
+        max_new_tokens=max_tokens,
+        min_new_tokens=_or(fields.integer("min_tokens", 0), 0),
+        stop=strings(stop or [], "stop"),
+        stop_token_ids=integers(fields.items("stop_token_ids") or [], "stop_token_ids"),
+        ignore_eos=bool(fields.flag("ignore_eos")),
+        include_stop=bool(fields.flag("include_stop_str_in_output")),
+    )
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def refuse_rest(fields: Fields) -> None:
+    """Refuse, by name, what OpenAI's and vLLM's APIs have and this server has not; then whatever is left."""
+    fields.ignore(*IGNORED)
+    fields.unsupported("use_beam_search", False)
+    fields.unsupported("length_penalty", 1, 1.0)
+    fields.unsupported("spaces_between_special_tokens", True)
+    fields.unsupported("return_tokens_as_token_ids", False)
+    fields.unsupported("return_token_ids", False)
+    fields.unsupported("prompt_logprobs", hint="use echo and logprobs of a text completion")
+    for name in ("logits_processors", "bad_words"):
+        fields.unsupported(name, [])
+    for name in ("allowed_token_ids", "kv_transfer_params", "vllm_xargs", "moderation"):
+        fields.unsupported(name)
+    fields.finish()

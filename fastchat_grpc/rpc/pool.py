@@ -1,0 +1,162 @@
+"""A pool of channels by address: opened when needed, watched while open, closed when idle.
+
+A channel carries any number of calls, so there is one per address. Watching its state tells early that
+a server is gone: a connection that breaks is tried again at once, and what comes of that is reported.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+import grpc
+
+from fastchat_grpc.config import MAX_MESSAGE_BYTES, TlsConfig
+from fastchat_grpc.rpc.channels import open_channel, tls_stamp
+
+IDLE_S = 300.0
+LOOK_S = 30.0
+"""Time between two looks for idle channels and changed certificates."""
+
+# A channel of its own connection: one that is opened anew for a server that is back must not wait for
+# the end of the old one's backoff, which grpc would share between equal channels.
+CHANNEL_OPTIONS = (("grpc.use_local_subchannel_pool", 1), ("grpc.max_reconnect_backoff_ms", 1000))
+
+State = grpc.ChannelConnectivity
+
+
+class PooledChannel:
+    """A channel and its callables, which carry raw bytes both ways."""
+
+    def __init__(self, address: str, channel: grpc.aio.Channel) -> None:
+        self.address = address
+        self.channel = channel
+        self.calls = 0
+        """Calls under way; the user of the pool counts them."""
+        self.used_at = monotonic()
+        self.watcher: asyncio.Task[None] | None = None
+        self._callables: dict[str, Any] = {}
+
+    def unary_stream(self, method: str) -> Any:
+        """The multicallable of a method such as "/package.Service/Method", taking and giving bytes."""
+        found = self._callables.get(method)
+        if found is None:
+            found = self._callables[method] = self.channel.unary_stream(method)
+        return found
+
+    def unary_unary(self, method: str) -> Any:
+        """As `unary_stream`, for unary methods."""
+        found = self._callables.get(method)
+        if found is None:
+            found = self._callables[method] = self.channel.unary_unary(method)
+        return found
+
+
+class ChannelPool:
+    """Channels to many servers with one set of credentials. Use it on one event loop; `run` it, `close` it.
+
+    Args:
+        on_reachable: called with an address and whether its server can be reached, when that changes.
+    """
+
+    def __init__(
+        self,
+        tls: TlsConfig | None = None,
+        *,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        on_reachable: Callable[[str, bool], None] = lambda address, reachable: None,
+    ) -> None:
+        self._tls = tls
+        self._stamp = tls_stamp(tls)
+        self._max_message_bytes = max_message_bytes
+        self._on_reachable = on_reachable
+        self._channels: dict[str, PooledChannel] = {}
+        self._leaving: list[PooledChannel] = []
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._channels) + len(self._leaving)
+
+    def get(self, address: str) -> PooledChannel:
+        """The channel to an address, opened if there is none."""
+        pooled = self._channels.get(address)
+        if pooled is None:
+            channel = open_channel(
+                address, self._tls, max_message_bytes=self._max_message_bytes, options=CHANNEL_OPTIONS
+            )
+            pooled = self._channels[address] = PooledChannel(address, channel)
+            pooled.watcher = asyncio.create_task(self._watch(pooled))
+        pooled.used_at = monotonic()
+        return pooled
+
+    def forget(self, address: str) -> None:
+        """Close the channel to a server that left, or was replaced by another, once its calls have ended."""
+        pooled = self._channels.pop(address, None)
+        if pooled is not None:
+            self._retire(pooled)
+            if pooled.calls == 0:
+                self._leaving.remove(pooled)
+                closing = asyncio.create_task(pooled.channel.close())
+                self._closing.add(closing)
+                closing.add_done_callback(self._closing.discard)
+
+    async def run(self) -> None:
+        """Close idle channels, and take up changed certificates, until cancelled."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            await self.look()
+
+    async def look(self) -> None:
+        """Look once for idle channels and changed certificates."""
+        stamp = tls_stamp(self._tls)
+        renewed = stamp != self._stamp
+        self._stamp = stamp
+        oldest = monotonic() - IDLE_S
+        for address, pooled in list(self._channels.items()):
+            if renewed or (pooled.calls == 0 and pooled.used_at < oldest):
+                del self._channels[address]
+                self._retire(pooled)
+        await self._close_leaving()
+
+    async def close(self) -> None:
+        """Close everything; calls under way end."""
+        await asyncio.gather(*self._closing)
+        for pooled in [*self._channels.values(), *self._leaving]:
+            self._stop_watching(pooled)
+            await pooled.channel.close()
+        self._channels.clear()
+        self._leaving.clear()
+
+    def _retire(self, pooled: PooledChannel) -> None:
+        self._stop_watching(pooled)
+        self._leaving.append(pooled)
+
+    def _stop_watching(self, pooled: PooledChannel) -> None:
+        if pooled.watcher is not None:
+            pooled.watcher.cancel()
+            pooled.watcher = None
+
+    async def _close_leaving(self) -> None:
+        done = [pooled for pooled in self._leaving if pooled.calls == 0]
+        self._leaving = [pooled for pooled in self._leaving if pooled.calls > 0]
+        for pooled in done:
+            await pooled.channel.close()
+
+    async def _watch(self, pooled: PooledChannel) -> None:
+        """Report when the server becomes unreachable, and when it is back."""
+        reachable = True
+        with contextlib.suppress(asyncio.CancelledError, grpc.aio.UsageError):
+            state = pooled.channel.get_state()
+            while state is not State.SHUTDOWN:
+                await pooled.channel.wait_for_state_change(state)
+                was, state = state, pooled.channel.get_state()
+                if state is State.IDLE and was is State.READY:
+                    # The connection broke. Without calls grpc would wait for the next one to find out more.
+                    state = pooled.channel.get_state(try_to_connect=True)
+                now = state is not State.TRANSIENT_FAILURE if reachable else state is State.READY
+                if now is not reachable:
+                    reachable = now
+                    self._on_reachable(pooled.address, reachable)

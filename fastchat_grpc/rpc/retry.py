@@ -1,0 +1,77 @@
+"""Whether a failed attempt may be made elsewhere, and how many of them may."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from time import monotonic
+
+from fastchat_grpc.config import FailoverConfig
+from fastchat_grpc.errors import Code, FailoverExhausted, FastChatError
+
+BUDGET_WINDOW_S = 10.0
+
+
+class Verdict(enum.Enum):
+    """What a failed attempt says about the next one."""
+
+    FINAL = "final"
+    """The request is at fault, or its time is over: it fails anywhere."""
+    LOST = "lost"
+    """The server went away or could not be reached."""
+    REFUSED = "refused"
+    """The server is full, draining, starting, or has no worker: another may do."""
+
+
+_REFUSALS = frozenset({"QUEUE_FULL", "DRAINING", "STARTING", "NO_LIVE_WORKER"})
+
+
+def judge(error: FastChatError) -> Verdict:
+    """Whether an attempt that ended with `error` may be made elsewhere.
+
+    RESOURCE_EXHAUSTED is retried only where the reason is our own QUEUE_FULL: grpc answers with the
+    same code to messages that are too large, which no other server will take either.
+    """
+    if error.reason in _REFUSALS:
+        return Verdict.REFUSED
+    if error.reason == FailoverExhausted.reason:
+        return Verdict.FINAL
+    # A server that stops cancels what is left; a caller's own cancel never comes here as an error.
+    if error.code in (Code.UNAVAILABLE, Code.CANCELLED):
+        return Verdict.LOST
+    # Not an error of ours but of the transport: the stream was reset under it.
+    foreign = error.code in (Code.INTERNAL, Code.UNKNOWN) and error.reason in ("INTERNAL", "UNKNOWN")
+    if foreign and any(mark in error.message for mark in ("RST_STREAM", "Stream removed", "GOAWAY")):
+        return Verdict.LOST
+    return Verdict.FINAL
+
+
+class RetryBudget:
+    """Bounds retries to a share of requests plus a reserve per second, so that a struggling fleet is
+    not flooded (Finagle's RetryBudget). Resumes are not charged: they replace work that was lost."""
+
+    def __init__(self, config: FailoverConfig, clock: Callable[[], float] = monotonic) -> None:
+        self._ratio = config.retry_ratio
+        self._rate = config.retry_reserve_per_s
+        self._reserve = config.retry_reserve_per_s * BUDGET_WINDOW_S
+        self._clock = clock
+        self._balance = self._reserve
+        self._earned = 0.0
+        self._at = clock()
+
+    def request(self) -> None:
+        """A request came in: it pays in its share."""
+        self._earned = min(self._earned + self._ratio, max(self._reserve, 100.0))
+
+    def withdraw(self) -> bool:
+        """Take one retry out; False if none is left."""
+        now = self._clock()
+        self._balance = min(self._reserve, self._balance + self._rate * (now - self._at))
+        self._at = now
+        if self._earned >= 1:
+            self._earned -= 1
+        elif self._balance >= 1:
+            self._balance -= 1
+        else:
+            return False
+        return True

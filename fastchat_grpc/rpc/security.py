@@ -1,0 +1,84 @@
+"""Who may join: the shared token, and the networks that workers may say they are in."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+import socket
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from fastchat_grpc.config import split_address
+from fastchat_grpc.errors import ConfigError, InvalidArgument, PermissionDenied, Unauthenticated
+
+Metadata = Iterable[tuple[str, Any]] | None
+
+
+def bearer(token: str | None) -> Sequence[tuple[str, str]]:
+    """Metadata that shows a token; none for None."""
+    return (("authorization", f"Bearer {token}"),) if token else ()
+
+
+class JoinToken:
+    """Checks the shared secret of registrations. None: everybody may join."""
+
+    def __init__(self, token: str | None) -> None:
+        self._expected = token.encode() if token else None
+
+    def check(self, metadata: Metadata) -> None:
+        """Raises Unauthenticated. Takes the same time for every wrong token."""
+        if self._expected is None:
+            return
+        shown = next((value for key, value in metadata or () if key == "authorization"), "")
+        scheme, _, given = shown.partition(" ")
+        if scheme.lower() != "bearer" or not given:
+            raise Unauthenticated(
+                "this controller asks for a join token: set --join-token, or send authorization: Bearer <token>"
+            )
+        if not hmac.compare_digest(given.strip().encode(), self._expected):
+            raise Unauthenticated("the join token is wrong")
+
+
+class AllowedNetworks:
+    """Checks that an advertised address lies in one of some networks. Empty: any address will do.
+
+    A name is resolved, and all of its addresses must lie inside. It is resolved again whenever it is
+    connected to, so names are only as trustworthy as the DNS that answers for them.
+    """
+
+    def __init__(self, networks: Iterable[str]) -> None:
+        self._networks = [ipaddress.ip_network(network) for network in networks]
+
+    async def check(self, address: str) -> None:
+        """Raises InvalidArgument for an address that is none, and PermissionDenied for one that is outside."""
+        try:
+            host, port = split_address(address)
+        except ConfigError as error:
+            raise InvalidArgument("address", str(error)[:200]) from None
+        if port == 0:
+            raise InvalidArgument("address", "must have a port from 1 to 65535, got 0")
+        if not self._networks:
+            return
+        for ip in await _addresses(host):
+            if not any(ip in network for network in self._networks):
+                raise PermissionDenied(
+                    f"address {address} is not in an allowed network (see the controller's --allowed-networks)"
+                )
+
+
+async def _addresses(host: str) -> Sequence[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    try:
+        return [_plain(ipaddress.ip_address(host))]
+    except ValueError:
+        pass
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise InvalidArgument("address", f"host {host[:128]!r} cannot be resolved") from error
+    return [_plain(ipaddress.ip_address(entry[4][0])) for entry in found]
+
+
+def _plain(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """An IPv4 address that is written as an IPv6 one counts as what it is."""
+    return ip.ipv4_mapped or ip if isinstance(ip, ipaddress.IPv6Address) else ip

@@ -1,0 +1,81 @@
+"""The gRPC server that controllers and workers share: our services, health, reflection, channelz."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import grpc
+from grpc_channelz.v1 import channelz
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from fastchat_grpc.config import ListenConfig, join_address
+from fastchat_grpc.errors import ConfigError
+from fastchat_grpc.rpc.channels import SERVER_OPTIONS, server_credentials, size_options
+from fastchat_grpc.rpc.interceptors import ErrorInterceptor
+
+
+class RpcServer:
+    """One listening server. Build it on the event loop, `start` it, and `stop` it once.
+
+    Args:
+        listen: where to listen, TLS, and the bound on messages.
+        services: for each service its full name and the function that adds it to a server.
+    """
+
+    def __init__(
+        self,
+        listen: ListenConfig,
+        services: Sequence[tuple[str, Callable[[grpc.aio.Server], None]]],
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    ) -> None:
+        self._listen = listen
+        self._names = [name for name, _ in services]
+        self._server = grpc.aio.server(
+            interceptors=[ErrorInterceptor(), *interceptors],
+            options=[*SERVER_OPTIONS, *size_options(listen.max_message_bytes)],
+        )
+        for _, add in services:
+            add(self._server)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        channelz.add_channelz_servicer(self._server)
+        reflected = [*self._names, health.SERVICE_NAME, "grpc.channelz.v1.Channelz", reflection.SERVICE_NAME]
+        reflection.enable_server_reflection(reflected, self._server)
+        self.port = listen.port
+
+    @property
+    def address(self) -> str:
+        """host:port that the server listens on."""
+        return join_address(self._listen.host, self.port)
+
+    async def start(self) -> None:
+        """Listen. Health says NOT_SERVING until `set_serving`. Raises ConfigError if the port is taken."""
+        address = self._listen.address
+        try:
+            if self._listen.tls is not None and self._listen.tls.cert is not None:
+                self.port = self._server.add_secure_port(address, server_credentials(self._listen.tls))
+            else:
+                self.port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"cannot listen on {address}: the port is in use or the host is not of this machine; "
+                "choose another --host or --port"
+            ) from error
+        await self.set_serving(False)
+        await self._server.start()
+
+    async def set_serving(self, serving: bool) -> None:
+        """Tell health checks, and those who watch, whether new requests are taken."""
+        state = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", *self._names):
+            await self._health.set(name, state)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new calls, wait up to `grace_s` seconds for running ones, then cancel the rest."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+    async def wait(self) -> None:
+        """Return when the server has stopped."""
+        await self._server.wait_for_termination()

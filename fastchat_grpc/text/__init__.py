@@ -1,0 +1,1 @@
+"""Text from tokens: detokenization, stops, events. Shared by every backend; needs no torch."""

@@ -1,0 +1,163 @@
+"""One choice of a generation: its tokens become text and events, and it knows when it ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastchat_grpc.core import (
+    Completion,
+    Delta,
+    FinishReason,
+    GenerateRequest,
+    Timings,
+    TokenLogprob,
+    Usage,
+)
+from fastchat_grpc.text.detokenizer import make_detokenizer
+from fastchat_grpc.text.stop import StopMatcher
+from fastchat_grpc.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChoiceLimits:
+    """What a choice needs to know of its model and prompt."""
+
+    prompt_tokens: int
+    context_length: int
+    stream_interval: int
+    """Default number of tokens between two Deltas."""
+    cached_tokens: int = 0
+
+
+class Choice:
+    """Feed it tokens with `push`; take what is ready with `delta`; it has ended when `finish_reason` is set.
+
+    A resumed choice replays its tokens on construction, silently, and may have ended by that already.
+    A backend pushes nothing after the end.
+    """
+
+    def __init__(self, request: GenerateRequest, index: int, tokenizer: Tokenizer, limits: ChoiceLimits) -> None:
+        stopping = request.stopping
+        self.index = index
+        self.finish_reason: FinishReason | None = None
+        self.matched: str | int | None = None
+        self.token_count = 0
+        self._limits = limits
+        self._interval = request.output.stream_interval or limits.stream_interval
+        self._min_tokens = stopping.min_new_tokens
+        self._max_tokens = min(stopping.max_new_tokens, limits.context_length - limits.prompt_tokens)
+        self._stop_token_ids = frozenset(stopping.stop_token_ids)
+        self._eos_token_ids = frozenset() if stopping.ignore_eos else tokenizer.eos_token_ids
+        self._include_stop = stopping.include_stop
+        self._detokenizer = make_detokenizer(tokenizer, request.output.keep_special_tokens)
+        self._matcher = StopMatcher(stopping.stop, stopping.include_stop)
+        self._cumulative: list[str] | None = [] if request.output.cumulative_text else None
+        self._text: list[str] = []
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._started = False
+        self._replay(request, index)
+
+    def push(self, token_id: int, logprob: TokenLogprob | None = None) -> None:
+        """Take the next token, and its log probability where the request asks for it."""
+        self.token_count += 1
+        self._token_ids.append(token_id)
+        if logprob is not None:
+            self._logprobs.append(logprob)
+        suppressed = self.token_count <= self._min_tokens
+        if not suppressed and (token_id in self._stop_token_ids or token_id in self._eos_token_ids):
+            self._stop_at(token_id)
+            return
+        text = self._detokenizer.push(token_id)
+        if suppressed:
+            self._text.append(text)
+        elif text:
+            self._text.append(self._matcher.feed(text))
+            if self._matcher.matched is not None:
+                self.matched = self._matcher.matched
+                self.finish_reason = FinishReason.STOP
+                return
+        if self.token_count >= self._max_tokens:
+            self._end(FinishReason.LENGTH)
+
+    def abort(self) -> None:
+        """End the choice with what it has."""
+        self._end(FinishReason.ABORT)
+
+    def end(self, reason: FinishReason) -> None:
+        """End the choice because its engine has, for a reason that its tokens do not show."""
+        self._end(reason)
+
+    @property
+    def due(self) -> bool:
+        """Whether a Delta should go out now: at the first token, every interval, and at the end."""
+        pending = len(self._token_ids)
+        return pending >= self._interval or (pending > 0 and not self._started) or self.finish_reason is not None
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        return Usage(
+            prompt_tokens=self._limits.prompt_tokens,
+            completion_tokens=self.token_count,
+            cached_tokens=self._limits.cached_tokens,
+        )
+
+    def delta(self) -> Delta | None:
+        """Everything since the last Delta, or None where there is nothing."""
+        text = "".join(self._text)
+        if not text and not self._token_ids:
+            return None
+        if self._cumulative is not None:
+            self._cumulative.append(text)
+        delta = Delta(
+            index=self.index,
+            text=text,
+            token_ids=tuple(self._token_ids),
+            logprobs=tuple(self._logprobs),
+            usage=self.usage,
+            cumulative_text="".join(self._cumulative or ()),
+        )
+        self._started = True
+        self._text, self._token_ids, self._logprobs = [], [], []
+        return delta
+
+    def completion(self, timings: Timings) -> Completion:
+        """The closing event; call it once, after the end."""
+        assert self.finish_reason is not None
+        return Completion(
+            index=self.index,
+            finish_reason=self.finish_reason,
+            matched=self.matched,
+            usage=self.usage,
+            timings=timings,
+        )
+
+    def _stop_at(self, token_id: int) -> None:
+        self._end(FinishReason.STOP)
+        if token_id in self._stop_token_ids:
+            self.matched = token_id
+        if self._include_stop and self.matched is not None:
+            self._text.append(self._detokenizer.push(token_id) + self._detokenizer.flush())
+
+    def _end(self, reason: FinishReason) -> None:
+        # The rest of the text may still complete a stop string, as when U+FFFD is one.
+        self._text.append(self._matcher.feed(self._detokenizer.flush()))
+        if self._matcher.matched is not None:
+            self.matched, reason = self._matcher.matched, FinishReason.STOP
+        self._text.append(self._matcher.flush())
+        self.finish_reason = reason
+
+    def _replay(self, request: GenerateRequest, index: int) -> None:
+        resumed = request.resumed_choice(index)
+        if not resumed.output_token_ids:
+            return
+        for token_id in resumed.output_token_ids:
+            if self.finish_reason is None:
+                self.push(token_id)
+        text = "".join(self._text)
+        if self._cumulative is not None:
+            self._cumulative.append(text[: resumed.text_length])
+        self._text = [text[resumed.text_length :]]
+        self._token_ids, self._logprobs = [], []
+        self._started = True

@@ -1,0 +1,66 @@
+"""Prompts to token ids, with the checks that need a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastchat_grpc.core import ChatPrompt, GenerateRequest, Prompt, PromptEcho, TextPrompt, TokenLogprob, TokenPrompt
+from fastchat_grpc.errors import InvalidArgument, PromptTooLong
+from fastchat_grpc.text.tokenizer import Tokenizer
+
+
+def tokenize(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt. Raises InvalidArgument for ids outside the vocabulary or an empty result."""
+    match prompt:
+        case TextPrompt(text):
+            token_ids = tokenizer.encode(text)
+        case ChatPrompt() as chat:
+            # The template writes the special tokens itself.
+            token_ids = tokenizer.encode(tokenizer.render_chat(chat), add_special_tokens=False)
+        case TokenPrompt(ids):
+            check_token_ids("prompt_token_ids.ids", ids, tokenizer.vocabulary_size)
+            token_ids = list(ids)
+    if not token_ids:
+        raise InvalidArgument("input", "the prompt has no tokens")
+    return token_ids
+
+
+def prepare(tokenizer: Tokenizer, request: GenerateRequest, context_length: int) -> list[int]:
+    """Token ids of a request's prompt, truncated if it asks for that.
+
+    Raises:
+        InvalidArgument: a token id of the request is outside the vocabulary.
+        PromptTooLong: the context has no room for the prompt and one new token.
+    """
+    vocabulary_size = tokenizer.vocabulary_size
+    check_token_ids("stopping.stop_token_ids", request.stopping.stop_token_ids, vocabulary_size)
+    check_token_ids("sampling.logit_bias", tuple(request.sampling.logit_bias), vocabulary_size)
+    for choice in request.resume or ():
+        check_token_ids("resume.choices.output_token_ids", choice.output_token_ids, vocabulary_size)
+    token_ids = tokenize(tokenizer, request.prompt)
+    if request.truncate_prompt_tokens is not None:
+        token_ids = token_ids[-request.truncate_prompt_tokens :]
+    if len(token_ids) >= context_length:
+        raise PromptTooLong("input", len(token_ids), context_length)
+    return token_ids
+
+
+def echo(
+    tokenizer: Tokenizer, request: GenerateRequest, token_ids: Sequence[int], logprobs: tuple[TokenLogprob, ...] = ()
+) -> PromptEcho | None:
+    """The event that shows the prompt, or None where it is not asked for or was already sent."""
+    if request.resume is not None or not (request.output.echo or request.output.prompt_logprobs is not None):
+        return None
+    match request.prompt:
+        case TextPrompt(text) if request.truncate_prompt_tokens is None:
+            pass
+        case _:
+            text = tokenizer.decode(token_ids, keep_special_tokens=True)
+    return PromptEcho(text=text, token_ids=tuple(token_ids), logprobs=logprobs)
+
+
+def check_token_ids(path: str, token_ids: Sequence[int], vocabulary_size: int) -> None:
+    """Raise InvalidArgument for the first id outside the vocabulary."""
+    for token_id in token_ids:
+        if token_id >= vocabulary_size:
+            raise InvalidArgument(path, f"token id {token_id} is not below the vocabulary size of {vocabulary_size}")

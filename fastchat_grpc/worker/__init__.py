@@ -1,0 +1,1 @@
+"""The worker: admission, servicer, heartbeat around one backend."""

@@ -1,0 +1,116 @@
+"""Generation on this worker: model names, admission and the backend, for every service that needs it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+from fastchat_grpc.backends.base import Backend
+from fastchat_grpc.core import Delta, EmbedRequest, EmbedResult, Event, GenerateRequest, ModelInfo, Prompt
+from fastchat_grpc.errors import Draining, InvalidArgument, ModelNotFound, Starting
+from fastchat_grpc.worker.admission import Admission
+
+
+class LocalGeneration:
+    """One backend behind its admission. Does nothing before `open`, and nothing new after `close`."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._admission: Admission | None = None
+        self._models: dict[str, ModelInfo] = {}
+        self._active: set[asyncio.Task[object]] = set()
+        self._evicting = False
+        self.output_tokens = 0
+        """Tokens sent since start."""
+
+    def open(self, models: Sequence[ModelInfo], admission: Admission) -> None:
+        """Begin to take requests."""
+        self._models = {model.name: model for model in models}
+        self._admission = admission
+
+    @property
+    def opened(self) -> bool:
+        """Whether requests are, or were, taken."""
+        return self._admission is not None
+
+    @property
+    def admission(self) -> Admission:
+        """Slots and queue. Raises Starting before `open`."""
+        if self._admission is None:
+            raise Starting("this worker is loading its model")
+        return self._admission
+
+    def models(self) -> Sequence[ModelInfo]:
+        """The models served; none before `open`."""
+        return list(self._models.values())
+
+    def model(self, name: str) -> ModelInfo:
+        """The model of that name; the only one for an empty name. Raises ModelNotFound or InvalidArgument."""
+        if self._admission is None:
+            raise Starting("this worker is loading its model")
+        if not name:
+            if len(self._models) == 1:
+                return next(iter(self._models.values()))
+            raise InvalidArgument("model", f"several models are served; name one of {', '.join(self._models)}")
+        if name not in self._models:
+            raise ModelNotFound(
+                f"model {name[:128]!r} is not served here; served: {', '.join(self._models)}",
+                metadata={"model": name[:128]},
+            )
+        return self._models[name]
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        """Events of one request, as `Backend.generate`. Closing the generator frees its slot."""
+        request = replace(request, model=self.model(request.model).name)
+        async with self._evictable(), self.admission.slot(request.priority):
+            # Closed inside the slot: the engine lets go of the request before another takes its place.
+            events = self._backend.generate(request)
+            try:
+                async for event in events:
+                    if isinstance(event, Delta):
+                        self.output_tokens += len(event.token_ids)
+                    yield event
+            finally:
+                await events.aclose()
+
+    async def embed(self, request: EmbedRequest) -> EmbedResult:
+        """Embed, in a slot."""
+        request = replace(request, model=self.model(request.model).name)
+        async with self._evictable(), self.admission.slot():
+            return await self._backend.embed(request)
+
+    async def tokenize(self, model: str, prompt: Prompt) -> Sequence[int]:
+        """Token ids of a prompt. Needs no slot."""
+        return await self._backend.tokenize(self.model(model).name, prompt)
+
+    async def detokenize(self, model: str, token_ids: Sequence[int]) -> str:
+        """Text of token ids. Needs no slot."""
+        return await self._backend.detokenize(self.model(model).name, token_ids)
+
+    def chat_template(self, model: str) -> str:
+        """The model's chat template, or an empty string."""
+        return self._backend.chat_template(self.model(model).name)
+
+    def evict(self) -> None:
+        """End what runs with UNAVAILABLE, so that callers resume it elsewhere."""
+        self._evicting = True
+        for task in self._active:
+            task.cancel()
+
+    @asynccontextmanager
+    async def _evictable(self) -> AsyncIterator[None]:
+        """Run the body as something that `evict` may end; its cancel becomes Draining."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._active.add(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self._evicting:
+                raise
+            task.uncancel()
+            raise Draining("this worker's time to drain is over; the request may go on elsewhere") from None
+        finally:
+            self._active.discard(task)

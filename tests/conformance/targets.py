@@ -1,0 +1,118 @@
+"""What the conformance suite runs on: one Target per backend.
+
+A backend of an engine that is imported needs a model path and no more. One that talks to a server
+(upstream, lightllm) gives `open`, which starts a stand-in and yields the options that lead to it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastchat_grpc.backends.capabilities import GRAMMARS, TRAITS, Feature
+from fastchat_grpc.config import BackendConfig, ModelConfig
+
+CHOSEN_VARIABLE = "FASTCHAT_GRPC_TEST_BACKENDS"
+"""Comma-separated names; unset: echo, and of CI's backends those that are installed."""
+CI_BACKENDS = ("echo", "transformers", "openvino", "upstream")
+MODEL_VARIABLE = "FASTCHAT_GRPC_TEST_MODEL"
+"""A Hugging Face folder to use instead of the embedded model."""
+
+
+@asynccontextmanager
+async def _nothing() -> AsyncIterator[dict[str, str]]:
+    yield {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A backend and a model to test it with."""
+
+    name: str
+    model: Callable[[], str]
+    """Path of the model; called only when the backend is tested."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    open: Callable[[], AbstractAsyncContextManager[dict[str, str]]] = _nothing
+    """Starts what the backend talks to, and yields further options."""
+    context_length: int = 512
+    real: bool = True
+    """A language model, with something to choose from; False for echoes and stand-ins."""
+    batch_changes_text: bool = True
+    """Whether a greedy text may differ, by rounding, with what else is in the batch."""
+    max_running: int | None = None
+    lacks: frozenset[Feature] = frozenset()
+    """What this model, or what stands in for a server, cannot do though the backend can."""
+
+    def config(self, options: Mapping[str, str], **model: object) -> BackendConfig:
+        """The backend's configuration; `model` overrides fields of its ModelConfig."""
+        fields = {
+            "path": self.model(),
+            "names": ("tested",),
+            "context_length": self.context_length,
+            "max_running": self.max_running,
+            **model,
+        }
+        return BackendConfig(name=self.name, model=ModelConfig(**fields), options={**self.options, **options})  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def _own_openai_api() -> AsyncIterator[dict[str, str]]:
+    from tests.conformance.openai_server import KEY, openai_server
+
+    os.environ["FASTCHAT_GRPC_TEST_UPSTREAM_KEY"] = KEY
+    async with openai_server(context_length=512) as (_, url):
+        yield {"url": url, "dialect": "vllm", "api_key_env": "FASTCHAT_GRPC_TEST_UPSTREAM_KEY", "embeddings": "on"}
+
+
+def embedded_folder() -> str:
+    """A Hugging Face folder of the embedded model."""
+    if own := os.environ.get(MODEL_VARIABLE):
+        return own
+    from fastchat_grpc.models.embedded import embedded_model
+
+    return str(embedded_model())
+
+
+def embedded_gguf_file() -> str:
+    """The embedded model as a GGUF file."""
+    from fastchat_grpc.models.embedded import embedded_gguf
+
+    return str(embedded_gguf())
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target(name="echo", model=lambda: "echo", options={"delay_ms": "1"}, real=False, batch_changes_text=False),
+        Target(name="transformers", model=embedded_folder),
+        Target(name="openvino", model=embedded_folder),
+        Target(
+            name="upstream",
+            model=lambda: "served",
+            open=_own_openai_api,
+            real=False,
+            batch_changes_text=False,
+            lacks=frozenset(GRAMMARS.values()),
+        ),
+        Target(name="vllm", model=embedded_folder),
+        Target(name="llama_cpp", model=embedded_gguf_file),
+        Target(name="mlx", model=embedded_folder),
+    )
+}
+
+
+def chosen() -> list[Target]:
+    """The targets of this run."""
+    names = os.environ.get(CHOSEN_VARIABLE)
+    if names:
+        return [TARGETS[name.strip()] for name in names.split(",")]
+    return [TARGETS[n] for n in CI_BACKENDS if n in TARGETS and n in TRAITS and TRAITS[n].installed and _exists(n)]
+
+
+def _exists(name: str) -> bool:
+    import fastchat_grpc.backends as package
+
+    return (Path(package.__file__).parent / f"{name}.py").exists()

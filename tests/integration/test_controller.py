@@ -1,0 +1,433 @@
+"""A controller over real sockets, with echo workers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import grpc
+import pytest
+from google.protobuf import duration_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from fastchat_grpc import errors
+from fastchat_grpc.client import AsyncClient
+from fastchat_grpc.config import ConfigError, DispatchMethod, LeaseConfig
+from fastchat_grpc.controller.app import ControllerApp
+from fastchat_grpc.core import Completion, Delta, PromptEcho
+from fastchat_grpc.rpc.channels import open_channel
+from fastchat_grpc.rpc.status import error_from_rpc
+from fastchat_grpc.v1 import generation_pb2, generation_pb2_grpc, registry_pb2_grpc
+from fastchat_grpc.v1 import registry_pb2 as pb
+from tests.conftest import StartWorker, eventually
+from tests.integration.controllers import running_controller
+
+
+@pytest.fixture
+async def controller() -> AsyncIterator[ControllerApp]:
+    async with running_controller(lease=LeaseConfig()) as app:
+        yield app
+
+
+@pytest.fixture
+async def client(controller: ControllerApp) -> AsyncIterator[AsyncClient]:
+    async with AsyncClient(controller.address) as client:
+        yield client
+
+
+@pytest.fixture
+async def channel(controller: ControllerApp) -> AsyncIterator[grpc.aio.Channel]:
+    async with open_channel(controller.address) as channel:
+        yield channel
+
+
+@pytest.fixture
+def stub(channel: grpc.aio.Channel) -> registry_pb2_grpc.ControllerServiceStub:
+    return registry_pb2_grpc.ControllerServiceStub(channel)
+
+
+def registration(**fields: object) -> pb.RegisterRequest:
+    """A good registration, with some fields changed."""
+    good: dict[str, object] = {
+        "worker_id": "w",
+        "instance_id": "i",
+        "address": "127.0.0.1:9",
+        "models": [generation_pb2.ModelInfo(name="m", context_length=10)],
+        "load": generation_pb2.WorkerLoad(state=generation_pb2.WORKER_STATE_SERVING),
+    }
+    return pb.RegisterRequest(**{**good, **fields})  # type: ignore[arg-type]
+
+
+async def fails(call: object, error: type[errors.FastChatError], match: str = "") -> errors.FastChatError:
+    """Await a call that must fail with a domain error."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call  # type: ignore[misc]
+    found = error_from_rpc(caught.value)
+    assert isinstance(found, error), found
+    assert match in found.message
+    return found
+
+
+async def joined(controller: ControllerApp, count: int) -> None:
+    await eventually(lambda: len(controller.registry) == count)
+
+
+class TestRelay:
+    async def test_a_generation_passes_through_unchanged(
+        self, controller: ControllerApp, client: AsyncClient, start_worker: StartWorker
+    ) -> None:
+        worker = await start_worker(controllers=(controller.address,))
+        await joined(controller, 1)
+
+        def plain(event: object) -> object:
+            return event if not isinstance(event, Completion) else (event.finish_reason, event.usage, event.matched)
+
+        async with AsyncClient(worker.address) as direct:
+            expected = [plain(e) async for e in direct.generate("h\u00e9llo", echo=True, logprobs=1, n=2, seed=1)]
+        relayed = [plain(e) async for e in client.generate("h\u00e9llo", echo=True, logprobs=1, n=2, seed=1)]
+        assert relayed == expected
+        assert isinstance(relayed[0], PromptEcho)
+
+    async def test_the_empty_model_name_is_the_only_model(
+        self, controller: ControllerApp, client: AsyncClient, start_worker: StartWorker
+    ) -> None:
+        await start_worker("one", controllers=(controller.address,))
+        await joined(controller, 1)
+        assert (await client.complete("a")).text == "a"
+        assert await client.count_tokens("abc") == 3
+        assert len((await client.embed(["a", "b"])).embeddings) == 2
+        assert (await client.model_info()).model.name == "one"
+        await start_worker("two,three", controllers=(controller.address,))
+        await joined(controller, 2)
+        with pytest.raises(errors.InvalidArgument, match="3 models"):
+            await client.complete("a")
+        assert (await client.complete("a", model="three")).text == "a"
+
+    async def test_errors_of_the_worker_come_through_whole(
+        self, controller: ControllerApp, client: AsyncClient, start_worker: StartWorker
+    ) -> None:
+        worker = await start_worker(controllers=(controller.address,), context_length=4)
+        await joined(controller, 1)
+        found = []
+        async with AsyncClient(worker.address) as direct:
+            for asked in (direct, client):
+                with pytest.raises(errors.PromptTooLong) as caught:
+                    await asked.complete("much too long")
+                found.append((caught.value.message, caught.value.field, caught.value.metadata))
+        assert found[0] == found[1]
+        assert controller.relay.failover.retried == 0
+
+    async def test_models_unknown_and_gone_are_told_apart(
+        self, controller: ControllerApp, client: AsyncClient, start_worker: StartWorker
+    ) -> None:
+        worker = await start_worker(controllers=(controller.address,))
+        await joined(controller, 1)
+        with pytest.raises(errors.ModelNotFound):
+            await client.complete("a", model="never-seen")
+        await worker.stop()
+        await joined(controller, 0)
+        with pytest.raises(errors.NoLiveWorker):
+            await client.complete("a", model="echo")
+
+    async def test_a_client_that_leaves_frees_the_worker(
+        self, controller: ControllerApp, client: AsyncClient, start_worker: StartWorker
+    ) -> None:
+        worker = await start_worker(controllers=(controller.address,), options={"delay_ms": "20"})
+        await joined(controller, 1)
+        (registered,) = controller.registry.workers()
+        async with aclosing(client.generate("abc" * 100, ignore_eos=True, max_new_tokens=1000)) as events:
+            await anext(events)
+            assert registered.reserved == 1
+        await eventually(lambda: registered.reserved == 0 and worker._generation.admission.running == 0)
+
+    async def test_the_callers_deadline_reaches_the_worker(
+        self, controller: ControllerApp, start_worker: StartWorker
+    ) -> None:
+        worker = await start_worker(controllers=(controller.address,), options={"first_delay_ms": "60000"})
+        await joined(controller, 1)
+        (registered,) = controller.registry.workers()
+        async with AsyncClient(controller.address, timeout_s=0.3) as client:
+            with pytest.raises(errors.DeadlineExceeded):
+                await client.complete("a")
+        await eventually(lambda: registered.reserved == 0 and worker._generation.admission.running == 0)
+
+    async def test_requests_spread_over_the_workers(
+        self, controller: ControllerApp, client: AsyncClient, start_worker: StartWorker
+    ) -> None:
+        workers = [await start_worker(controllers=(controller.address,), options={"delay_ms": "20"}) for _ in range(3)]
+        await joined(controller, 3)
+        calls = [asyncio.create_task(client.complete("abcdefghij")) for _ in range(9)]
+        await eventually(lambda: all(w._generation.admission.running == 3 for w in workers))
+        await asyncio.gather(*calls)
+
+    async def test_prefix_affinity_keeps_a_session_at_one_worker(self, start_worker: StartWorker) -> None:
+        async with running_controller(dispatch=DispatchMethod.PREFIX_AFFINITY) as controller:
+            workers = [await start_worker(controllers=(controller.address,)) for _ in range(4)]
+            await joined(controller, 4)
+            async with AsyncClient(controller.address) as client:
+                for i in range(8):
+                    await client.complete(f"turn {i}", session_key="conversation")
+                before = [worker._generation.output_tokens for worker in workers]
+                assert sum(count > 0 for count in before) == 1
+                for i in range(12):
+                    await client.complete(f"{i} begins differently")
+            assert sum(worker._generation.output_tokens > 0 for worker in workers) > 1
+
+    async def test_status_sums_the_fleet(
+        self, controller: ControllerApp, client: AsyncClient, start_worker: StartWorker
+    ) -> None:
+        for _ in range(2):
+            await start_worker(controllers=(controller.address,), max_running=5)
+        await joined(controller, 2)
+        status = await client.status()
+        assert status.load.max_running_count == 10
+        assert [model.name for model in status.models] == ["echo"]
+
+    async def test_a_message_that_is_too_large_is_refused_once(
+        self, controller: ControllerApp, client: AsyncClient, start_worker: StartWorker
+    ) -> None:
+        for _ in range(2):
+            await start_worker(controllers=(controller.address,))
+        await joined(controller, 2)
+        with pytest.raises(errors.FastChatError) as caught:
+            await client.complete("a" * 17_000_000)
+        assert caught.value.code is errors.Code.RESOURCE_EXHAUSTED
+        assert controller.relay.failover.retried == 0
+
+    async def test_traces_and_request_ids_go_on_to_the_worker(
+        self, controller: ControllerApp, start_worker: StartWorker, channel: grpc.aio.Channel
+    ) -> None:
+        await start_worker(controllers=(controller.address,))
+        await joined(controller, 1)
+        seen: list[tuple[str, object]] = []
+        pooled = controller.pool.get(controller.registry.workers()[0].spec.address)
+        real = pooled.unary_stream("/fastchat_grpc.v1.GenerationService/Generate")
+
+        def spy(message: bytes, timeout: float | None, metadata: list[tuple[str, object]]) -> object:
+            seen.extend(metadata)
+            return real(message, timeout=timeout, metadata=metadata)
+
+        pooled._callables["/fastchat_grpc.v1.GenerationService/Generate"] = spy
+        call = generation_pb2_grpc.GenerationServiceStub(channel).Generate(
+            generation_pb2.GenerateRequest(prompt="a"),
+            metadata=(("x-request-id", "r1"), ("traceparent", "t1"), ("authorization", "secret")),
+        )
+        async for _ in call:
+            pass
+        assert ("x-request-id", "r1") in seen
+        assert ("traceparent", "t1") in seen
+        assert not any(key == "authorization" for key, _ in seen)
+
+
+class TestRegistryService:
+    async def test_a_worker_is_listed_as_it_registered(
+        self, controller: ControllerApp, client: AsyncClient, start_worker: StartWorker
+    ) -> None:
+        await start_worker(controllers=(controller.address,), worker_id="w1", weight=2.5, labels={"zone": "x"})
+        await joined(controller, 1)
+        (listed,) = await client.workers()
+        assert (listed.worker_id, listed.weight, dict(listed.labels)) == ("w1", 2.5, {"zone": "x"})
+        assert listed.check_heartbeat
+        assert await client.workers("other") == []
+        (model,) = await client.models()
+        assert (model.model.name, model.worker_count) == ("echo", 1)
+
+    async def test_models_that_differ_are_listed_by_what_they_share(
+        self, controller: ControllerApp, client: AsyncClient, start_worker: StartWorker
+    ) -> None:
+        await start_worker(controllers=(controller.address,), context_length=100)
+        await start_worker(controllers=(controller.address,), context_length=50)
+        await joined(controller, 2)
+        (model,) = await client.models()
+        assert (model.model.context_length, model.worker_count) == (50, 2)
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"worker_id": ""}, "worker_id"),
+            ({"worker_id": "x" * 129}, "worker_id"),
+            ({"instance_id": ""}, "instance_id"),
+            ({"address": ""}, "address"),
+            ({"address": "host"}, "address"),
+            ({"address": "host:0"}, "address"),
+            ({"address": "ho st:1"}, "address"),
+            ({"models": []}, "models"),
+            ({"models": [generation_pb2.ModelInfo(name="")]}, "models[0].name"),
+            ({"models": [generation_pb2.ModelInfo(name="m")] * 2}, "models"),
+            ({"weight": 0.0}, "weight"),
+            ({"weight": float("nan")}, "weight"),
+            ({"labels": {str(i): "" for i in range(33)}}, "labels"),
+            ({"labels": {"k": "v" * 257}}, "labels"),
+        ],
+    )
+    async def test_a_bad_registration_is_refused_by_field(
+        self,
+        stub: registry_pb2_grpc.ControllerServiceStub,
+        controller: ControllerApp,
+        fields: dict[str, object],
+        message: str,
+    ) -> None:
+        await fails(stub.Register(registration(**fields)), errors.InvalidArgument, message)
+        assert len(controller.registry) == 0
+
+    async def test_a_heartbeat_on_an_unknown_lease_asks_to_register(
+        self, stub: registry_pb2_grpc.ControllerServiceStub
+    ) -> None:
+        await fails(stub.Heartbeat(pb.HeartbeatRequest(lease_id="?")), errors.LeaseNotFound, "register")
+
+    async def test_the_terms_of_a_lease_are_told(self, stub: registry_pb2_grpc.ControllerServiceStub) -> None:
+        lease = await stub.Register(registration())
+        assert (lease.time_to_live.seconds, lease.heartbeat_interval.seconds) == (6, 2)
+        beat = await stub.Heartbeat(pb.HeartbeatRequest(lease_id=lease.lease_id))
+        assert (beat.time_to_live.seconds, beat.heartbeat_interval.seconds) == (6, 2)
+        assert not beat.HasField("drain")
+
+    async def test_addresses_are_given_out_by_load_and_without_the_excluded(
+        self, stub: registry_pb2_grpc.ControllerServiceStub
+    ) -> None:
+        for name in "ab":
+            await stub.Register(registration(worker_id=name, instance_id=name, address=f"{name}:1"))
+        picks = [(await stub.GetWorkerAddress(pb.GetWorkerAddressRequest(model="m"))).worker_id for _ in range(6)]
+        assert sorted(picks) == ["a"] * 3 + ["b"] * 3, "every pick counts as load"
+        pick = await stub.GetWorkerAddress(pb.GetWorkerAddressRequest(excluded_worker_ids=["a"]))
+        assert (pick.address, pick.worker_id, pick.instance_id) == ("b:1", "b", "b")
+        everybody = pb.GetWorkerAddressRequest(excluded_worker_ids=["a", "b"])
+        await fails(stub.GetWorkerAddress(everybody), errors.NoLiveWorker)
+        await fails(stub.GetWorkerAddress(pb.GetWorkerAddressRequest(model="x")), errors.ModelNotFound)
+
+    async def test_a_watch_tells_what_is_and_what_changes(self, stub: registry_pb2_grpc.ControllerServiceStub) -> None:
+        first = await stub.Register(registration(worker_id="a"))
+        watch = stub.WatchWorkers(pb.WatchWorkersRequest())
+
+        async def told() -> list[tuple[int, str]]:
+            message = await asyncio.wait_for(watch.read(), 5)
+            return [(change.type, change.worker.worker_id) for change in message.changes]
+
+        assert await told() == [(pb.WORKER_CHANGE_TYPE_ADDED, "a")]
+        second = await stub.Register(registration(worker_id="b", instance_id="j"))
+        assert await told() == [(pb.WORKER_CHANGE_TYPE_ADDED, "b")]
+        await stub.Heartbeat(
+            pb.HeartbeatRequest(lease_id=second.lease_id, load=generation_pb2.WorkerLoad(running_count=3))
+        )
+        assert await told() == [(pb.WORKER_CHANGE_TYPE_UPDATED, "b")]
+        await stub.Deregister(pb.DeregisterRequest(lease_id=first.lease_id))
+        assert await told() == [(pb.WORKER_CHANGE_TYPE_REMOVED, "a")]
+        watch.cancel()
+
+    async def test_a_watch_of_an_empty_fleet_begins_at_once(
+        self, stub: registry_pb2_grpc.ControllerServiceStub
+    ) -> None:
+        watch = stub.WatchWorkers(pb.WatchWorkersRequest())
+        message = await asyncio.wait_for(watch.read(), 5)
+        assert list(message.changes) == []
+        watch.cancel()
+
+    async def test_refreshing_drops_who_does_not_answer(
+        self,
+        controller: ControllerApp,
+        stub: registry_pb2_grpc.ControllerServiceStub,
+        start_worker: StartWorker,
+    ) -> None:
+        worker = await start_worker(controllers=(controller.address,), worker_id="alive")
+        await joined(controller, 1)
+        await stub.Register(registration(worker_id="dead", address="127.0.0.1:1"))
+        await stub.Register(registration(worker_id="impostor", instance_id="k", address=worker.address))
+        result = await stub.RefreshWorkers(pb.RefreshWorkersRequest())
+        assert list(result.live_worker_ids) == ["alive"]
+        assert list(result.removed_worker_ids) == ["dead", "impostor"]
+        assert [w.spec.worker_id for w in controller.registry.workers()] == ["alive"]
+
+
+class TestDrain:
+    async def test_a_drained_worker_ends_its_streams_and_leaves(
+        self, controller: ControllerApp, client: AsyncClient, start_worker: StartWorker
+    ) -> None:
+        old = await start_worker(
+            controllers=(controller.address,), worker_id="old", options={"delay_ms": "30"}, drain_timeout_s=30.0
+        )
+        await joined(controller, 1)
+        text = "0123456789" * 10
+        running = asyncio.create_task(client.complete(text))
+        (worker,) = controller.registry.workers()
+        await eventually(lambda: worker.reserved == 1)
+        await start_worker(controllers=(controller.address,), worker_id="new")
+        await joined(controller, 2)
+        assert await client.drain_worker("old") == 1
+        for _ in range(3):
+            await client.complete("x")
+        assert worker.reserved == 1, "nothing new goes there"
+        await eventually(old._stop.is_set)
+        await old.stop()
+        assert (await running).text == text
+        assert controller.relay.failover.resumed == 0
+        await joined(controller, 1)
+
+    async def test_what_outlives_the_drain_goes_on_elsewhere(
+        self,
+        controller: ControllerApp,
+        client: AsyncClient,
+        start_worker: StartWorker,
+        stub: registry_pb2_grpc.ControllerServiceStub,
+    ) -> None:
+        old = await start_worker(controllers=(controller.address,), worker_id="old", options={"delay_ms": "30"})
+        await joined(controller, 1)
+        text = "0123456789" * 15
+        running = asyncio.create_task(client.complete(text))
+        await eventually(lambda: controller.registry.workers()[0].reserved == 1)
+        await start_worker(controllers=(controller.address,), worker_id="new")
+        await joined(controller, 2)
+        await stub.DrainWorker(pb.DrainWorkerRequest(worker_id="old", timeout=duration_pb2.Duration()))
+        await eventually(old._stop.is_set)
+        await old.stop()
+        assert (await running).text == text
+        assert controller.relay.failover.resumed == 1
+
+    async def test_draining_an_unknown_worker_is_not_found(self, stub: registry_pb2_grpc.ControllerServiceStub) -> None:
+        await fails(stub.DrainWorker(pb.DrainWorkerRequest(worker_id="?")), errors.WorkerNotFound)
+
+
+class TestLife:
+    async def test_health_follows_the_controllers_life(self, controller: ControllerApp) -> None:
+        async with open_channel(controller.address) as channel:
+            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+            stopping = asyncio.create_task(controller.stop())
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            await stopping
+
+    async def test_stopping_lets_streams_end_and_refuses_new_ones(self, start_worker: StartWorker) -> None:
+        async with running_controller(drain_timeout_s=30.0) as controller, AsyncClient(controller.address) as client:
+            await start_worker(controllers=(controller.address,), options={"delay_ms": "20"})
+            await joined(controller, 1)
+            async with aclosing(client.generate("abcdefghijklmnopqrst")) as events:
+                first = await anext(events)
+                stopping = asyncio.create_task(controller.stop())
+                await eventually(lambda: controller.generation.draining)
+                with pytest.raises(errors.Draining):
+                    await client.complete("x")
+                rest = [event async for event in events]
+            await stopping
+            deltas = [event for event in [first, *rest] if isinstance(event, Delta)]
+            assert "".join(event.text for event in deltas) == "abcdefghijklmnopqrst"
+
+    async def test_stopping_ends_watches_at_once(self, controller: ControllerApp) -> None:
+        async with open_channel(controller.address) as channel:
+            watch = registry_pb2_grpc.ControllerServiceStub(channel).WatchWorkers(pb.WatchWorkersRequest())
+            await watch.read()
+            await asyncio.wait_for(controller.stop(), 5)
+            assert await watch.read() is grpc.aio.EOF
+
+    async def test_a_port_in_use_is_said_in_one_line(self, controller: ControllerApp) -> None:
+        with pytest.raises(ConfigError, match="in use"):
+            async with running_controller(port=controller.port):
+                pass
+
+    async def test_a_restarted_controller_soon_knows_its_workers_again(self, start_worker: StartWorker) -> None:
+        async with running_controller() as controller:
+            port = controller.port
+            await start_worker(controllers=(controller.address,))
+            await start_worker(controllers=(controller.address,))
+            await joined(controller, 2)
+        async with running_controller(port=port) as again:
+            await joined(again, 2)

@@ -1,0 +1,98 @@
+"""Embeddings: what each input gives alone, whatever stands beside it."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+
+import pytest
+import torch
+
+from fastchat_grpc.engine.embedder import Embedder, batches, pool
+from fastchat_grpc.engine.model_runner import make_packed_runner
+from tests.unit.engine.test_engine import ask, prompt
+from tests.unit.engine.tiny import Harness, tiny, tiny_t5
+
+INPUTS = [prompt(n) for n in (3, 40, 1, 17)]
+
+
+def embed(model, pooling="mean", normalize=True, packed=False):
+    future: Future = Future()
+    with torch.inference_mode():
+        list(Embedder(model, pooling, lambda name: None, packed=packed).pieces(INPUTS, normalize, "", future))
+    return torch.tensor(future.result(timeout=0))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+@pytest.mark.parametrize("make", [lambda: tiny("llama"), lambda: tiny("bloom"), tiny_t5], ids=["llama", "bloom", "t5"])
+def test_a_batch_gives_what_each_input_gives_alone(make, pooling):
+    model = make()
+    encoder = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+    for vector, token_ids in zip(embed(model, pooling, normalize=False), INPUTS, strict=True):
+        hidden = encoder(input_ids=torch.tensor([token_ids])).last_hidden_state[0]
+        expected = {"mean": hidden.mean(0), "cls": hidden[0], "last": hidden[-1]}[pooling]
+        assert torch.allclose(vector, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+def test_packed_inputs_give_what_padded_ones_give(pooling):
+    model = tiny("llama")
+    expected = embed(model, pooling, normalize=False)
+    with torch.inference_mode():
+        assert make_packed_runner(model, lambda name: None) is not None
+    assert torch.allclose(embed(model, pooling, normalize=False, packed=True), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_vectors_have_length_one_unless_asked_otherwise():
+    assert torch.allclose(embed(tiny("llama")).norm(dim=-1), torch.ones(4), atol=1e-5)
+
+
+def test_batches_keep_to_the_budget_and_lose_nothing():
+    lengths = [5, 100, 1, 7, 64, 64, 2, 300]
+    groups = batches(lengths, 128)
+    assert sorted(i for group in groups for i in group) == list(range(8))
+    for group in groups:
+        assert len(group) == 1 or max(lengths[i] for i in group) * len(group) <= 128
+
+
+def test_padding_never_counts():
+    hidden = torch.randn(2, 3, 4)
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    for pooling in ("mean", "cls", "last"):
+        changed = hidden.clone()
+        changed[0, 2] = 99.0
+        assert torch.equal(pool(hidden, mask, pooling), pool(changed, mask, pooling))
+
+
+def test_embedding_runs_between_the_steps_of_running_streams():
+    model = tiny("llama")
+    with Harness(model) as harness:
+        expected = harness.run(ask(prompt(20), 60))[0].tokens()
+        sink = harness.submit(ask(prompt(20), 60))
+        sink.wait_for_tokens(2)
+        future: Future = Future()
+        embedder = Embedder(model, "mean", lambda name: None)
+        harness.engine.run_job(embedder.pieces(INPUTS, True, "", future), future)
+        assert len(future.result(timeout=30)) == 4
+        assert sink.wait().tokens() == expected
+
+
+def test_a_cancelled_embedding_stops_and_a_failing_one_says_so():
+    with Harness(tiny("llama")) as harness:
+        started = []
+
+        def pieces():
+            for i in range(10**9):
+                started.append(i)
+                yield
+
+        endless: Future = Future()
+        harness.engine.run_job(pieces(), endless)
+        while len(started) < 3:
+            pass
+        endless.cancel()
+        broken: Future = Future()
+        harness.engine.run_job((1 / 0 for _ in [0]), broken)
+        with pytest.raises(Exception, match="ZeroDivisionError"):
+            broken.result(timeout=30)
+        assert harness.run(ask(prompt(5)))[0].error is None
+        assert not harness.engine._jobs

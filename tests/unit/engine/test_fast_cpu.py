@@ -1,0 +1,132 @@
+"""The fast path for CPUs computes what transformers computes; kernels do what torch does."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from fastchat_grpc.engine import model_runner
+from fastchat_grpc.engine.attention import attend_singles
+from fastchat_grpc.engine.fast_cpu import FastLayer, PackedLinear, fuse, speed_up
+from fastchat_grpc.engine.model_runner import make_packed_runner
+from fastchat_grpc.engine.native import SWITCH, kernels
+from tests.unit.engine.test_engine import ask, prompt
+from tests.unit.engine.tiny import Harness, greedy_by_generate, tiny
+
+needs_kernels = pytest.mark.skipif(kernels() is None, reason="no C compiler on this machine")
+
+
+def runner_of(model, **options):
+    with torch.inference_mode():
+        return make_packed_runner(model, lambda name: None, **options)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["llama", "mistral_window", "qwen3"])
+def test_layers_of_known_families_are_sped_up_and_outputs_stay(name):
+    model = tiny(name)
+    ids = torch.tensor([prompt(30)])
+    before = model(input_ids=ids).logits
+    runner_of(model)
+    assert all(isinstance(layer.forward, FastLayer) for layer in model.model.layers)
+    assert torch.allclose(model(input_ids=ids).logits, before, atol=1e-4)
+    with Harness(model) as harness:
+        assert harness.run(ask(prompt(40)))[0].tokens() == greedy_by_generate(tiny(name), prompt(40), 12)
+
+
+def test_other_families_keep_their_layers():
+    model = tiny("gpt2")
+    assert runner_of(model) is not None
+    assert speed_up(model, None) is None
+
+
+def test_without_kernels_the_engine_says_the_same(monkeypatch):
+    monkeypatch.setattr(model_runner, "kernels", lambda: None)
+    model = tiny("llama")
+    with Harness(model) as harness:
+        sinks = harness.run(*(ask(prompt(n)) for n in (3, 50)))
+    assert not isinstance(model.model.layers[0].forward, FastLayer)
+    assert [s.tokens() for s in sinks] == [greedy_by_generate(tiny("llama"), prompt(n), 12) for n in (3, 50)]
+
+
+def test_a_switch_leaves_the_kernels_out(monkeypatch):
+    monkeypatch.setenv(SWITCH, "0")
+    kernels.cache_clear()
+    try:
+        assert kernels() is None
+    finally:
+        monkeypatch.delenv(SWITCH)
+        kernels.cache_clear()
+
+
+@needs_kernels
+def test_a_fast_path_that_is_wrong_is_noticed_and_undone(monkeypatch):
+    model = tiny("llama")
+    expected = greedy_by_generate(model, prompt(20), 12)
+    monkeypatch.setattr(FastLayer, "_attend", lambda self, step, x, positions: self._attend_wrongly(step, x, positions))
+
+    def wrongly(self, step, x, positions):
+        out = step.attend(self._index, *(torch.zeros(len(x), n, self._size) for n in (4, 2, 2)), 1.0, None)
+        return self._o(out.view(len(x), -1) + 1)
+
+    monkeypatch.setattr(FastLayer, "_attend_wrongly", wrongly, raising=False)
+    runner_of(model)
+    assert not isinstance(model.model.layers[0].forward, FastLayer)
+    assert type(model.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    with Harness(model) as harness:
+        assert harness.run(ask(prompt(20)))[0].tokens() == expected
+
+
+def test_fused_layers_are_their_parts_side_by_side():
+    torch.manual_seed(0)
+    linears = [torch.nn.Linear(40, n, bias=bias) for n, bias in ((24, True), (8, False), (16, True))]
+    x = torch.randn(5, 40)
+    whole = fuse(linears)
+    assert isinstance(whole, PackedLinear)  # random weights need all 32 bits
+    assert torch.allclose(whole(x), torch.cat([linear(x) for linear in linears], dim=-1), atol=1e-5)
+    mixed = fuse([linears[0], torch.nn.Sequential(linears[1])])
+    assert torch.allclose(mixed(x), torch.cat([linear(x) for linear in linears[:2]], dim=-1), atol=1e-6)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(9, 3, 64), (8, 8, 128), (4, 2, 24)])
+@pytest.mark.parametrize("window", [None, 7])
+def test_native_attention_equals_torchs(heads, kv_heads, size, window):
+    torch.manual_seed(0)
+    keys, values = torch.randn(300, kv_heads, size), torch.randn(300, kv_heads, size)
+    query = torch.randn(6, heads + 2, size)[:, :heads]
+    contexts = torch.randint(300, (6, 90))
+    lengths = torch.tensor([1, 90, 33, 7, 64, 8])
+    arguments = query, keys, values, contexts, lengths, size**-0.5, window
+    assert torch.allclose(kernels().attend_singles(*arguments), attend_singles(*arguments), atol=1e-5)
+
+
+@needs_kernels
+def test_native_attention_survives_huge_scores():
+    keys = torch.full((4, 1, 8), 1e3)
+    keys[2] = -1e3
+    values = torch.arange(32.0).view(4, 1, 8)
+    query = torch.full((1, 1, 8), 1e3)
+    arguments = query, keys, values, torch.tensor([[0, 1, 2, 3]]), torch.tensor([3]), 1.0, None
+    assert torch.allclose(kernels().attend_singles(*arguments)[0, 0], values[:2].mean(0)[0])
+
+
+@needs_kernels
+def test_native_norm_activation_and_rotation_equal_torchs():
+    torch.manual_seed(0)
+    k = kernels()
+    x, weight = torch.randn(7, 33) * 5, torch.randn(33)
+    expected = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * (1 + weight)
+    assert torch.allclose(k.rms_norm(x, weight, 1e-5, 1.0), expected, atol=1e-5)
+    both = torch.randn(7, 66) * 30
+    expected = torch.nn.functional.silu(both[:, :33]) * both[:, 33:]
+    assert torch.allclose(k.silu_and_multiply(both[:, :33], both[:, 33:]), expected, atol=1e-4, rtol=1e-5)
+    heads, angles = torch.randn(7, 5, 16), torch.randn(7, 8)
+    cosine, sine = (torch.cat((f(angles), f(angles)), dim=-1).contiguous() for f in (torch.cos, torch.sin))
+    turned = torch.cat((-heads[..., 8:], heads[..., :8]), dim=-1)
+    expected = heads * cosine[:, None] + turned * sine[:, None]
+    rotated = copy.deepcopy(heads)
+    k.rotate(rotated, cosine, sine)
+    assert torch.allclose(rotated, expected, atol=1e-5)

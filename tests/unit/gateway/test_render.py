@@ -1,0 +1,133 @@
+"""The rendered configuration: what is in it, and that Envoy takes it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastchat_grpc.config import ApiKeyConfig, ControllerConfig, GatewayConfig, GatewayMode
+from fastchat_grpc.errors import ConfigError
+from fastchat_grpc.gateway import errors_lua
+from fastchat_grpc.gateway.binary import find_envoy
+from fastchat_grpc.gateway.render import bootstrap, render_config
+from fastchat_grpc.gateway.routes import PICKED
+
+DIRECT = GatewayConfig(node_id="n")
+CONFIGS = {
+    "direct": DIRECT,
+    "several controllers": GatewayConfig(node_id="n", controller_addresses=("a:1", "b:2"), join_token="secret"),
+    "relay": GatewayConfig(node_id="n", mode=GatewayMode.RELAY, access_log="-"),
+    "sidecar": GatewayConfig(node_id="n", mode=GatewayMode.SIDECAR, worker_address="127.0.0.1:21002"),
+    "no retries": GatewayConfig(node_id="n", retries=0, allowed_origins=("*",), port=0),
+}
+
+
+def find(tree: Any, key: str) -> list[Any]:
+    """Every value under a key, at any depth."""
+    if isinstance(tree, dict):
+        return [v for k, v in tree.items() if k == key] + [x for v in tree.values() for x in find(v, key)]
+    if isinstance(tree, list):
+        return [x for item in tree for x in find(item, key)]
+    return []
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_envoy_takes_the_configuration_as_yaml_and_as_json(config: GatewayConfig, tmp_path: Path) -> None:
+    for name, text in (("c.yaml", render_config(config)), ("c.json", json.dumps(bootstrap(config)))):
+        path = tmp_path / name
+        path.write_text(text)
+        found = subprocess.run(
+            [str(find_envoy()), "--mode", "validate", "-c", str(path), "-l", "warning"], capture_output=True, text=True
+        )
+        assert found.returncode == 0, found.stderr[-500:]
+        assert "deprecated" not in found.stderr.lower(), found.stderr[-500:]
+
+
+def routes(config: GatewayConfig) -> dict[str, Any]:
+    (config_tree,) = find(bootstrap(config), "route_config")
+    found = config_tree["virtual_hosts"][0]["routes"]
+    return {route["match"].get("path") or route["match"]["prefix"]: route for route in found}
+
+
+def test_in_direct_mode_nothing_reaches_a_worker_without_the_picker() -> None:
+    for path, route in routes(DIRECT).items():
+        check = route["typed_per_filter_config"]["envoy.filters.http.ext_authz"]
+        leads_to_workers = route.get("route", {}).get("cluster") == "workers"
+        assert leads_to_workers == (path in PICKED)
+        assert leads_to_workers != check.get("disabled", False)
+        assert check["@type"].endswith("ExtAuthzPerRoute"), "the generic FilterConfig{disabled} would open all routes"
+
+
+def test_nobody_registers_or_drains_through_the_gateway() -> None:
+    found = list(routes(DIRECT))
+    for method in ("Register", "Heartbeat", "Deregister", "DrainWorker", "RefreshWorkers"):
+        assert f"/fastchat_grpc.v1.ControllerService/{method}" not in found
+    assert routes(DIRECT)["/fastchat_grpc.v1.ControllerService/"]["direct_response"]["status"] == 403
+    assert not [path for path in found if path.startswith(("/envoy", "/grpc.channelz"))]
+
+
+def test_the_join_token_goes_to_controllers_alone() -> None:
+    with_token = bootstrap(CONFIGS["several controllers"])
+    services = find(with_token, "initial_metadata")
+    assert len(services) == 4  # the picker, the endpoints, and the log of each of two controllers
+    assert all(item == [{"key": "authorization", "value": "Bearer secret"}] for item in services)
+    assert "secret" not in render_config(DIRECT)
+
+
+def test_each_controller_hears_of_ended_requests() -> None:
+    names = [cluster["name"] for cluster in bootstrap(CONFIGS["several controllers"])["static_resources"]["clusters"]]
+    assert names == ["api", "workers", "controller_0", "controller_1"]
+
+
+def test_the_error_filter_reads_the_tables_of_the_services() -> None:
+    source = errors_lua.source(5000)
+    assert '["PROMPT_TOO_LONG"] = "context_length_exceeded"' in source
+    assert '[429] = "rate_limit_error"' in source
+    assert "at most 5000 bytes" in source
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"port": 70000},
+        {"mode": GatewayMode.SIDECAR},
+        {"controller_addresses": ()},
+        {"controller_addresses": ("nonsense",)},
+        {"worker_address": "x"},
+        {"max_body_bytes": 10},
+        {"max_body_bytes": 2**30},
+        {"idle_timeout_s": 0},
+        {"retries": 11},
+        {"concurrency": 0},
+        {"envoy": Path("/nowhere/envoy")},
+        {"drain_timeout_s": -1},
+    ],
+    ids=str,
+)
+def test_a_wrong_setting_is_refused_in_one_line(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        GatewayConfig(**settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_keys_are_given_with_names_or_without() -> None:
+    parsed = ApiKeyConfig.parse("alice=sk-alice-secret, bob=c2VjcmV0LWtleQ==, c2VjcmV0LWtleQ==")
+    assert parsed.keys == (
+        ("alice", "sk-alice-secret"),
+        ("bob", "c2VjcmV0LWtleQ=="),
+        ("key3", "c2VjcmV0LWtleQ=="),
+    )
+    assert "c2Vj" not in repr(ControllerConfig(api_keys=parsed))
+    assert "alice" not in repr(ControllerConfig(api_keys=parsed))
+
+
+@pytest.mark.parametrize("text", ["xyzzy", "plugh=xyzzy", "plugh plugh=xyzzyxyzzy", "xyzzyxyzzy plugh"])
+def test_a_bad_key_is_refused_without_being_shown(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ApiKeyConfig.parse(text)
+    assert "xyzzy" not in str(caught.value)
+    assert "plugh" not in str(caught.value)

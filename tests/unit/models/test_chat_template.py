@@ -1,0 +1,150 @@
+"""Conversations to text: what reaches the template, and how its refusals are reported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fastchat_grpc.core import ChatMessage, ChatPrompt, Image, Tool, ToolCall
+from fastchat_grpc.errors import InvalidArgument
+from fastchat_grpc.models.chat_template import ChatTemplate
+from fastchat_grpc.models.overrides import CHAT_TEMPLATES
+from tests.e2e.tiny_models import CHATML, byte_level_tokenizer
+
+SECRET = "xyzzy-private-content"
+
+
+def template(source: Any, override: str | None = None) -> ChatTemplate:
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level_tokenizer(), eos_token="<|im_end|>")
+    tokenizer.chat_template = source
+    return ChatTemplate(tokenizer, override)
+
+
+def chat(*turns: tuple[str, Any], **settings: Any) -> ChatPrompt:
+    return ChatPrompt(messages=tuple(ChatMessage(role=role, content=content) for role, content in turns), **settings)
+
+
+def test_a_conversation_is_rendered_and_opened_for_the_answer() -> None:
+    text = template(CHATML).render(chat(("system", "Be brief."), ("user", "Hi")))
+    assert text == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_the_assistants_last_message_can_be_continued() -> None:
+    text = template(CHATML).render(chat(("user", "Hi"), ("assistant", "Well, "), continue_final_message=True))
+    assert text.endswith("<|im_start|>assistant\nWell, ")
+
+
+def test_parts_become_lines_of_one_text() -> None:
+    assert "user\none\ntwo<" in template(CHATML).render(chat(("user", ("one", "two"))))
+
+
+def test_an_image_is_refused_by_its_place() -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        template(CHATML).render(chat(("user", "a"), ("user", ("text", Image(url="http://x/y.png")))))
+    assert caught.value.field == "chat.messages[1].parts[1].image"
+
+
+def test_developer_is_system_for_templates_that_do_not_know_it() -> None:
+    assert "<|im_start|>system\nx" in template(CHATML).render(chat(("developer", "x"), ("user", "y")))
+    knows = CHATML + "{# developer #}"
+    assert "<|im_start|>developer\nx" in template(knows).render(chat(("developer", "x"), ("user", "y")))
+
+
+def test_a_model_without_a_template_says_so() -> None:
+    with pytest.raises(InvalidArgument, match="no chat template"):
+        template(None).render(chat(("user", "x")))
+
+
+def test_an_override_replaces_the_template() -> None:
+    replaced = template(CHATML, override="{{ messages[0]['content'] }}!")
+    assert replaced.source == "{{ messages[0]['content'] }}!"
+    assert replaced.render(chat(("user", "x"))) == "x!"
+
+
+def test_template_arguments_reach_the_template() -> None:
+    source = "{{ enable_thinking }} {{ add_generation_prompt }}"
+    arguments = {"enable_thinking": False, "add_generation_prompt": False}
+    assert template(source).render(chat(("user", "x"), template_arguments=arguments)) == "False False"
+
+
+@pytest.mark.parametrize("name", ["tokenize", "messages", "chat_template", "tools", "return_tensors", "conversation"])
+def test_template_arguments_cannot_replace_the_servers_own(name: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        template(CHATML).render(chat(("user", "x"), template_arguments={name: "y"}))
+    assert caught.value.field == f"chat.template_arguments.{name}"
+
+
+def test_tools_and_calls_take_the_shape_that_templates_expect() -> None:
+    source = "{{ tools | tojson }}|{% for m in messages %}{{ m | tojson }}{% endfor %}"
+    call = ToolCall(id="c1", name="add", arguments_json='{"a": 1}')
+    prompt = ChatPrompt(
+        messages=(
+            ChatMessage(role="assistant", tool_calls=(call,)),
+            ChatMessage(role="tool", content="3", tool_call_id="c1", name="add"),
+        ),
+        tools=(Tool(name="add", description="Adds.", parameters={"type": "object"}), Tool(name="now")),
+    )
+    text = template(source).render(prompt)
+    assert '"name": "add", "description": "Adds.", "parameters": {"type": "object"}' in text
+    assert '"arguments": {"a": 1}' in text
+    assert '"tool_call_id": "c1"' in text
+
+
+def test_tools_are_refused_where_the_template_ignores_them_and_left_out_when_unwanted() -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        template(CHATML).render(chat(("user", "x"), tools=(Tool(name="f"),)))
+    assert caught.value.field == "chat.tools"
+    assert template(CHATML).render(chat(("user", "x"), tools=(Tool(name="f"),), tool_choice="none"))
+
+
+def test_a_template_for_tools_is_used_with_tools() -> None:
+    both = template({"default": "plain", "tool_use": "with {{ tools | length }} tools"})
+    assert both.render(chat(("user", "x"))) == "plain"
+    assert both.render(chat(("user", "x"), tools=(Tool(name="f"),))) == "with 1 tools"
+
+
+def test_a_templates_own_words_are_passed_on() -> None:
+    source = "{{ raise_exception('Roles must alternate') }}"
+    with pytest.raises(InvalidArgument, match="Roles must alternate"):
+        template(source).render(chat(("user", SECRET)))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ raise_exception('bad: ' + messages[0]['content']) }}",
+        "{{ messages[0]['content'] + 1 }}",
+        "{{ messages[5].content.nothing }}",
+        "{{ messages[0]['content'].__class__.__mro__ }}",
+        "{% for x in %}",
+    ],
+)
+def test_refusals_of_a_template_quote_no_conversation(source: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        template(source).render(chat(("user", SECRET)))
+    assert SECRET not in str(caught.value)
+    assert caught.value.field == "chat"
+
+
+def test_templates_cannot_change_the_conversation_or_reach_python() -> None:
+    with pytest.raises(InvalidArgument):
+        template("{{ messages.append(1) }}").render(chat(("user", "x")))
+
+
+@pytest.mark.parametrize("name", sorted(CHAT_TEMPLATES))
+def test_every_named_template_renders_a_conversation_in_order(name: str) -> None:
+    turns = [("user", "first"), ("assistant", "second"), ("user", "third")]
+    text = template(None, override=CHAT_TEMPLATES[name]).render(chat(*turns))
+    places = [text.index(content) for _, content in turns]
+    assert places == sorted(places)
+
+
+def test_vicuna_and_llama_2_have_their_familys_format() -> None:
+    turns = (("system", "S"), ("user", "hi"))
+    assert template(None, CHAT_TEMPLATES["vicuna_v1.1"]).render(chat(*turns)) == "S USER: hi ASSISTANT:"
+    assert (
+        template(None, CHAT_TEMPLATES["llama-2"]).render(chat(*turns)) == "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nhi [/INST]"
+    )
