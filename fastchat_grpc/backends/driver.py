@@ -256,8 +256,7 @@ class _Streams:
             task.cancel()
 
     async def close(self) -> None:
-        for task in self._tasks.values():
-            task.cancel()
+        """Wait until every stream is closed. `drive` has stopped them; a second cancel would cut their aborts short."""
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def _read(self, job: Job, index: int) -> None:
