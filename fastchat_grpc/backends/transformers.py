@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -68,7 +68,13 @@ class TransformersBackend:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(_hand_out, deliveries)
 
-        built = await asyncio.to_thread(self._build, deliver)
+        # In a thread that ends: OpenMP keeps a pool for each thread that has computed, and lets its pools sleep
+        # between any two operations once they have more threads than there are processors.
+        loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        try:
+            built = await loop.run_in_executor(loader, self._build, deliver)
+        finally:
+            loader.shutdown(wait=False)
         if self._closed:
             built.engine.close()
             raise ConfigError("the worker was stopped while it loaded its model")

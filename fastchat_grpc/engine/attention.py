@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from fastchat_grpc.engine.native import Kernels, rows_are_plain
+from fastchat_grpc.native.kernels import Kernels, rows_are_plain
 
 PACKED = "fastchat_packed"
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fastchat_grpc.engine.attention import current_step
-from fastchat_grpc.engine.native import Kernels
+from fastchat_grpc.native.kernels import Kernels
 
 log = logging.getLogger(__name__)
 
@@ -133,10 +133,9 @@ def fuse(linears: Sequence[Any]) -> Linear:
     known = [weights for weights in map(_weights, linears) if weights is not None]
     if len(known) == len(linears):
         return PackedLinear(torch.cat([weight.detach() for weight, _ in known]), _join(*zip(*known, strict=True)))
-    whole = _whole(linears)
+    whole: Linear | None = _whole(linears)
     if whole is not None:
-        weights = _weights(whole)
-        return whole if weights is None else PackedLinear(*weights)
+        return whole
     return lambda x: torch.cat([linear(x) for linear in linears], dim=-1)
 
 
@@ -156,10 +155,8 @@ def _join(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
 
 def _weights(linear: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """Weight (out, in) and bias of a layer that keeps them in float32, else None."""
-    if type(linear) is torch.nn.Linear and linear.weight.dtype == torch.float32:
-        return linear.weight, linear.bias
-    transposed = getattr(linear, "_transposed", None)  # models.cpu_linear.TransposedLinear
-    return None if transposed is None else (transposed.t(), linear._bias)
+    plain = type(linear) is torch.nn.Linear and linear.weight.dtype == torch.float32
+    return (linear.weight, linear.bias) if plain else None
 
 
 def _suits(layer: Any) -> bool:

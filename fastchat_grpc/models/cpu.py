@@ -12,9 +12,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_ROWS = 2
-_LENGTH, _CALIBRATION_LENGTH = 8, 96
-"""Tokens of each row: enough to compare outputs, and enough to see a model's outlier channels."""
+_ROWS, _LENGTH = 2, 8
 _TOLERANCE = 1e-3
 """Largest change of outputs, as a share of the largest output, that rounding explains."""
 
@@ -27,7 +25,7 @@ def speed_up(model: Any, kind: ModelKind, *, int8: bool, avoid: frozenset[int]) 
     """Replace the linear layers of a float32 model on the CPU by faster ones, in place.
 
     Args:
-        int8: quantize weights to 8 bits where that costs little.
+        int8: quantize weights to 8 bits.
         avoid: token ids (special ones) that trial inputs leave out.
 
     Raises:
@@ -37,13 +35,16 @@ def speed_up(model: Any, kind: ModelKind, *, int8: bool, avoid: frozenset[int]) 
 
     from fastchat_grpc.models.cpu_linear import fast_linear, replace_linears
     from fastchat_grpc.models.quantization import quantize_int8
+    from fastchat_grpc.native.kernels import kernels
 
-    inputs = _trial_inputs(model, kind, avoid, _CALIBRATION_LENGTH if int8 else _LENGTH)
+    inputs = _trial_inputs(model, kind, avoid)
     with torch.inference_mode():
         before = _run(model, inputs)
         try:
             if int8:
-                quantize_int8(model, lambda: _run(model, inputs))
+                native = kernels()
+                assert native is not None, "plan_quantization has asked for them"
+                quantize_int8(model, native)
             else:
                 replace_linears(model, fast_linear)
             after = _run(model, inputs)
@@ -60,14 +61,14 @@ def _run(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return output
 
 
-def _trial_inputs(model: Any, kind: ModelKind, avoid: frozenset[int], length: int) -> dict[str, torch.Tensor]:
-    """Random tokens. They show a model's outlier channels as well as text does, in any language."""
+def _trial_inputs(model: Any, kind: ModelKind, avoid: frozenset[int]) -> dict[str, torch.Tensor]:
+    """Random tokens: a fault of a layer shows on any."""
     import torch
 
     count = int(model.get_input_embeddings().weight.shape[0])
     allowed = torch.tensor([i for i in range(count) if i not in avoid] or [0])
     generator = torch.Generator().manual_seed(0)
-    token_ids = allowed[torch.randint(len(allowed), (_ROWS, length), generator=generator)]
+    token_ids = allowed[torch.randint(len(allowed), (_ROWS, _LENGTH), generator=generator)]
     inputs = {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids)}
     if kind is ModelKind.ENCODER_DECODER:
         inputs["decoder_input_ids"] = token_ids

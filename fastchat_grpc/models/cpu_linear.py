@@ -43,8 +43,8 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        # Some models ask a weight for its dtype or shape. On the meta device, computing with it fails loudly.
-        self.weight = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        # Some models ask a weight for its dtype or shape. Whoever computes with this one sees that it is not there.
+        self.weight = torch.full((), math.nan, dtype=weight.dtype).expand(weight.shape)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -220,11 +220,6 @@ class FusedPart(PackedLinear):
         return self.fused.output(self.index, x)
 
 
-def computing_layer(layer: nn.Module) -> nn.Module:
-    """The layer that does the work of `layer`: of a part, its whole."""
-    return layer.fused.layer if isinstance(layer, FusedPart) else layer
-
-
 def _fuse_siblings(parent: nn.Module, names: Sequence[str], make: MakeLinear) -> int:
     layers: list[Any] = [getattr(parent, name, None) for name in names]
     weights = [_plain_weight(layer) for layer in layers]
@@ -241,11 +236,6 @@ def _fuse_siblings(parent: nn.Module, names: Sequence[str], make: MakeLinear) ->
     for index, (name, weight) in enumerate(zip(names, known, strict=True)):
         setattr(parent, name, FusedPart(weight, fused, index))
     return len(names)
-
-
-def is_plain_linear(layer: object) -> bool:
-    """Whether `replace_linears` would replace the layer."""
-    return _plain_weight(layer) is not None
 
 
 def _plain_weight(layer: object) -> torch.Tensor | None:

@@ -115,10 +115,10 @@ def _check_stored(method: str, device: torch.device) -> None:
 
 
 def _check_int8() -> None:
-    from fastchat_grpc.models.cpu_linear import has_fbgemm
+    from fastchat_grpc.native.kernels import kernels
 
-    if not has_fbgemm():
-        raise ModelLoadError("8-bit weights on a CPU need FBGEMM, which torch has on x86 only; leave out --load-8bit")
+    if kernels() is None:
+        raise ModelLoadError("8-bit weights on a CPU need a C compiler; install gcc or clang, or leave out --load-8bit")
 
 
 def _bitsandbytes(method: str, device: torch.device) -> Any:

@@ -11,7 +11,7 @@ from fastchat_grpc.engine import model_runner
 from fastchat_grpc.engine.attention import attend_singles
 from fastchat_grpc.engine.fast_cpu import FastLayer, PackedLinear, fuse, speed_up
 from fastchat_grpc.engine.model_runner import make_packed_runner
-from fastchat_grpc.engine.native import SWITCH, kernels
+from fastchat_grpc.native.kernels import SWITCH, kernels
 from tests.unit.engine.test_engine import ask, prompt
 from tests.unit.engine.tiny import Harness, greedy_by_generate, tiny
 

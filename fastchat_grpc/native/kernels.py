@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -31,7 +32,13 @@ _SIGNATURES = {
     "rms_norm": (*[_POINTER] * 3, *[_INT] * 2, *[_FLOAT] * 2),
     "silu_and_multiply": (*[_POINTER] * 3, *[_INT] * 4),
     "rotate": (*[_POINTER] * 3, *[_INT] * 4),
+    "multiply_int8": (*[_POINTER] * 4, *[_INT] * 4),
 }
+_CAN_FAIL = {"attend_singles", "multiply_int8"}
+INT8_GROUP = 64
+"""Inputs that share a scale in `multiply_int8`."""
+INT8_PANEL = 16
+"""Outputs that stand together there; it takes an even number of panels."""
 
 
 class Kernels:
@@ -41,7 +48,7 @@ class Kernels:
         library = ctypes.CDLL(str(path))
         for name, signature in _SIGNATURES.items():
             getattr(library, name).argtypes = signature
-            getattr(library, name).restype = ctypes.c_int if name == "attend_singles" else None
+            getattr(library, name).restype = ctypes.c_int if name in _CAN_FAIL else None
         self._library = library
 
     def attend_singles(
@@ -108,6 +115,28 @@ class Kernels:
         n, heads, size = x.shape
         self._library.rotate(x.data_ptr(), cosine.data_ptr(), sine.data_ptr(), n, heads, size, x.stride(0))
 
+    def multiply_int8(self, x: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """x (rows, 64 * groups) times 8-bit weights (panels, groups, 16, 16, 4) with scales (panels, groups, 16).
+
+        Input k of output o stands at weights[o // 16, k // 64, k % 64 // 4, o % 16, k % 4], plus 128. Inputs are
+        quantized in the same groups, row by row. Returns (rows, 16 * panels).
+        """
+        panels, groups = scales.shape[:2]
+        out = torch.empty(len(x), panels * INT8_PANEL)
+        failed = self._library.multiply_int8(
+            out.data_ptr(),
+            x.data_ptr(),
+            weights.data_ptr(),
+            scales.data_ptr(),
+            len(x),
+            groups,
+            panels,
+            x.stride(0),
+        )
+        if failed:
+            raise MemoryError("no memory for quantized inputs")
+        return out
+
 
 def rows_are_plain(x: torch.Tensor) -> bool:
     """Whether x (n, heads, size) is float32 on the CPU with contiguous rows, which the kernels can read as it is."""
@@ -124,7 +153,7 @@ def kernels() -> Kernels | None:
     """The kernels, compiled by the first call on a machine; None where that cannot be done."""
     if os.environ.get(SWITCH) == "0":
         return None
-    compiler = next((c for c in (os.environ.get("CC"), "cc", "gcc", "clang") if c and shutil.which(c)), None)
+    compiler = find_compiler()
     try:
         source = Path(__file__).with_name("kernels.c").read_bytes()
         # What -march=native means depends on the machine, and a home folder may be shared by several.
@@ -135,19 +164,25 @@ def kernels() -> Kernels | None:
             if compiler is None:
                 log.info("no C compiler: the CPU kernels are left to torch")
                 return None
-            _compile(compiler, path)
+            compile_kernels(compiler, path)
         return Kernels(path)
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("the CPU kernels cannot be compiled and are left to torch: %s", error)
         return None
 
 
-def _compile(compiler: str, path: Path) -> None:
+def find_compiler() -> str | None:
+    """A C compiler of this machine: $CC, or a usual name."""
+    return next((c for c in (os.environ.get("CC"), "cc", "gcc", "clang") if c and shutil.which(c)), None)
+
+
+def compile_kernels(compiler: str, path: Path, flags: Sequence[str] = FLAGS) -> None:
+    """Compile kernels.c into a shared library at `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         source = str(Path(__file__).with_name("kernels.c"))
-        command = [compiler, *FLAGS, source, "-o", str(made), "-lm"]
+        command = [compiler, *flags, source, "-o", str(made), "-lm"]
         subprocess.run(command, check=True, timeout=COMPILE_TIMEOUT_S, capture_output=True)
         # Renamed when whole, so that two starting workers do not meet half a file.
         made.rename(path)

@@ -8,6 +8,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__AVX512F__) && defined(__AVX512VNNI__)
+#include <immintrin.h>
+#define VNNI 1
+#endif
+
 #define INLINE static inline __attribute__((always_inline))
 
 // Floating point operations that are worth waking a second thread for.
@@ -170,4 +175,137 @@ void rotate(float *restrict x, const float *restrict cosine, const float *restri
             }
         }
     }
+}
+
+// ------------------------------------------------------------------------------- 8-bit products
+//
+// Weights and inputs are int8 in groups of 64 along the inputs, each group with a float32 scale of its own
+// (the scheme of llama.cpp's Q8_0, with larger groups). Sums within a group are exact integers, and groups add
+// up in one order, so a row's result does not depend on which rows stand beside it.
+//
+// Weights stand as the instructions read them: panels of 16 outputs, in each its groups, in each of those 16
+// times four inputs of all 16 outputs. They are stored plus 128, as vpdpbusd multiplies unsigned by signed;
+// sums start at -128 times the sum of the inputs instead.
+
+#define GROUP 64
+#define LANES 16
+#define TILE_ROWS 6
+
+// One row to int8: q (groups * 64), scales (groups), and -128 times each group's sum.
+INLINE void quantize_row(int8_t *restrict q, float *restrict scales, int32_t *restrict offsets,
+                         const float *restrict x, int64_t groups) {
+    for (int64_t g = 0; g < groups; g++, x += GROUP, q += GROUP) {
+        float top = 0.0f;
+        #pragma omp simd reduction(max : top)
+        for (int i = 0; i < GROUP; i++) top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
+        float inverse = top > 0.0f ? 127.0f / top : 0.0f;
+        int32_t sum = 0;
+        #pragma omp simd reduction(+ : sum)
+        for (int i = 0; i < GROUP; i++) {
+            int32_t rounded = (int32_t)rintf(x[i] * inverse);
+            q[i] = (int8_t)rounded;
+            sum += rounded;
+        }
+        scales[g] = top / 127.0f;
+        offsets[g] = -128 * sum;
+    }
+}
+
+// `rows` (a constant where it is inlined) rows times two panels.
+INLINE void multiply_tile(int rows, float *restrict out, int64_t out_stride, const int8_t *restrict q,
+                          const float *restrict scales, const int32_t *restrict offsets,
+                          const uint8_t *restrict weights, const float *restrict weight_scales, int64_t groups) {
+    int64_t panel = groups * GROUP * LANES;
+#ifdef VNNI
+    __m512 total[TILE_ROWS][2];
+    for (int r = 0; r < rows; r++) total[r][0] = total[r][1] = _mm512_setzero_ps();
+    for (int64_t g = 0; g < groups; g++) {
+        const uint8_t *w = weights + g * GROUP * LANES;
+        __m512i sum[TILE_ROWS][2];
+        for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = _mm512_set1_epi32(offsets[r * groups + g]);
+        #pragma GCC unroll 4
+        for (int k = 0; k < GROUP; k += 4) {
+            __m512i left = _mm512_loadu_si512(w + k * LANES), right = _mm512_loadu_si512(w + panel + k * LANES);
+            for (int r = 0; r < rows; r++) {
+                int32_t four;
+                memcpy(&four, q + (r * groups + g) * GROUP + k, 4);
+                __m512i x = _mm512_set1_epi32(four);
+                sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], left, x);
+                sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], right, x);
+            }
+        }
+        __m512 left = _mm512_loadu_ps(weight_scales + g * LANES);
+        __m512 right = _mm512_loadu_ps(weight_scales + (groups + g) * LANES);
+        for (int r = 0; r < rows; r++) {
+            __m512 scale = _mm512_set1_ps(scales[r * groups + g]);
+            total[r][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r][0]), _mm512_mul_ps(scale, left), total[r][0]);
+            total[r][1] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r][1]), _mm512_mul_ps(scale, right), total[r][1]);
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        _mm512_storeu_ps(out + r * out_stride, total[r][0]);
+        _mm512_storeu_ps(out + r * out_stride + LANES, total[r][1]);
+    }
+#else
+    for (int r = 0; r < rows; r++) {
+        for (int half = 0; half < 2; half++) {
+            float total[LANES] = {0};
+            for (int64_t g = 0; g < groups; g++) {
+                const uint8_t *w = weights + half * panel + g * GROUP * LANES;
+                const int8_t *x = q + (r * groups + g) * GROUP;
+                int32_t sum[LANES];
+                for (int o = 0; o < LANES; o++) sum[o] = offsets[r * groups + g];
+                for (int k = 0; k < GROUP; k += 4, w += 4 * LANES) {
+                    #pragma omp simd
+                    for (int o = 0; o < LANES; o++) {
+                        sum[o] += w[4 * o] * x[k] + w[4 * o + 1] * x[k + 1] + w[4 * o + 2] * x[k + 2] +
+                                  w[4 * o + 3] * x[k + 3];
+                    }
+                }
+                const float *s = weight_scales + (half * groups + g) * LANES;
+                #pragma omp simd
+                for (int o = 0; o < LANES; o++) total[o] += (float)sum[o] * (scales[r * groups + g] * s[o]);
+            }
+            memcpy(out + r * out_stride + half * LANES, total, sizeof total);
+        }
+    }
+#endif
+}
+
+// out (n, 32 * panels / 2) = x (n, 64 * groups; rows of x_stride) times weights (panels, groups, 16, 16, 4) with
+// scales (panels, groups, 16); panels is even. Returns 0, or 1 where there is no memory.
+int multiply_int8(float *restrict out, const float *restrict x, const uint8_t *restrict weights,
+                  const float *restrict weight_scales, int64_t n, int64_t groups, int64_t panels, int64_t x_stride) {
+    int64_t width = groups * GROUP, outputs = panels * LANES;
+    int8_t *q = malloc(n * (width + groups * (sizeof(float) + sizeof(int32_t))));
+    if (q == NULL) return 1;
+    float *scales = (float *)(q + n * width);
+    int32_t *offsets = (int32_t *)(scales + n * groups);
+    int64_t blocks = (n + TILE_ROWS - 1) / TILE_ROWS;
+    #pragma omp parallel if (n * width * outputs > PARALLEL_FROM)
+    {
+        #pragma omp for
+        for (int64_t i = 0; i < n; i++)
+            quantize_row(q + i * width, scales + i * groups, offsets + i * groups, x + i * x_stride, groups);
+        #pragma omp for schedule(static)
+        for (int64_t p = 0; p < panels; p += 2) {
+            const uint8_t *w = weights + p * width * LANES;
+            const float *s = weight_scales + p * groups * LANES;
+            for (int64_t block = 0; block < blocks; block++) {
+                int64_t i = n * block / blocks;
+                float *o = out + i * outputs + p * LANES;
+                const int8_t *rows = q + i * width;
+                switch (n * (block + 1) / blocks - i) {
+                    #define CASE(count) \
+                        case count: \
+                            multiply_tile(count, o, outputs, rows, scales + i * groups, offsets + i * groups, w, s, groups); \
+                            break;
+                    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+                    #undef CASE
+                }
+            }
+        }
+    }
+    free(q);
+    return 0;
 }

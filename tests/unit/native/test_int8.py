@@ -1,0 +1,84 @@
+"""8-bit products against the same numbers computed with exact integers."""
+
+from __future__ import annotations
+
+import platform
+
+import pytest
+import torch
+
+from fastchat_grpc.models.quantization import Int8Linear, pack_int8
+from fastchat_grpc.native import kernels as native
+from fastchat_grpc.native.kernels import INT8_GROUP, Kernels
+
+
+@pytest.fixture(scope="module", params=["native", "portable"])
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    """The kernels as this machine has them, and as a processor without 8-bit instructions has them."""
+    if request.param == "native":
+        found = native.kernels()
+        if found is None:
+            pytest.skip("no C compiler")
+        return found
+    if platform.machine() != "x86_64":
+        pytest.skip("elsewhere the portable code is the native one")
+    compiler = native.find_compiler()
+    if compiler is None:
+        pytest.skip("no C compiler")
+    path = tmp_path_factory.mktemp("kernels") / "portable.so"
+    native.compile_kernels(compiler, path, [flag for flag in native.FLAGS if flag != "-march=native"])
+    return Kernels(path)
+
+
+def levels(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (rows, inputs) as integers (rows, groups, 64) and scales (rows, groups)."""
+    grouped = torch.nn.functional.pad(x, (0, -x.shape[1] % INT8_GROUP)).view(len(x), -1, INT8_GROUP)
+    top = grouped.abs().amax(-1, keepdim=True)
+    inverse = torch.where(top > 0, 127 / top, 0.0)
+    return (grouped * inverse).round().to(torch.int64), (top / 127)[..., 0]
+
+
+def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    (a, s), (b, t) = levels(x), levels(weight)
+    return (torch.einsum("ngk,ogk->nog", a, b).double() * s[:, None] * t[None]).sum(-1)
+
+
+@pytest.mark.parametrize(("out", "inputs"), [(32, 64), (96, 192), (7, 64), (50, 100), (1, 1)])
+@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 13, 32])
+def test_products_are_those_of_the_integers(kernels: Kernels, rows: int, out: int, inputs: int) -> None:
+    generator = torch.Generator().manual_seed(rows * 1000 + out)
+    x = torch.randn(rows, inputs, generator=generator) * torch.logspace(-2, 2, rows)[:, None]
+    weight, bias = torch.randn(out, inputs, generator=generator), torch.randn(out, generator=generator)
+    torch.testing.assert_close(
+        Int8Linear(weight, bias, kernels)(x).double(), product(x, weight) + bias, rtol=1e-5, atol=1e-4
+    )
+
+
+def test_a_row_gives_the_same_bits_whatever_stands_beside_it(kernels: Kernels) -> None:
+    layer = Int8Linear(torch.randn(64, 128), None, kernels)
+    x = torch.randn(40, 128)
+    together = layer(x)
+    for i in range(len(x)):
+        assert torch.equal(layer(x[i : i + 1])[0], together[i])
+
+
+def test_an_outlier_spoils_its_own_group_only(kernels: Kernels) -> None:
+    weight, x = torch.randn(32, 128), torch.randn(4, 128)
+    x[:, 3] = 10_000.0
+    weight[:, :64] = 0.0
+    error = (Int8Linear(weight, None, kernels)(x) - x @ weight.t()).norm() / (x @ weight.t()).norm()
+    assert error < 0.02
+
+
+def test_shapes_beyond_a_matrix_and_strided_inputs_are_taken(kernels: Kernels) -> None:
+    layer = Int8Linear(torch.randn(32, 64), None, kernels)
+    x = torch.randn(2, 3, 128)
+    assert torch.equal(layer(x[..., :64]), layer(x[..., :64].contiguous()))
+    assert layer(x[..., ::2]).shape == (2, 3, 32)
+    assert layer(torch.zeros(2, 64)).eq(0).all()
+
+
+def test_packed_weights_hold_a_zero_matrix_exactly() -> None:
+    packed, scales = pack_int8(torch.zeros(32, 64))
+    assert packed.eq(128).all()
+    assert scales.eq(0).all()
