@@ -165,7 +165,7 @@ class Engine:
         batch = self.scheduler.next_batch()
         if batch is None:
             return
-        self._mark_started(batch)
+        began = self._mark_started(batch)
         try:
             result = self._runner.run(batch)
             self._take_prompt_logprobs(result)
@@ -176,6 +176,7 @@ class Engine:
             return
         self.scheduler.commit(batch)
         self.scheduler.grow()
+        self.scheduler.pace(batch, self._clock() - began)
         self.processed_tokens += sum(chunk.count for chunk in batch.chunks)
         self.generated_tokens += len(tokens)
         for row, (sequence, token) in enumerate(zip(sampled, tokens, strict=True)):
@@ -360,14 +361,14 @@ class Engine:
         )
         return Choice(sequence.request.spec, sequence.index, self._tokenizer, limits)
 
-    def _mark_started(self, batch: Batch) -> None:
-        now = None
+    def _mark_started(self, batch: Batch) -> float:
+        now = self._clock()
         for chunk in batch.chunks:
             request = chunk.sequence.request
             if request.prefill_started is None:
-                now = now or self._clock()
                 request.prefill_started = now
                 request.cached_tokens = min(chunk.start, len(request.prompt))
+        return now
 
     def _timings(self, sequence: Sequence) -> Timings:
         request, now = sequence.request, self._clock()

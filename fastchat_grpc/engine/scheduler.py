@@ -10,6 +10,7 @@ from fastchat_grpc.engine.kv_cache import BlockPool
 from fastchat_grpc.engine.request import Batch, Chunk, Sequence
 
 GROW_AFTER_STEPS = 64
+SMALLEST_PIECE_BLOCKS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +19,9 @@ class SchedulerLimits:
 
     max_running: int
     prefill_tokens: int
-    """Prompt tokens per step at most: what a running stream waits for between two tokens."""
+    """Prompt tokens per step at most."""
+    step_seconds: float = 0.25
+    """What a running stream should wait for between two tokens; pieces of prompts are cut to it."""
     reuse_prefixes: bool = True
     whole_prompts: bool = False
     """Never split a prompt, for models whose state cannot be continued in pieces."""
@@ -41,6 +44,7 @@ class Scheduler:
         self.preemptions = 0
         self._max_running = limits.max_running
         self._prefill_tokens = limits.prefill_tokens
+        self._piece = float(limits.prefill_tokens)
         self._good_steps = 0
 
     def add(self, sequence: Sequence) -> None:
@@ -66,6 +70,15 @@ class Scheduler:
         for parent, child in batch.forks:
             child.computed = parent.computed
             self._publish(child)
+
+    def pace(self, batch: Batch, seconds: float) -> None:
+        """Note how long a step took; prompts are cut finer where machine, model or context make steps slow."""
+        tokens = sum(chunk.count for chunk in batch.chunks if chunk.count > 1)
+        if tokens * 2 < self._piece:  # a small step says little of a large one
+            return
+        fitting = tokens * self.limits.step_seconds / max(seconds, 1e-6)
+        smallest = SMALLEST_PIECE_BLOCKS * self.pool.block_size
+        self._piece = min(max((self._piece + fitting) / 2, smallest), self.limits.prefill_tokens)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence and free what it holds; harmless if it is not here."""
@@ -132,7 +145,7 @@ class Scheduler:
         return True
 
     def _prefill(self, forks: list[tuple[Sequence, Sequence]]) -> list[Chunk]:
-        budget = self._prefill_tokens
+        budget = min(self._prefill_tokens, int(self._piece))
         started = [s for s in self.running if _prefilling(s)]
         joined = self._admit(budget, sum(len(s.tokens) - s.computed for s in started))
         chunks = []

@@ -102,6 +102,8 @@ def load_model(settings: ModelConfig) -> LoadedModel:
     placement = place(settings)
     quantization = plan_quantization(settings, found.config, placement.device)
     dtype = choose_dtype(settings.dtype, placement.device, found.stored_dtype, full=found.prefers_full_precision)
+    if quantization.method == INT8 and str(dtype) != "torch.float32":
+        raise ModelLoadError(f"8-bit weights on a CPU compute in float32; leave out --dtype {settings.dtype}")
     if not quantization.stored and not quantization.arguments:
         check_memory(source, placement, dtype, found.stored_dtype)
     tokenizer = _load_tokenizer(source, found, settings)

@@ -56,6 +56,29 @@ def test_a_short_prompt_does_not_wait_for_a_long_one():
     assert short.output_length == 1
 
 
+def test_prompts_are_cut_finer_where_steps_are_slow_and_coarser_again_where_they_are_not():
+    world = World(prefill_tokens=64, step_seconds=0.5, blocks=200)
+    world.add(600)
+
+    def pieces(count, seconds_per_token):
+        found = []
+        for _ in range(count):
+            batch = world.scheduler.next_batch()
+            world.scheduler.commit(batch)
+            world.scheduler.pace(batch, batch.chunks[0].count * seconds_per_token)
+            found.append(batch.chunks[0].count)
+        return found
+
+    slow = pieces(6, 1 / 32)  # 16 tokens in half a second
+    assert slow[0] == 64
+    assert slow == sorted(slow, reverse=True)
+    assert 16 <= slow[-1] <= 18
+    assert pieces(1, 10.0) == [16]
+    assert pieces(2, 10.0)[-1] <= 12
+    assert pieces(3, 10.0)[-1] == 2 * 4, "two blocks at least"
+    assert pieces(4, 1 / 1000)[-1] == 64
+
+
 def test_many_short_prompts_do_not_stop_the_oldest():
     world = World(blocks=400, max_running=100)
     long = world.add(60)
