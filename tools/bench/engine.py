@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from tools.bench.engine_peers import PEERS, ask_all
+from tools.bench.engine_peers import MOST_STREAMS, PEERS, ask_all
 from tools.bench.processes import child, role, table
 
 NAME = "engine"
@@ -89,8 +89,8 @@ def _print_throughput(rows: dict[str, Measured], counts: list[int]) -> None:
         [
             [
                 name,
-                *(f"{row[n]['tokens_per_s']:.1f}" for n in counts),
-                *(f"{row[n]['ttft_s']:.2f}" if "ttft_s" in row[n] else "-" for n in counts),
+                *(f"{row[n]['tokens_per_s']:.1f}" if n in row else "-" for n in counts),
+                *(f"{row[n]['ttft_s']:.2f}" if "ttft_s" in row.get(n, {}) else "-" for n in counts),
             ]
             for name, row in rows.items()
         ],
@@ -136,7 +136,9 @@ def _peer(name: str, counts: list[int], options: argparse.Namespace) -> Measured
 
     with PEERS[name](embedded_model()) as stream:
         stream("Hello", 8)
-        return {c: ask_all(stream, prompts(c, 1000 * n), options.tokens) for n, c in enumerate(counts)}
+        most = MOST_STREAMS.get(name, max(counts))
+        wanted = [(n, count) for n, count in enumerate(counts) if count <= most]
+        return {count: ask_all(stream, prompts(count, 1000 * n), options.tokens) for n, count in wanted}
 
 
 def _generate(counts: list[int], options: argparse.Namespace) -> Measured:

@@ -20,6 +20,11 @@ from pathlib import Path
 
 ENVIRONMENTS = Path(".venvs")
 START_TIMEOUT_S = 300
+CHAT = (
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+"""The model's chat template, for a peer whose worker takes text."""
 TORCH = "2.13.0"
 
 Stream = Callable[[str, int], tuple[int, float]]
@@ -71,6 +76,8 @@ def fastchat(model: Path) -> Iterator[Stream]:
 
 
 PEERS = {"transformers-serve": transformers_serve, "vllm": vllm, "fastchat": fastchat}
+MOST_STREAMS = {"fastchat": 8}
+"""Where a peer takes many minutes for more; it runs one thread per request, each a batch of one."""
 
 
 def ask_all(stream: Stream, prompts: list[str], count: int) -> dict[str, float]:
@@ -84,13 +91,14 @@ def ask_all(stream: Stream, prompts: list[str], count: int) -> dict[str, float]:
 
 
 def _chat(port: int, model: str, prompt: str, count: int, extra: dict[str, object]) -> tuple[int, float]:
-    """One streamed chat completion of an OpenAI-compatible server; a chunk with text counts as a token."""
+    """One streamed chat completion of an OpenAI-compatible server; chunks are counted where it sends no usage."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": prompt}],
         "max_tokens": count,
         "temperature": 0.7,
         "stream": True,
+        "stream_options": {"include_usage": True},
         **extra,
     }
     began, first, tokens = time.perf_counter(), 0.0, 0
@@ -101,7 +109,11 @@ def _chat(port: int, model: str, prompt: str, count: int, extra: dict[str, objec
         raise RuntimeError(f"status {response.status}")
     for line in response:
         if line.startswith(b"data: {"):
-            choices = json.loads(line[6:]).get("choices") or [{}]
+            chunk = json.loads(line[6:])
+            if chunk.get("usage"):
+                tokens = chunk["usage"]["completion_tokens"]
+                break
+            choices = chunk.get("choices") or [{}]
             if (choices[0].get("delta") or {}).get("content"):
                 tokens += 1
                 first = first or time.perf_counter() - began
@@ -110,7 +122,13 @@ def _chat(port: int, model: str, prompt: str, count: int, extra: dict[str, objec
 
 
 def _fastchat_stream(port: int, prompt: str, count: int) -> tuple[int, float]:
-    body = {"prompt": prompt, "temperature": 0.7, "max_new_tokens": count, "stop_token_ids": [], "echo": False}
+    body = {
+        "prompt": CHAT.format(prompt),
+        "temperature": 0.7,
+        "max_new_tokens": count,
+        "stop_token_ids": [],
+        "echo": False,
+    }
     began, first, tokens = time.perf_counter(), 0.0, 0
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     connection.request("POST", "/worker_generate_stream", json.dumps(body), {"Content-Type": "application/json"})
