@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from fastchat_grpc.client import AsyncClient
 from fastchat_grpc.config import BackendConfig, ListenConfig, ModelConfig, WorkerConfig
 from tests.conftest import StartWorker, eventually, running_worker
+from tests.e2e.gateway_site import running_site
 from tests.integration.controllers import running_controller
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
@@ -28,7 +30,8 @@ async def shell(command: str) -> str:
     process = await asyncio.create_subprocess_shell(
         command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
-    out, _ = await asyncio.wait_for(process.communicate(), 60)
+    async with asyncio.timeout(60):
+        out, _ = await process.communicate()
     assert process.returncode == 0, f"{command}\n{out.decode()}"
     return out.decode()
 
@@ -44,6 +47,21 @@ async def test_the_grpcurl_lines_run(start_worker: StartWorker) -> None:
     assert '"completion"' in outputs[2]
     assert '"text": "H"' in outputs[3]
     assert app.worker_id in outputs[4]
+
+
+@pytest.mark.slow
+async def test_the_curl_lines_and_the_sdk_example_run_through_the_gateway(tmp_path: Path) -> None:
+    async with running_site(workers=[{"model": "smollm2-135m-instruct"}]) as site:
+        lines = block("curl").replace("http://127.0.0.1:8000", site.url).strip().splitlines()
+        outputs = [await shell(line.replace("curl ", "curl -sS ", 1)) for line in lines]
+        script = tmp_path / "sdk.py"
+        script.write_text(block("sdk").replace("http://127.0.0.1:8000", site.url))
+        said = await shell(f"{sys.executable} {script}")
+    assert json.loads(outputs[0])["data"][0]["id"] == "smollm2-135m-instruct"
+    assert outputs[1].count("data: ") >= 4
+    assert outputs[1].endswith("data: [DONE]\n\n")
+    assert json.loads(outputs[2])["workers"][0]["models"][0]["name"] == "smollm2-135m-instruct"
+    assert said == "Hello"
 
 
 async def test_the_python_example_runs(start_worker: StartWorker, tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def smg(kind: str) -> Iterator[Target]:
 def fastchat() -> Iterator[Target]:
     """FastChat's API server and its controller."""
     packages = ("fastapi<0.100", "pydantic<2", "uvicorn<0.30", "shortuuid", "tiktoken", "aiohttp", "httpx", "requests")
-    python = _environment("fastchat", *packages, "numpy", without_dependencies="fschat==0.2.36")
+    python = _environment("fastchat-api", *packages, "numpy", without_dependencies="fschat==0.2.36")
     with ExitStack() as stack:
         controller, port = free_port(), free_port()
         where = ("--host", "127.0.0.1", "--port")
