@@ -12,6 +12,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -71,7 +72,8 @@ def fastchat(model: Path) -> Iterator[Stream]:
     port = _free_port()
     command = [str(python), "-m", "fastchat.serve.model_worker", "--model-path", str(model), "--device", "cpu"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--no-register", "--limit-worker-concurrency", "64"]
-    with _server(command, port, "/worker_get_status", method="POST"):
+    logs = {"LOGDIR": tempfile.gettempdir()}  # by default it leaves log files where it runs
+    with _server(command, port, "/worker_get_status", logs, method="POST"):
         yield lambda prompt, count: _fastchat_stream(port, prompt, count)
 
 
