@@ -195,15 +195,16 @@ def _reason(stderr: str) -> str:
 
 
 def _exporter(config: BackendConfig) -> str | None:
-    """A Python with optimum-intel: as told, this one, or that of .venvs/openvino-export beside this environment."""
+    """A Python with optimum-intel: as told, this one, or that of an environment openvino-export beside this one."""
     if told := config.options.get("export_python"):
         if not Path(told).is_file():
             raise ConfigError(f"--backend-option export_python: there is no file {told}")
         return told
     if _has_optimum_intel():
         return sys.executable
-    beside = Path(sys.prefix).parent / ".venvs" / "openvino-export" / "bin" / "python"
-    return str(beside) if beside.is_file() else None
+    parent = Path(sys.prefix).parent  # of .venv, or .venvs of .venvs/openvino
+    places = (folder / "openvino-export" / "bin" / "python" for folder in (parent, parent / ".venvs"))
+    return next((str(python) for python in places if python.is_file()), None)
 
 
 def _has_optimum_intel() -> bool:

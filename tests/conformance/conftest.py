@@ -14,7 +14,8 @@ from tests.conformance.targets import Target, chosen
 
 def _parameters() -> list[object]:
     return [
-        pytest.param(target, id=target.name, marks=[pytest.mark.slow] if target.real else []) for target in chosen()
+        pytest.param(target, id=target.label or target.name, marks=[pytest.mark.slow] if target.real else [])
+        for target in chosen()
     ]
 
 

@@ -10,14 +10,14 @@ import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from fastchat_grpc.backends.capabilities import GRAMMARS, TRAITS, Feature
 from fastchat_grpc.config import BackendConfig, ModelConfig
+from fastchat_grpc.models.embedded import EMBEDDED_MODEL
 
 CHOSEN_VARIABLE = "FASTCHAT_GRPC_TEST_BACKENDS"
-"""Comma-separated names; unset: echo, and of CI's backends those that are installed."""
-CI_BACKENDS = ("echo", "transformers", "openvino", "upstream")
+"""Comma-separated names of backends, each with all of its targets; unset: of CI's targets those that are installed."""
+CI_TARGETS = ("echo", "transformers", "openvino", "upstream")
 MODEL_VARIABLE = "FASTCHAT_GRPC_TEST_MODEL"
 """A Hugging Face folder to use instead of the embedded model."""
 
@@ -32,6 +32,8 @@ class Target:
     """A backend and a model to test it with."""
 
     name: str
+    label: str = ""
+    """Distinguishes targets of one backend; empty: its name."""
     model: Callable[[], str]
     """Path of the model; called only when the backend is tested."""
     options: Mapping[str, str] = field(default_factory=dict)
@@ -84,11 +86,12 @@ def embedded_gguf_file() -> str:
 
 
 TARGETS = {
-    target.name: target
+    target.label or target.name: target
     for target in (
         Target(name="echo", model=lambda: "echo", options={"delay_ms": "1"}, real=False, batch_changes_text=False),
         Target(name="transformers", model=embedded_folder),
-        Target(name="openvino", model=embedded_folder),
+        Target(name="openvino", model=lambda: EMBEDDED_MODEL),  # from its GGUF file, without an export
+        Target(name="openvino", label="openvino-exported", model=embedded_folder),
         Target(
             name="upstream",
             model=lambda: "served",
@@ -97,7 +100,12 @@ TARGETS = {
             batch_changes_text=False,
             lacks=frozenset(GRAMMARS.values()),
         ),
-        Target(name="vllm", model=embedded_folder),
+        Target(
+            name="vllm",
+            model=embedded_folder,
+            # Compiling takes minutes; and vLLM would take what memory there is.
+            options={"enforce_eager": "true", "kv_cache_memory_bytes": "400000000"},
+        ),
         Target(name="llama_cpp", model=embedded_gguf_file),
         Target(name="mlx", model=embedded_folder),
     )
@@ -108,11 +116,8 @@ def chosen() -> list[Target]:
     """The targets of this run."""
     names = os.environ.get(CHOSEN_VARIABLE)
     if names:
-        return [TARGETS[name.strip()] for name in names.split(",")]
-    return [TARGETS[n] for n in CI_BACKENDS if n in TARGETS and n in TRAITS and TRAITS[n].installed and _exists(n)]
-
-
-def _exists(name: str) -> bool:
-    import fastchat_grpc.backends as package
-
-    return (Path(package.__file__).parent / f"{name}.py").exists()
+        wanted = {name.strip() for name in names.split(",")}
+        if unknown := wanted - {target.name for target in TARGETS.values()}:
+            raise ValueError(f"{CHOSEN_VARIABLE}: no target for {', '.join(sorted(unknown))}")
+        return [target for target in TARGETS.values() if target.name in wanted]
+    return [TARGETS[label] for label in CI_TARGETS if TRAITS[TARGETS[label].name].installed]
