@@ -22,4 +22,4 @@ if ! .venv/bin/python -c "import torch, sys; sys.exit(torch.__version__.split('+
     fi
 fi
 echo "installing the project and its tools"
-pip install --constraint constraints.txt --editable '.[transformers,gateway,dev]'
+pip install --constraint constraints.txt --editable '.[transformers,quantization,openvino,gateway,dev]'

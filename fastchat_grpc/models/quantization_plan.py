@@ -106,10 +106,9 @@ def _stored_method(config: Any) -> str:
 def _check_stored(method: str, device: torch.device) -> None:
     package = _PACKAGES.get(method)
     if package is not None and not _installed(package):
-        raise ModelLoadError(
-            f"the checkpoint is quantized with {method}, which needs the package {package.replace('_', '-')}; "
-            "install fastchat-grpc[quantization]"
-        )
+        extra = {"gptqmodel": "[gptq]", "compressed_tensors": "[quantization]", "bitsandbytes": "[quantization]"}
+        install = f"fastchat-grpc{extra[package]}" if package in extra else package.replace("_", "-")
+        raise ModelLoadError(f"the checkpoint is quantized with {method}; install {install} to load it")
     if method in _GPU_ONLY and device.type == "cpu":
         raise ModelLoadError(f"the checkpoint is quantized with {method}, which needs a GPU; take one without it")
 

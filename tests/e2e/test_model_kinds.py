@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, BitsAndBytesConfig
 
 from fastchat_grpc.client import AsyncClient, Choice
 from fastchat_grpc.config import BackendConfig, ListenConfig, ModelConfig, WorkerConfig
 from fastchat_grpc.errors import ModelLoadError
 from tests.conftest import running_worker
-from tests.e2e.tiny_models import write_gguf, write_llama, write_lora, write_t5
+from tests.e2e.tiny_models import write_compressed_tensors, write_gguf, write_llama, write_lora, write_t5
 
 PROMPT = "The quick brown fox"
 TEN = {"max_new_tokens": 10, "temperature": 0, "ignore_eos": True}
@@ -98,6 +98,26 @@ async def test_a_gguf_file(llama: Path, tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "tiny.gguf", llama)
     async with serving(file) as client:
         assert (await answer(client)).token_ids == greedy(load(llama), llama)
+
+
+@pytest.mark.parametrize("method", ["bnb-8bit", "bnb-4bit"])
+async def test_bitsandbytes(llama: Path, method: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    if method == "bnb-8bit":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(llama, quantization_config=config, dtype=torch.float32)
+    async with serving(llama, quantization=method) as client:
+        assert (await answer(client)).token_ids == greedy(model, llama)
+
+
+async def test_a_checkpoint_of_compressed_tensors(llama: Path, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    folder = write_compressed_tensors(tmp_path / "compressed", llama)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    async with serving(folder) as client:
+        assert (await answer(client)).token_ids == greedy(model, folder)
 
 
 async def test_a_model_of_full_32_bits_that_16_cannot_hold(llama: Path) -> None:

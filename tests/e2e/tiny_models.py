@@ -7,6 +7,7 @@ fixtures with `pytest_plugins = ["tests.e2e.tiny_models"]`.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,33 @@ def write_gguf(file: Path, folder: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+def write_compressed_tensors(folder: Path, base: Path) -> Path:
+    """`base` with int8 weights and a scale for each output, as llm-compressor stores it."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(base, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        weight = tensors.pop(name)
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        tensors[f"{name}_packed"] = pack_to_int32((weight / scale).round().to(torch.int8), 8)
+        tensors[f"{name}_scale"] = scale
+        tensors[f"{name}_shape"] = torch.tensor(weight.shape)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head"],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def _add_gguf_tokenizer(writer: Any, tokenizer: dict[str, Any]) -> None:
