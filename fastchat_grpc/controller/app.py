@@ -149,7 +149,8 @@ class ControllerApp:
         if self._parents is not None:
             self._parents.push()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.generation.idle(), self._drain_timeout_s)
+            async with asyncio.timeout(self._drain_timeout_s):
+                await self.generation.idle()
 
     async def _tick(self) -> None:
         while True:

@@ -124,7 +124,8 @@ class Picker(external_auth_pb2_grpc.AuthorizationServicer):  # type: ignore[misc
                     "no worker of the model can take a request now", metadata={"model": wish.model[:128]}
                 )
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._endpoints.acked(), left_s)
+                async with asyncio.timeout(left_s):
+                    await self._endpoints.acked()
 
     def _pick(self, wish: Wish, gateway: str) -> tuple[tuple[Reservation, str] | None, bool]:
         """A worker that the gateway knows, reserved; and whether there are workers that it does not know yet."""

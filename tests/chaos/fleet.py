@@ -79,7 +79,8 @@ class Member:
         self.signal(signal.SIGCONT)
         self.signal(signal.SIGTERM)
         try:
-            await asyncio.wait_for(self._process.wait(), 15)
+            async with asyncio.timeout(15):
+                await self._process.wait()
         except TimeoutError:
             self._process.kill()
             await self._process.wait()

@@ -208,7 +208,8 @@ class Storm:
                     await client.drain_worker(member.address)
                     break
         try:
-            await asyncio.wait_for(member.ended(), 20)
+            async with asyncio.timeout(20):
+                await member.ended()
         except TimeoutError:  # the order was lost with the controller that took it
             member.signal(signal.SIGTERM)
             await member.ended()

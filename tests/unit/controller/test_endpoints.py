@@ -1,0 +1,198 @@
+"""The endpoint service without Envoy: what a subscription is told, and what it costs to know it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import pytest
+from envoy.config.core.v3 import base_pb2
+from envoy.config.endpoint.v3 import endpoint_pb2
+from envoy.service.discovery.v3 import discovery_pb2
+
+from fastchat_grpc.config import join_address, split_address
+from fastchat_grpc.controller import endpoints
+from fastchat_grpc.controller.endpoints import Endpoints
+from fastchat_grpc.controller.fleet import Worker, WorkerSpec
+from fastchat_grpc.controller.registry import Registry
+from fastchat_grpc.core import Load, ModelInfo
+
+
+class Context:
+    def invocation_metadata(self) -> Any:
+        return ()
+
+
+class Site:
+    """A registry, the service over it, and one gateway that subscribes to it."""
+
+    def __init__(self, settle_s: float = 0.0) -> None:
+        self.registry = Registry()
+        self.lookups: Counter[str] = Counter()
+        self.names: dict[str, str] = {}
+        self.service = Endpoints(self.registry, settle_s, lambda metadata: None, self._resolve)
+        self._requests: asyncio.Queue[discovery_pb2.DiscoveryRequest | None] = asyncio.Queue()
+
+    async def _resolve(self, address: str) -> str | None:
+        self.lookups[address] += 1
+        host, port = split_address(address)
+        return join_address(self.names[host], port) if host in self.names else None
+
+    def add(self, number: int, address: str = "", instance: str = "1") -> Worker:
+        spec = WorkerSpec(
+            worker_id=f"w{number}",
+            instance_id=f"i{number}-{instance}",
+            address=address or f"10.0.{number // 250}.{number % 250}:21002",
+            models=(ModelInfo(name="m", context_length=10),),
+        )
+        return self.registry.register(spec, Load())
+
+    def ask(self, *clusters: str, version: str = "") -> None:
+        node = base_pb2.Node(id="gateway")
+        self._requests.put_nowait(
+            discovery_pb2.DiscoveryRequest(node=node, resource_names=clusters, version_info=version)
+        )
+
+    def leave(self) -> None:
+        self._requests.put_nowait(None)
+
+    async def _stream(self) -> AsyncIterator[discovery_pb2.DiscoveryRequest]:
+        while (request := await self._requests.get()) is not None:
+            yield request
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[AsyncIterator[discovery_pb2.DiscoveryResponse]]:
+        """The service at work, and what it sends to the gateway."""
+        following = asyncio.create_task(self.service.run())
+        try:
+            async with (
+                asyncio.timeout(30),
+                aclosing(self.service.StreamEndpoints(self._stream(), Context())) as told,  # type: ignore[arg-type]
+            ):
+                yield told
+        finally:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+            self.service.close()
+
+
+def places(response: discovery_pb2.DiscoveryResponse) -> dict[str, set[str]]:
+    """The places of each cluster that a response is about."""
+    found: dict[str, set[str]] = {}
+    for resource in response.resources:
+        assignment = endpoint_pb2.ClusterLoadAssignment()
+        assert resource.Unpack(assignment)
+        sockets = [e.endpoint.address.socket_address for group in assignment.endpoints for e in group.lb_endpoints]
+        found[assignment.cluster_name] = {join_address(place.address, place.port_value) for place in sockets}
+    return found
+
+
+@pytest.fixture
+def site() -> Site:
+    return Site()
+
+
+async def test_an_empty_fleet_is_told_at_once(site: Site) -> None:
+    site.ask("workers")
+    # Nobody runs the service: the answer waits for nothing.
+    async with asyncio.timeout(30), aclosing(site.service.StreamEndpoints(site._stream(), Context())) as told:  # type: ignore[arg-type]
+        assert places(await anext(told)) == {"workers": set()}
+
+
+async def test_a_cluster_that_is_asked_for_later_is_answered_too(site: Site) -> None:
+    async with site.running() as told:
+        site.ask("workers")
+        assert places(await anext(told)) == {"workers": set()}
+        site.ask("workers", "unheard-of")
+        assert places(await anext(told)) == {"workers": set(), "unheard-of": set()}
+
+
+async def test_workers_that_come_and_go_are_told(site: Site) -> None:
+    async with site.running() as told:
+        site.ask("workers")
+        await anext(told)
+        first, second = site.add(1), site.add(2)
+        assert places(await anext(told)) == {"workers": {"10.0.0.1:21002", "10.0.0.2:21002"}}
+        site.registry.deregister(first.lease_id)
+        assert places(await anext(told)) == {"workers": {"10.0.0.2:21002"}}
+        moved = site.add(2, "10.9.9.9:1", instance="1")  # the same process, at another address
+        assert moved is second
+        site.registry.drain("w2", None)  # a change of state is when it is looked at
+        assert places(await anext(told)) == {"workers": {"10.9.9.9:1"}}
+
+
+async def test_what_a_gateway_has_confirmed_is_what_it_can_be_sent_to(site: Site) -> None:
+    worker = site.add(1)
+    async with site.running() as told:
+        assert site.service.location(worker, "gateway") == "10.0.0.1:21002"
+        site.ask("workers")
+        await anext(told)
+        second = await anext(told)
+        waiting = asyncio.create_task(site.service.acked())
+        await asyncio.sleep(0)
+        site.ask("workers", version=second.version_info)
+        await waiting
+        assert site.service.location(worker, "gateway") == "10.0.0.1:21002"
+        assert site.service.location(site.add(2), "gateway") is None
+        site.leave()
+        with pytest.raises(StopAsyncIteration):
+            while True:
+                await anext(told)
+        assert site.service._gateways == {}
+
+
+async def test_each_name_is_looked_up_once_however_many_batches_follow(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoints, "GATHER_S", 0.0)
+    monkeypatch.setattr(endpoints, "GATHER_PER_WORKER_S", 0.0)
+    site.names = {f"host{i}": f"10.1.0.{i}" for i in range(40)}
+    async with site.running() as told:
+        site.ask("workers")
+        await anext(told)
+        for i in range(40):
+            site.add(i, f"host{i}:21002")
+            found = places(await anext(told))["workers"]
+            assert len(found) == i + 1
+        assert set(site.lookups.values()) == {1}
+        site.add(100)
+        await anext(told)
+        assert sum(site.lookups.values()) == 40  # an address that is an IP already is not looked up
+
+
+async def test_names_are_looked_up_again_from_time_to_time_and_keep_what_they_had(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoints, "RESOLVE_S", 0.01)
+    site.names = {"here": "10.1.0.1"}
+    worker = site.add(1, "here:5")
+    async with site.running() as told:
+        site.ask("workers")
+        while places(await anext(told))["workers"] != {"10.1.0.1:5"}:
+            pass
+        site.names = {"here": "10.1.0.2"}
+        assert places(await anext(told)) == {"workers": {"10.1.0.2:5"}}
+        site.names = {}
+        before = site.lookups["here:5"]
+        while site.lookups["here:5"] < before + 2:
+            await asyncio.sleep(0.01)
+        assert site.service.location(worker, "another") == "10.1.0.2:5"
+
+
+async def test_a_place_stays_while_one_of_its_workers_does(site: Site) -> None:
+    first, second = site.add(1, "10.0.0.1:5"), site.add(2, "10.0.0.1:5")
+    site.registry.deregister(first.lease_id)
+    assert site.service.location(second, "") == "10.0.0.1:5"
+    site.registry.deregister(second.lease_id)
+    assert site.service.location(second, "") is None
+
+
+async def test_a_gateway_that_has_endpoints_keeps_them_while_a_restarted_controller_settles() -> None:
+    site = Site(settle_s=1.0)
+    async with site.running() as told:
+        site.ask("workers", version="of the controller before")
+        site.add(1)
+        assert places(await anext(told)) == {"workers": {"10.0.0.1:21002"}}  # never the empty set of the start
