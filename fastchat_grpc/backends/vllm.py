@@ -158,7 +158,7 @@ class VllmBackend(ServedBackend):
                         shown.set()
                     yield piece(self._served.tokenizer, request, output.outputs[0])
             except Exception as error:
-                raise translated(error) from error
+                raise translated(error, request.grammar) from error
 
     async def embed(self, request: EmbedRequest) -> EmbedResult:
         inputs = await self._embed_inputs(request)

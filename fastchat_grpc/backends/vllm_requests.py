@@ -148,8 +148,9 @@ def _logprob(tokenizer: Tokenizer, token_id: int, position: Any, count: int) -> 
     return driver.token_logprob(tokenizer, token_id, position[token_id].logprob, top)
 
 
-def translated(error: Exception) -> FastChatError:
-    """A vLLM error as one of ours. Its own refusals name fields and limits, and quote no prompt."""
+def translated(error: Exception, grammar: Grammar | None = None) -> FastChatError:
+    """A vLLM error as one of ours, of a request with this grammar. vLLM's refusals name fields and limits, and
+    quote no prompt."""
     from vllm.exceptions import VLLMClientError
     from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -157,6 +158,8 @@ def translated(error: Exception) -> FastChatError:
         return error
     if isinstance(error, EngineDeadError):
         return WorkerUnavailable("the vLLM engine has died; the worker must be restarted")
+    if isinstance(error, VLLMClientError) and grammar is not None and "grammar" in str(error).lower():
+        return InvalidArgument(f"structured_output.{grammar.kind.value}", f"cannot be compiled: {error}")
     if isinstance(error, VLLMClientError):
         return InvalidArgument("", f"vLLM refused the request: {error}")
     return driver.as_domain_error(error)

@@ -45,6 +45,7 @@ class Target:
     batch_changes_text: bool = True
     """Whether a greedy text may differ, by rounding, with what else is in the batch."""
     max_running: int | None = None
+    max_temperature: float = 100.0
     lacks: frozenset[Feature] = frozenset()
     """What this model, or what stands in for a server, cannot do though the backend can."""
 
@@ -105,6 +106,7 @@ TARGETS = {
             model=embedded_folder,
             # Compiling takes minutes; and vLLM would take what memory there is.
             options={"enforce_eager": "true", "kv_cache_memory_bytes": "400000000"},
+            max_temperature=2.0,
         ),
         Target(name="llama_cpp", model=embedded_gguf_file),
         Target(name="mlx", model=embedded_folder),

@@ -35,12 +35,15 @@ async def test_32_requests_at_once_each_get_their_own_text(harness: Harness) -> 
 async def test_a_seeded_text_is_the_same_in_a_crowd(harness: Harness) -> None:
     if not harness.supports(Feature.SEED):
         pytest.skip("no seeds")
-    fields = {"seed": 11, "max_new_tokens": 12, **lively(harness)}
-    alone = await harness.ask(PROMPT, **fields)
+    requests = [request(PROMPT, seed=seed, max_new_tokens=12, **lively(harness)) for seed in range(11, 19)]
+    alone = [(await harness.run(asked)).text for asked in requests]
     others = [harness.ask(f"Story number {i} begins", temperature=1.0, max_new_tokens=12) for i in range(15)]
-    crowd = (await asyncio.gather(harness.ask(PROMPT, **fields), *others))[0]
-    # Rounding may change a close choice late in the text; other random numbers would change it at once.
-    assert crowd.text[:12] == alone.text[:12]
+    crowd = [result.text for result in await asyncio.gather(*map(harness.run, requests), *others)][: len(requests)]
+    if not harness.target.batch_changes_text:
+        assert crowd == alone
+    # Rounding may change a close choice here and there; other random numbers would change most first words.
+    same = sum(a.split()[:1] == b.split()[:1] for a, b in zip(alone, crowd, strict=True))
+    assert same >= len(requests) - 2
 
 
 async def test_cancelled_requests_leave_the_engine_within_a_second(harness: Harness) -> None:

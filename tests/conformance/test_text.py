@@ -29,13 +29,13 @@ async def test_text_is_the_decoding_of_its_tokens(harness: Harness) -> None:
 
 
 async def test_wild_text_is_the_decoding_of_its_tokens(harness: Harness) -> None:
-    """At this temperature tokens are nearly random, so characters are often left incomplete."""
+    """At a high temperature tokens are nearly random, so characters are often left incomplete."""
     for seed in range(3):
         fields = {"seed": seed} if harness.supports(Feature.SEED) else {}
         ignore_eos = {"ignore_eos": True} if harness.supports(Feature.IGNORE_EOS) else {}
         result = await harness.ask(
             "🤖 你好, привет: ",
-            temperature=20.0,
+            temperature=min(20.0, harness.target.max_temperature),
             max_new_tokens=48,
             keep_special_tokens=harness.supports(Feature.KEEP_SPECIAL_TOKENS),
             **ignore_eos,
