@@ -21,7 +21,7 @@ from fastchat_grpc.controller.registry import Registry
 from fastchat_grpc.controller.relay import Relay
 from fastchat_grpc.controller.servicer import ControllerServicer
 from fastchat_grpc.openai.servicer import OpenAIServicer
-from fastchat_grpc.rpc.api_keys import ApiKeyInterceptor, ApiKeys
+from fastchat_grpc.rpc.api_keys import ApiKeys, admission
 from fastchat_grpc.rpc.pool import ChannelPool
 from fastchat_grpc.rpc.security import AllowedNetworks, JoinToken
 from fastchat_grpc.rpc.server import RpcServer
@@ -81,7 +81,7 @@ class ControllerApp:
         self._servicer = ControllerServicer(
             self.dispatcher, self.pool, join_token, AllowedNetworks(config.allowed_networks)
         )
-        self._server = RpcServer(config.listen, self._services(), [ApiKeyInterceptor(self.keys, KEYLESS_METHODS)])
+        self._server = RpcServer(config.listen, self._services(), admission(self.keys, KEYLESS_METHODS))
         self._parents: Parents | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._started = False

@@ -17,6 +17,9 @@ from fastchat_grpc.errors import NoLiveWorker
 AFFINITY_SLACK = 1.25
 """prefix_affinity passes a worker over that is this much above the mean load (bounded-load hashing)."""
 
+TRIES = 3
+"""shortest_queue looks so often for one of several equals by chance, before it lists them all."""
+
 PRIME = 2**31 - 1
 """Multiplying by a key's hash modulo a prime ranks the workers anew for each key. Small numbers are quick."""
 
@@ -28,9 +31,16 @@ Policy = Callable[[Sequence[Worker], str, random.Random], Worker]
 
 def shortest_queue(candidates: Sequence[Worker], key: str, rng: random.Random) -> Worker:
     """The worker with the shortest queue over weight; among equals, any."""
-    lowest = min(map(_score, candidates))
-    equals = [worker for worker in candidates if worker.score == lowest]
-    return equals[0] if len(equals) == 1 else rng.choice(equals)
+    scores = list(map(_score, candidates))
+    lowest = min(scores)
+    count = len(scores)
+    # Where many are equal, as in a fleet that is idle, one of them is found at once by trying; and trying
+    # favours none of them.
+    for _ in range(TRIES):
+        place = int(rng.random() * count)
+        if scores[place] == lowest:
+            return candidates[place]
+    return candidates[rng.choice([place for place, score in enumerate(scores) if score == lowest])]
 
 
 def lottery(candidates: Sequence[Worker], key: str, rng: random.Random) -> Worker:

@@ -35,7 +35,7 @@ from fastchat_grpc.openai.tokens import (
     render_token_check,
     render_tokenize,
 )
-from fastchat_grpc.rpc.interceptors import to_domain_error
+from fastchat_grpc.rpc.border import to_domain_error
 from fastchat_grpc.v1 import openai_pb2 as pb
 from fastchat_grpc.v1 import openai_pb2_grpc
 

@@ -13,16 +13,14 @@ import logging
 import re
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
-import grpc
-
 from fastchat_grpc.config import ApiKeyConfig
 from fastchat_grpc.errors import ConfigError, Unauthenticated
-from fastchat_grpc.rpc.status import abort
+from fastchat_grpc.rpc.border import Admit
 
 logger = logging.getLogger(__name__)
 
@@ -125,46 +123,19 @@ def _shown(headers: Iterable[tuple[str, Any]]) -> str:
     return (found.get("x-api-key") or found.get("api-key") or "").strip()
 
 
-class ApiKeyInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses calls without a key, before their handler runs.
+def admission(keys: ApiKeys, open_methods: Iterable[str]) -> Admit | None:
+    """Refuses calls without a key; None where no key is asked for.
 
     Args:
         keys: the keys.
         open_methods: prefixes of methods ("/package.Service/" or whole) that need none.
     """
+    if not keys.required:
+        return None
+    free = tuple(open_methods)
 
-    def __init__(self, keys: ApiKeys, open_methods: Iterable[str]) -> None:
-        self._keys = keys
-        self._open = tuple(open_methods)
+    def admit(method: str, metadata: Any) -> None:
+        if not method.startswith(free):
+            keys.check(metadata)
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        handler = await continuation(handler_call_details)
-        if handler is None or not self._keys.required or handler_call_details.method.startswith(self._open):
-            return handler
-        try:
-            self._keys.check(handler_call_details.invocation_metadata or ())
-        except Unauthenticated as error:
-            return _refusal(handler, error)
-        return handler
-
-
-def _refusal(handler: grpc.RpcMethodHandler[Any, Any], error: Unauthenticated) -> grpc.RpcMethodHandler[Any, Any]:
-    async def refuse(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        await abort(context, error)
-
-    async def refuse_stream(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-        await abort(context, error)
-        yield  # type: ignore[unreachable]  # makes it a generator, as the method's shape asks
-
-    make = {
-        (False, False): grpc.unary_unary_rpc_method_handler,
-        (False, True): grpc.unary_stream_rpc_method_handler,
-        (True, False): grpc.stream_unary_rpc_method_handler,
-        (True, True): grpc.stream_stream_rpc_method_handler,
-    }[handler.request_streaming, handler.response_streaming]
-    behavior = refuse_stream if handler.response_streaming else refuse
-    return make(behavior, handler.request_deserializer, handler.response_serializer)
+    return admit

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import grpc
-from grpc_channelz.v1 import channelz
+from grpc_channelz.v1 import channelz, channelz_pb2_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from fastchat_grpc.config import ListenConfig, join_address
 from fastchat_grpc.errors import ConfigError
+from fastchat_grpc.rpc.border import Admit, Border
 from fastchat_grpc.rpc.channels import SERVER_OPTIONS, server_credentials, size_options
-from fastchat_grpc.rpc.interceptors import ErrorInterceptor
 
 
 class RpcServer:
@@ -21,27 +22,27 @@ class RpcServer:
     Args:
         listen: where to listen, TLS, and the bound on messages.
         services: for each service its full name and the function that adds it to a server.
+        admit: decides which calls are let in; None: all.
     """
 
     def __init__(
         self,
         listen: ListenConfig,
-        services: Sequence[tuple[str, Callable[[grpc.aio.Server], None]]],
-        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        services: Sequence[tuple[str, Callable[[Any], None]]],
+        admit: Admit | None = None,
     ) -> None:
         self._listen = listen
         self._names = [name for name, _ in services]
-        self._server = grpc.aio.server(
-            interceptors=[ErrorInterceptor(), *interceptors],
-            options=[*SERVER_OPTIONS, *size_options(listen.max_message_bytes)],
-        )
+        border = Border(admit)
         for _, add in services:
-            add(self._server)
+            add(border)
         self._health = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        channelz.add_channelz_servicer(self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, border)
+        channelz_pb2_grpc.add_ChannelzServicer_to_server(channelz.aio.ChannelzServicer(), border)
         reflected = [*self._names, health.SERVICE_NAME, "grpc.channelz.v1.Channelz", reflection.SERVICE_NAME]
-        reflection.enable_server_reflection(reflected, self._server)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(reflected), border)
+        self._server = grpc.aio.server(options=[*SERVER_OPTIONS, *size_options(listen.max_message_bytes)])
+        self._server.add_generic_rpc_handlers((border,))
         self.port = listen.port
 
     @property
