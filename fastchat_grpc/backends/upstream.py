@@ -1,6 +1,7 @@
 """Any server of the OpenAI API as a worker's engine: vLLM, SGLang, TGI, llama.cpp, Ollama, or a hosted one.
 
-Text goes out and text comes back: the server tokenizes, applies its chat template, samples and stops. Two
+Text goes out and text comes back: the server tokenizes, applies its chat template, samples and stops. Tool
+calls that the server has found come back as the text of most models: `<tool_call>{...}</tool_call>`. Two
 dialects: `openai` is what every such server understands; `vllm` adds what vLLM, SGLang and this product's
 own bridge take beside it. What the chosen dialect has no field for is refused.
 """
@@ -8,6 +9,7 @@ own bridge take beside it. What the chosen dialect has no field for is refused.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -65,7 +67,7 @@ VLLM_ADDS = (
     Feature.TRUNCATE_PROMPT,
     Feature.REGEX,
 )
-_FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
+_FINISH = {"stop": FinishReason.STOP, "tool_calls": FinishReason.STOP, "length": FinishReason.LENGTH}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -299,6 +301,7 @@ class _Choice:
         self._usage = Usage()
         self._finish: FinishReason | None = None
         self._matched: str | int | None = None
+        self._calls = _Calls()
 
     @property
     def tokens(self) -> int:
@@ -319,6 +322,7 @@ class _Choice:
             self._ends(choice)
             delta = choice.get("delta")
             text = (delta.get("content") if delta is not None else choice.get("text")) or ""
+            text += self._calls.text((delta or {}).get("tool_calls") or (), ended=self._finish is not None)
             if text:
                 return self._delta(text)
         return None
@@ -351,6 +355,32 @@ class _Choice:
             usage=self._usage,
             cumulative_text="".join(self._cumulative or ()),
         )
+
+
+class _Calls:
+    """Tool calls, which come in pieces, as text: each is `<tool_call>{"name": ..., "arguments": ...}</tool_call>`."""
+
+    def __init__(self) -> None:
+        self._open = False
+
+    def text(self, pieces: Sequence[Mapping[str, Any]], *, ended: bool) -> str:
+        """What these pieces add. `ended`: nothing follows."""
+        parts: list[str] = []
+        for piece in pieces:
+            function = piece.get("function") or {}
+            # A name begins a call; indices do not tell, as some servers give all calls the same.
+            if function.get("name"):
+                parts += [self._close(), '<tool_call>{"name": ', json.dumps(function["name"]), ', "arguments": ']
+                self._open = True
+            if self._open:
+                parts.append(function.get("arguments") or "")
+        if ended:
+            parts.append(self._close())
+        return "".join(parts)
+
+    def _close(self) -> str:
+        was_open, self._open = self._open, False
+        return "}</tool_call>" if was_open else ""
 
 
 async def _end(readers: Sequence[asyncio.Task[None]], queue: EventQueue) -> None:

@@ -17,6 +17,7 @@ from fastchat_grpc.core import (
     Prompt,
     TextPrompt,
     TokenPrompt,
+    Tool,
 )
 from fastchat_grpc.errors import UnsupportedField
 
@@ -33,6 +34,7 @@ def generation_body(
         # Every server takes this name; max_completion_tokens is newer and not known to all.
         "max_tokens": request.stopping.max_new_tokens,
         **_prompt(request.prompt, vllm),
+        **_tools(request),
         **_sampling(request, seed),
     }
     if request.stopping.stop:
@@ -71,8 +73,6 @@ def _prompt(prompt: Prompt, vllm: bool) -> dict[str, Any]:
 
 
 def _chat(chat: ChatPrompt, vllm: bool) -> dict[str, Any]:
-    if chat.tools and chat.tool_choice != "none":
-        raise UnsupportedField("chat.tools", "the upstream backend passes text only; send tools to the server itself")
     body: dict[str, Any] = {"messages": [_message(message) for message in chat.messages]}
     if chat.continue_final_message:
         _need(vllm, "chat.continue_final_message")
@@ -81,6 +81,26 @@ def _chat(chat: ChatPrompt, vllm: bool) -> dict[str, Any]:
         _need(vllm, "chat.template_arguments")
         body["chat_template_kwargs"] = _plain(chat.template_arguments)
     return body
+
+
+def _tools(request: GenerateRequest) -> dict[str, Any]:
+    chat = request.prompt
+    if not isinstance(chat, ChatPrompt) or not chat.tools or chat.tool_choice == "none":
+        return {}
+    # What follows a grammar is the answer as a whole, and our own API finds the calls in it.
+    choice: Any = "none" if request.grammar is not None else chat.tool_choice
+    if choice not in ("none", "auto", "required"):
+        choice = {"type": "function", "function": {"name": choice}}
+    return {"tools": [_tool(tool) for tool in chat.tools], "tool_choice": choice}
+
+
+def _tool(tool: Tool) -> dict[str, Any]:
+    function: dict[str, Any] = {"name": tool.name}
+    if tool.description:
+        function["description"] = tool.description
+    if tool.parameters is not None:
+        function["parameters"] = _plain(tool.parameters)
+    return {"type": "function", "function": function}
 
 
 def _message(message: ChatMessage) -> dict[str, Any]:

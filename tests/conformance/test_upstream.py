@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -161,11 +161,32 @@ async def test_the_plain_dialect_sends_no_field_that_openai_does_not_know() -> N
             await backend.tokenize("served", TextPrompt("hello"))
 
 
-async def test_tools_are_refused_and_not_dropped() -> None:
-    chat = ChatPrompt(messages=(ChatMessage(role="user", content="hi"),), tools=(Tool(name="f"),))
-    async with openai_server() as (_, url), upstream(url) as backend:
-        with pytest.raises(UnsupportedField, match=r"chat\.tools"):
-            await text(backend, GenerateRequest(prompt=chat))
+CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Paris", "days": [1, 2]}}</tool_call>'
+WEATHER = Tool(name="weather", description="Tells the weather", parameters={"type": "object"})
+
+
+def asks_for_tools(content: str, **fields: Any) -> GenerateRequest:
+    chat = ChatPrompt(messages=(ChatMessage(role="user", content=content),), tools=(WEATHER,), **fields)
+    return GenerateRequest(prompt=chat)
+
+
+@pytest.mark.parametrize("said", [CALL, CALL + CALL.replace("Paris", "Rome"), "no call"])
+async def test_calls_that_the_server_finds_come_back_as_text(said: str) -> None:
+    """The server, an echo, writes the text of calls; its API takes it apart, and the backend puts it together."""
+    async with openai_server() as (server, url), upstream(url) as backend:
+        assert await text(backend, asks_for_tools(said)) == said
+    function = {"name": "weather", "description": "Tells the weather", "parameters": {"type": "object"}}
+    assert server.bodies[0]["tools"] == [{"type": "function", "function": function}]
+    assert server.bodies[0]["tool_choice"] == "auto"
+
+
+async def test_a_choice_of_tool_reaches_the_server() -> None:
+    async with openai_server() as (server, url), upstream(url) as backend:
+        for choice in ("none", "required", "weather"):
+            with suppress(InvalidArgument):  # an echo follows no grammar, which a forced call needs
+                await text(backend, asks_for_tools("hi", tool_choice=choice))
+    sent = [body.get("tool_choice") for body in server.bodies]
+    assert sent == [None, "required", {"type": "function", "function": {"name": "weather"}}]
 
 
 async def test_usage_is_exact_for_each_choice() -> None:
