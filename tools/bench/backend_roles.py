@@ -10,11 +10,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from fastchat_grpc.config import AdmissionConfig, BackendConfig, ListenConfig, ModelConfig, WorkerConfig
 from fastchat_grpc.core import ChatMessage, ChatPrompt
 from fastchat_grpc.models.embedded import embedded_gguf, embedded_model
+from fastchat_grpc.text.tokenizer import Tokenizer
 from tools.bench.engine import prompts
 
 CONTEXT = 2048
@@ -80,13 +82,20 @@ Ask = Callable[[list[str], int], tuple[int, list[float]]]
 """(prompts, tokens) -> (tokens that came in all, seconds to the first of each)."""
 
 
-def _chat_ids(texts: list[str]) -> list[list[int]]:
-    """The prompts as chats in tokens, by the tokenizer that the workers have."""
+@cache
+def _tokenizer() -> Tokenizer:
+    """The tokenizer that the workers have."""
     from fastchat_grpc.backends.served import ModelFolder
-    from fastchat_grpc.text.prompt import tokenize
 
     settings = ModelConfig(path=str(embedded_model()))
-    tokenizer = ModelFolder.find(settings, "bench").tokenizer(settings)
+    return ModelFolder.find(settings, "bench").tokenizer(settings)
+
+
+def _chat_ids(texts: list[str]) -> list[list[int]]:
+    """The prompts as chats in tokens."""
+    from fastchat_grpc.text.prompt import tokenize
+
+    tokenizer = _tokenizer()
     return [tokenize(tokenizer, ChatPrompt(messages=(ChatMessage(role="user", content=text),))) for text in texts]
 
 
