@@ -25,7 +25,6 @@ from fastchat_grpc.config import BackendConfig, ModelConfig
 from fastchat_grpc.core import Delta, Grammar, GrammarKind, PromptEcho
 from fastchat_grpc.errors import BackendFailed, ConfigError, InvalidArgument, ModelLoadError, UnsupportedField
 from tests.conformance.harness import chat, request
-from tests.conformance.targets import embedded_gguf_file
 
 
 def config(path: str, options: dict[str, str] | None = None, **model: Any) -> BackendConfig:
@@ -187,36 +186,39 @@ def test_a_model_is_exported_once_per_precision(tmp_path: Path, monkeypatch: pyt
 def test_a_gguf_file_is_rewritten_once_unless_it_is_read_exactly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = embedded_gguf_file()  # Q4_1
-    monkeypatch.setenv("FASTCHAT_GRPC_CACHE", str(tmp_path))
-    found = openvino_model.find(config(file))
-    assert (found.folder, found.context_length, found.grammars) == (Path(file), 8192, True)
+    file = _tiny_gguf(tmp_path)
+    monkeypatch.setenv("FASTCHAT_GRPC_CACHE", str(tmp_path / "cache"))
+    found = openvino_model.find(config(str(file)))
+    assert (found.folder, found.context_length, found.grammars) == (file, 64, True)
     assert facts(found.model).kinds == {"F32", "Q8_0"}
     written = found.model.stat().st_mtime_ns
-    assert openvino_model.find(config(file)).model.stat().st_mtime_ns == written
+    assert openvino_model.find(config(str(file))).model.stat().st_mtime_ns == written
     assert openvino_model.find(config(str(found.model))).model == found.model
-    assert openvino_model.find(config(file, {"weights": "int4"})).model == Path(file)
+    assert openvino_model.find(config(str(file), {"weights": "int4"})).model == file
     with pytest.raises(ConfigError, match="not in fp32"):
-        openvino_model.find(config(file, {"weights": "fp32"}))
+        openvino_model.find(config(str(file), {"weights": "fp32"}))
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_a_rewritten_file_has_the_same_weights_and_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("weights", "error"), [("fp16", 1e-3), ("int8", 1e-2)])
+def test_a_rewritten_file_has_the_same_weights_and_settings(
+    weights: str, error: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import numpy as np
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    file = embedded_gguf_file()
-    monkeypatch.setenv("FASTCHAT_GRPC_CACHE", str(tmp_path))
-    before, after = GGUFReader(file), GGUFReader(openvino_model.find(config(file, {"weights": "fp16"})).model)
+    file = _tiny_gguf(tmp_path)
+    monkeypatch.setenv("FASTCHAT_GRPC_CACHE", str(tmp_path / "cache"))
+    before, after = GGUFReader(file), GGUFReader(openvino_model.find(config(str(file), {"weights": weights})).model)
     for name in ("llama.rope.freq_base", "tokenizer.ggml.tokens", "tokenizer.chat_template"):
         assert before.fields[name].contents() == after.fields[name].contents()
     tensors = {tensor.name: tensor for tensor in after.tensors}
     assert set(tensors) == {tensor.name for tensor in before.tensors}
-    for tensor in before.tensors[:12]:
+    for tensor in before.tensors:
         other = tensors[tensor.name]
         expected, found = dequantize(tensor.data, tensor.tensor_type), dequantize(other.data, other.tensor_type)
-        assert np.allclose(found, expected, rtol=1e-3, atol=1e-6)
+        assert np.abs(found - expected).max() <= error * np.abs(expected).max()
 
 
 def test_auto_takes_openvino_on_x86_where_it_can_load_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,6 +243,30 @@ def _tiny_folder(parent: Path) -> Path:
     (folder / "tokenizer.json").write_text("{}")
     save_file({"w": np.zeros(1, np.float32)}, folder / "model.safetensors")
     return folder
+
+
+def _tiny_gguf(parent: Path) -> Path:
+    """A file of Q4_1, which OpenVINO does not read exactly, with a vector and a matrix."""
+    import numpy as np
+    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf.quants import quantize
+
+    file = parent / "tiny.gguf"
+    random = np.random.default_rng(0)
+    writer = GGUFWriter(file, "llama")
+    writer.add_context_length(64)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_token_list(["<s>", "a", "b"])
+    writer.add_chat_template("{{ messages }}")
+    kind = GGMLQuantizationType.Q4_1
+    matrix = quantize(random.standard_normal((64, 96), dtype=np.float32), kind)
+    writer.add_tensor("token_embd.weight", matrix, raw_dtype=kind)
+    writer.add_tensor("output_norm.weight", random.standard_normal(96, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
 
 
 def _fake_exporter(parent: Path, script: str) -> str:
