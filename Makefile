@@ -46,7 +46,13 @@ proto: setup  ## Regenerate stubs and the descriptor set from proto/
 bench: setup  ## Run a benchmark: make bench WHAT=engine ARGS="--streams 8"
 	@$(BIN)/python -m tools.bench $(WHAT) $(ARGS)
 
+chaos: setup  ## Kill, freeze and drain a fleet under load, count what is lost: make chaos ARGS="--seed 1 --seconds 60"
+	@$(BIN)/python -m tests.chaos $(ARGS)
+
+soak: setup  ## Send 100,000 short requests and watch the memory: make soak ARGS="--requests 10000"
+	@$(BIN)/python -m tests.chaos.soak $(ARGS)
+
 clean:  ## Remove the virtual environments and what was built
 	rm -rf .venv .venvs build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis bench-results
 
-.PHONY: help setup demo serve test test-unit test-backend lint proto bench clean
+.PHONY: help setup demo serve test test-unit test-backend lint proto bench chaos soak clean

@@ -51,6 +51,7 @@ from fastchat_grpc.rpc import convert
 from fastchat_grpc.rpc.addresses import AddressBook, AddressRouter, Start
 from fastchat_grpc.rpc.failover import Failover
 from fastchat_grpc.rpc.progress import PARSED, Progress
+from fastchat_grpc.rpc.security import bearer
 from fastchat_grpc.v1 import generation_pb2, registry_pb2
 from fastchat_grpc.v1.generation_pb2_grpc import GenerationServiceStub as GenerationStub
 from fastchat_grpc.v1.registry_pb2_grpc import ControllerServiceStub as ControllerStub
@@ -272,17 +273,35 @@ class AsyncClient:
             (await self._call(ControllerStub, "ListWorkers", registry_pb2.ListWorkersRequest(model=model))).workers
         )
 
-    async def drain_worker(self, worker_id: str) -> int:
-        """Ask a worker to finish and leave; returns how many requests still run there. Asks a controller."""
+    async def drain_worker(
+        self, worker_id: str, *, drain_timeout_s: float | None = None, join_token: str | None = None
+    ) -> int:
+        """Ask a worker to finish and leave; returns how many requests still run there. Asks a controller.
+
+        Args:
+            drain_timeout_s: time for what runs there; None: the worker's own.
+            join_token: what the controller asks of its fleet's members; shown in place of the API key.
+        """
         request = registry_pb2.DrainWorkerRequest(worker_id=worker_id)
-        return int((await self._call(ControllerStub, "DrainWorker", request)).running_count)
+        if drain_timeout_s is not None:
+            request.timeout.CopyFrom(convert.duration(drain_timeout_s))
+        response = await self._call(ControllerStub, "DrainWorker", request, bearer(join_token) or self._metadata)
+        return int(response.running_count)
 
     def _router(self, start: Start) -> AddressRouter[Any]:
         return AddressRouter(self._addresses, start, self._timeout_s, self._failover.config.wait_s)
 
-    async def _call(self, stub: Callable[[grpc.aio.Channel], Any], method: str, request: Any) -> Any:
+    async def _call(
+        self,
+        stub: Callable[[grpc.aio.Channel], Any],
+        method: str,
+        request: Any,
+        metadata: Sequence[tuple[str, str]] | None = None,
+    ) -> Any:
+        shown = self._metadata if metadata is None else metadata
+
         def start(channel: grpc.aio.Channel, progress: Progress[Any], timeout_s: float | None) -> Any:
-            return getattr(stub(channel), method)(request, timeout=timeout_s, metadata=self._metadata)
+            return getattr(stub(channel), method)(request, timeout=timeout_s, metadata=shown)
 
         return await self._failover.call(self._router(start))
 

@@ -26,6 +26,7 @@ class LazyGroup(click.Group):
         "generate": "calls:generate",
         "models": "calls:models",
         "workers": "calls:workers",
+        "drain": "calls:drain",
         "backends": "backends:backends",
         "new-key": "keys:new_key_command",
     }

@@ -1,4 +1,4 @@
-"""`fastchat-grpc generate`, `models` and `workers`: calls to a running fleet."""
+"""`fastchat-grpc generate`, `models`, `workers` and `drain`: calls to a running fleet."""
 
 from __future__ import annotations
 
@@ -118,6 +118,22 @@ def workers(address: str, api_key: str | None, model: str) -> None:
         return rows
 
     _table(["worker", "address", "models", "state", "running+waiting/slots", "tokens/s"], address, api_key, call)
+
+
+@click.command()
+@click.argument("worker_id")
+@address_option
+@click.option("--join-token", envvar="FASTCHAT_GRPC_JOIN_TOKEN", help="The fleet's token, where it has one.")
+@click.option("--drain-timeout", type=float, help="Seconds for requests to end.  [default: the worker's own]")
+def drain(worker_id: str, address: str, join_token: str | None, drain_timeout: float | None) -> None:
+    """Let a worker finish what it runs, and leave. Ask each controller that is not to wait for its heartbeat."""
+    from fastchat_grpc.client import AsyncClient
+
+    async def run() -> int:
+        async with AsyncClient(address, timeout_s=10) as client:
+            return await client.drain_worker(worker_id, drain_timeout_s=drain_timeout, join_token=join_token)
+
+    print(f"{worker_id} drains; requests that still run there: {asyncio.run(run())}")
 
 
 def _table(columns: list[str], address: str, api_key: str | None, call: Any) -> None:

@@ -10,11 +10,12 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fastchat_grpc.config import TlsConfig
 from fastchat_grpc.core import Load
@@ -37,6 +38,10 @@ MIN_PUSH_GAP_S = 0.1
 """Early heartbeats, sent because the load changed, keep at least this distance."""
 
 
+_ANY = health_pb2.HealthCheckRequest()
+"""Asks for the health of the whole server."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Lease:
     id: str
@@ -53,6 +58,7 @@ class Registration:
         on_drain: called with the time left, in seconds (None: the server's own), when the controller
             asks the server to drain.
         interval_s: overrides the heartbeat interval that the controller asks for.
+        heartbeats: whether to send them; without, the server registers again whenever the controller was lost.
         metadata: sent with every call; carries the join token.
         server_name: the name that the controller's certificate is for, where the address is another.
     """
@@ -110,7 +116,10 @@ class Registration:
             try:
                 while True:
                     self._lease = await self._register(stub)
-                    await self._keep(stub, self._lease)
+                    if self._heartbeats:
+                        await self._keep(stub, self._lease)
+                    else:
+                        await self._until_lost(channel)
                     self._lease = None
             finally:
                 await self._deregister(stub)
@@ -134,8 +143,6 @@ class Registration:
 
     async def _keep(self, stub: registry_pb2_grpc.ControllerServiceStub, lease: _Lease) -> None:
         """Heartbeat until the controller no longer knows the lease."""
-        if not self._heartbeats:
-            await asyncio.Event().wait()
         interval_s = lease.interval_s
         while True:
             await self._pause((self._interval_s or interval_s) * self._rng.uniform(1 - JITTER, 1 + JITTER))
@@ -160,6 +167,22 @@ class Registration:
             if response.HasField("drain"):
                 timed = response.drain.HasField("timeout")
                 self._on_drain(convert.seconds(response.drain.timeout) if timed else None)
+
+    async def _until_lost(self, channel: grpc.aio.Channel) -> None:
+        """Without heartbeats: wait until the controller has gone, since it may come back without the lease.
+
+        A health watch lasts as long as the controller and the connection to it; that costs nothing meanwhile.
+        """
+        watch = asyncio.create_task(_read_out(health_pb2_grpc.HealthStub(channel).Watch(_ANY)))
+        try:
+            while not watch.done() and not self._stale:
+                push = asyncio.create_task(self._push.wait())
+                await asyncio.wait({watch, push}, return_when=asyncio.FIRST_COMPLETED)
+                push.cancel()
+                self._push.clear()
+        finally:
+            watch.cancel()
+        await asyncio.sleep(MIN_BACKOFF_S * self._rng.uniform(0.5, 1.0))
 
     async def _pause(self, seconds: float) -> None:
         """Wait for the next heartbeat's time, or less if a push comes."""
@@ -186,3 +209,10 @@ class Registration:
         if error.message != self._complaint:
             self._complaint = error.message
             logger.warning("controller %s: %s; still trying", self.controller_address, error.message)
+
+
+async def _read_out(call: AsyncIterable[object]) -> None:
+    """Read a call to its end, whatever that is."""
+    with contextlib.suppress(grpc.aio.AioRpcError):
+        async for _ in call:
+            pass

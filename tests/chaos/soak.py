@@ -14,36 +14,38 @@ from tests.chaos.__main__ import backend_arguments
 from tests.chaos.fleet import ChaosFleet, Member
 
 CALLERS = 32
-WARM_UP = 0.2
-"""Share of the requests after which memory counts: pools and caches have filled by then."""
+ROUNDS = 10
+WARM_UP = 2
+"""Rounds after which memory counts: pools and caches have filled by then."""
 
 
 @dataclass(frozen=True)
-class Growth:
-    """Resident memory of a process in MB, after the warm-up and at the end."""
+class Memory:
+    """Resident memory of a process in MB, after each round."""
 
     name: str
-    before_mb: float
-    after_mb: float
+    mb: tuple[float, ...]
 
     @property
     def grown_mb(self) -> float:
-        return self.after_mb - self.before_mb
+        """From the end of the warm-up to the end."""
+        return self.mb[-1] - self.mb[WARM_UP - 1]
 
 
-async def soak(requests: int, log: Path) -> list[Growth]:
+async def soak(requests: int, log: Path) -> list[Memory]:
     """Send so many requests of one short text; raises if one of them fails or answers something else."""
     fleet = ChaosFleet(controllers=1, workers=2, backend=backend_arguments(None, 0.0), log=log)
+    rounds: list[list[float]] = []
     try:
         await fleet.start()
         async with AsyncClient(fleet.controllers[0].address) as client:
-            await _send(client, int(requests * WARM_UP))
-            before = {member: _memory_mb(member) for member in fleet.members}
-            await _send(client, requests - int(requests * WARM_UP))
+            for _ in range(ROUNDS):
+                await _send(client, requests // ROUNDS)
+                rounds.append([_memory_mb(member) for member in fleet.members])
         await fleet.whole()
-        return [Growth(member.name, before[member], _memory_mb(member)) for member in fleet.members]
     finally:
         await fleet.stop()
+    return [Memory(member.name, mb) for member, mb in zip(fleet.members, zip(*rounds, strict=True), strict=True)]
 
 
 async def _send(client: AsyncClient, count: int) -> None:
@@ -71,9 +73,9 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         grown = asyncio.run(soak(options.requests, Path(folder)))
-    print(f"{options.requests} requests, none failed")
+    print(f"{options.requests} requests, none failed; resident memory in MB after each {options.requests // ROUNDS}:")
     for process in grown:
-        print(f"{process.name}: {process.before_mb:.1f} MB, then {process.after_mb:.1f} MB")
+        print(f"{process.name:14}" + " ".join(f"{mb:6.1f}" for mb in process.mb))
     sys.exit(1 if any(process.grown_mb > options.limit_mb for process in grown) else 0)
 
 

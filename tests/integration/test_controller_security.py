@@ -79,6 +79,17 @@ class TestJoinToken:
             await start_worker(controllers=(controller.address,), join_token=TOKEN)
             await eventually(lambda: len(controller.registry) == 1)
 
+    async def test_the_client_shows_it_to_drain_a_worker(self) -> None:
+        async with running_controller(join_token=TOKEN) as controller, AsyncClient(controller.address) as client:
+            config = echo_config("m", controllers=(controller.address,), join_token=TOKEN)
+            async with running_worker(config) as worker:
+                await eventually(lambda: worker.registered)
+                with pytest.raises(errors.Unauthenticated):
+                    await client.drain_worker(worker.worker_id)
+                assert await client.drain_worker(worker.worker_id, drain_timeout_s=5, join_token=TOKEN) == 0
+                await eventually(worker._stop.is_set)
+                assert worker._drain_timeout_s == 5
+
     async def test_it_is_in_no_log_and_no_repr(
         self, start_worker: StartWorker, caplog: pytest.LogCaptureFixture
     ) -> None:

@@ -39,6 +39,33 @@ async def test_a_restarted_controller_knows_its_workers_within_two_intervals(sta
         assert (await client.complete(TEXT)).text == TEXT
 
 
+async def test_a_restarted_controller_knows_workers_that_send_no_heartbeats(start_worker: StartWorker) -> None:
+    async with running_controller() as first:
+        port, app = first.port, await start_worker("m", controllers=(first.address,), check_heartbeat=False)
+        await eventually(lambda: app.registered)
+        lease = first.registry.workers()[0].lease_id
+    async with running_controller(port) as second:
+        await eventually(lambda: len(second.registry.workers()) == 1)
+        [worker] = second.registry.workers()
+        assert not worker.spec.check_heartbeat
+        assert worker.lease_id != lease
+
+
+async def test_a_worker_without_heartbeats_registers_once_while_its_controller_stays(
+    start_worker: StartWorker,
+) -> None:
+    async with running_controller() as controller:
+        app = await start_worker("m", controllers=(controller.address,), check_heartbeat=False)
+        await eventually(lambda: app.registered)
+        [worker] = controller.registry.workers()
+        lease = worker.lease_id
+        app._registrations.push()  # the load has changed: nobody asks
+        await asyncio.sleep(1.2)  # longer than its lease
+        assert worker.lease_id == lease
+        app._registrations.renew()  # the description has changed: that is told
+        await eventually(lambda: worker.lease_id != lease)
+
+
 async def test_a_direct_stream_goes_on_while_the_controller_restarts(start_worker: StartWorker) -> None:
     async with running_controller() as first:
         port = first.port
