@@ -13,8 +13,10 @@ from pathlib import Path
 
 from fastchat_grpc.client import AsyncClient
 from fastchat_grpc.errors import FastChatError
+from fastchat_grpc.v1 import generation_pb2
 
-START_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 120.0
+"""For a process to serve, and for the fleet to be whole: workers may load a model, all at once."""
 
 
 class Member:
@@ -22,6 +24,7 @@ class Member:
 
     def __init__(self, name: str, port: int, arguments: Sequence[str], log: Path) -> None:
         self.name = name
+        self.is_worker = arguments[0] == "worker"
         self.address = f"127.0.0.1:{port}"
         self._arguments = [*arguments, "--port", str(port), "--log-level", "warning"]
         self._log = log / f"{name}.log"
@@ -52,8 +55,11 @@ class Member:
         async with asyncio.timeout(START_TIMEOUT_S), AsyncClient(self.address, timeout_s=2.0) as client:
             while True:
                 with suppress(FastChatError):
-                    await client.status()
-                    return
+                    status = await client.status()
+                    # A worker answers before its model is loaded, but is of no use until then; what a
+                    # controller says is the state of its workers.
+                    if not self.is_worker or status.load.state == generation_pb2.WORKER_STATE_SERVING:
+                        return
                 assert self._process is not None
                 if self._process.returncode is not None:
                     raise RuntimeError(
@@ -118,7 +124,7 @@ class ChaosFleet:
             await asyncio.gather(*(member.answers() for member in group))
         await self.whole()
 
-    async def whole(self, timeout_s: float = 60.0) -> None:
+    async def whole(self, timeout_s: float = START_TIMEOUT_S) -> None:
         """Return when every controller has every worker, serving, and nothing runs."""
         async with asyncio.timeout(timeout_s):
             for controller in self.controllers:
