@@ -31,6 +31,12 @@ test-unit: setup  ## Run only the tests that need no sockets and no model
 test-backend: setup  ## Run the conformance suite on one backend: make test-backend NAME=openvino
 	@tools/test_backend.sh $(NAME) $(ARGS)
 
+test-clients: setup  ## Run the tests with LiteLLM and vLLM's benchmark client, in environments of their own
+	@for name in clients vllm; do \
+	    [ -f .venvs/$$name/.ready ] || { tools/envs/$$name.sh .venvs/$$name && touch .venvs/$$name/.ready; } || exit; \
+	done
+	@$(BIN)/pytest tests/e2e/test_openai_other_clients.py $(ARGS)
+
 lint: setup  ## Check style, types, imports and contracts
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -55,4 +61,4 @@ soak: setup  ## Send 100,000 short requests and watch the memory: make soak ARGS
 clean:  ## Remove the virtual environments and what was built
 	rm -rf .venv .venvs build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis bench-results
 
-.PHONY: help setup demo serve test test-unit test-backend lint proto bench chaos soak clean
+.PHONY: help setup demo serve test test-unit test-backend test-clients lint proto bench chaos soak clean

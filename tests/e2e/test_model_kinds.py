@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,15 @@ from fastchat_grpc.client import AsyncClient, Choice
 from fastchat_grpc.config import BackendConfig, ListenConfig, ModelConfig, WorkerConfig
 from fastchat_grpc.errors import ModelLoadError
 from tests.conftest import running_worker
-from tests.e2e.tiny_models import write_compressed_tensors, write_gguf, write_llama, write_lora, write_t5
+from tests.e2e.tiny_models import (
+    write_awq,
+    write_compressed_tensors,
+    write_gguf,
+    write_gptq,
+    write_llama,
+    write_lora,
+    write_t5,
+)
 
 PROMPT = "The quick brown fox"
 TEN = {"max_new_tokens": 10, "temperature": 0, "ignore_eos": True}
@@ -118,6 +126,20 @@ async def test_a_checkpoint_of_compressed_tensors(llama: Path, tmp_path: Path) -
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     async with serving(folder) as client:
         assert (await answer(client)).token_ids == greedy(model, folder)
+
+
+@pytest.mark.parametrize("write", [write_gptq, write_awq])
+async def test_gptq_and_awq_checkpoints(llama: Path, tmp_path: Path, write: Callable[[Path, Path], Path]) -> None:
+    pytest.importorskip("gptqmodel", reason="needs an environment of its own: tools/envs/gptq.sh")
+    folder = write(tmp_path / "four-bit", llama)
+    async with serving(llama) as client:
+        full = await answer(client, logprobs=0)
+    async with serving(folder) as client:
+        choice = await answer(client, logprobs=0)
+    assert len(choice.token_ids) == 10
+    assert choice.logprobs[0].logprob == pytest.approx(full.logprobs[0].logprob, abs=1.0)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert choice.token_ids == greedy(model, folder)
 
 
 async def test_a_model_of_full_32_bits_that_16_cannot_hold(llama: Path) -> None:

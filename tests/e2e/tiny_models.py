@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ CHATML = (
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 HIDDEN = 64
+GROUP = 32
+"""Inputs that share a scale in 4-bit checkpoints."""
 # Large weights, so that a random model has opinions and no two logits are close.
 WIDE = {"initializer_range": 0.2}
 
@@ -282,6 +285,68 @@ def write_compressed_tensors(folder: Path, base: Path) -> Path:
         "ignore": ["lm_head"],
     }
     (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def write_gptq(folder: Path, base: Path) -> Path:
+    """`base` with 4-bit weights in groups along the inputs, as GPTQ checkpoints store them (v1)."""
+
+    def store(stem: str, levels: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
+        out, inputs = levels.shape
+        return {
+            f"{stem}.qweight": _pack_eights(levels.t(), range(8)),
+            # v1 stores zero points less one.
+            f"{stem}.qzeros": _pack_eights(torch.full((out, inputs // GROUP), 7), range(8)).t().contiguous(),
+            f"{stem}.scales": scales.t().contiguous().to(torch.float16),
+            f"{stem}.g_idx": (torch.arange(inputs) // GROUP).to(torch.int32),
+        }
+
+    settings = {"bits": 4, "group_size": GROUP, "desc_act": False, "sym": True, "checkpoint_format": "gptq"}
+    return _write_4_bit(folder, base, store, {"quant_method": "gptq", **settings})
+
+
+def write_awq(folder: Path, base: Path) -> Path:
+    """The same as AWQ checkpoints store them: packed along the outputs, in an order of their own."""
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+
+    def store(stem: str, levels: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
+        out, inputs = levels.shape
+        return {
+            f"{stem}.qweight": _pack_eights(levels, order).t().contiguous(),
+            f"{stem}.qzeros": _pack_eights(torch.full((out, inputs // GROUP), 8), order).t().contiguous(),
+            f"{stem}.scales": scales.t().contiguous().to(torch.float16),
+        }
+
+    settings = {"bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
+    return _write_4_bit(folder, base, store, {"quant_method": "awq", **settings})
+
+
+def _pack_eights(levels: torch.Tensor, order: Iterable[int]) -> torch.Tensor:
+    """Eight 4-bit rows of (rows, columns) in one int32, lowest bits first, in the order given."""
+    eights = levels.to(torch.int64).reshape(-1, 8, levels.shape[1])[:, list(order)]
+    packed = (eights << torch.arange(0, 32, 4)[None, :, None]).sum(1)
+    return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+
+
+def _write_4_bit(
+    folder: Path,
+    base: Path,
+    store: Callable[[str, torch.Tensor, torch.Tensor], dict[str, torch.Tensor]],
+    settings: dict[str, Any],
+) -> Path:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(base, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        weight = tensors.pop(name).float()
+        grouped = weight.view(len(weight), -1, GROUP)
+        scales = grouped.abs().amax(-1) / 7
+        levels = (grouped / scales[..., None]).round().clamp(-8, 7) + 8
+        tensors |= store(name.removesuffix(".weight"), levels.view(weight.shape), scales)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
     return folder
 
 
