@@ -66,7 +66,9 @@ def _api(config: GatewayConfig, addresses: tuple[str, ...] | list[str]) -> Tree:
         {
             "timeout": "2s",
             "interval": "1s",
-            "no_traffic_interval": "1s",
+            # A controller that starts beside the gateway is found before the endpoints are given up.
+            "no_traffic_interval": "0.2s",
+            "no_traffic_healthy_interval": "1s",
             "unhealthy_threshold": 2,
             "healthy_threshold": 1,
             "grpc_health_check": {"service_name": "fastchat_grpc.v1.OpenAIService"},
@@ -93,7 +95,7 @@ def _workers(config: GatewayConfig) -> Tree:
         "eds_cluster_config": {
             "eds_config": {
                 "resource_api_version": "V3",
-                "initial_fetch_timeout": "1s",
+                "initial_fetch_timeout": "5s",
                 "api_config_source": {
                     "api_type": "GRPC",
                     "transport_api_version": "V3",
