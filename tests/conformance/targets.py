@@ -108,7 +108,8 @@ TARGETS = {
             options={"enforce_eager": "true", "kv_cache_memory_bytes": "400000000"},
             max_temperature=2.0,
         ),
-        Target(name="llama_cpp", model=embedded_gguf_file),
+        # Threads that wait for each other spin, which takes minutes where other programs use the cores.
+        Target(name="llama_cpp", model=embedded_gguf_file, options={"threads": "1"}),
         Target(name="mlx", model=embedded_folder),
     )
 }
