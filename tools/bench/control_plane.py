@@ -114,7 +114,9 @@ async def _load_controller(controller: Child, options: argparse.Namespace) -> di
 
     empty_mb = controller.memory_mb
     async with _stub(controller.answer) as stub:
+        before_s = controller.cpu_s
         leases = await _register_all(stub, options)
+        register_us = (controller.cpu_s - before_s) / options.workers * 1e6
         full_mb = controller.memory_mb
         rng = Random(1)
 
@@ -132,6 +134,7 @@ async def _load_controller(controller: Child, options: argparse.Namespace) -> di
     return {
         "CPU us per GetWorkerAddress": pick_us,
         "CPU us per Heartbeat": beat_us,
+        "CPU us per Register": register_us,
         "GetWorkerAddress per s": pick_rate,
         "Heartbeats per s": beat_rate,
         "memory MB, empty": empty_mb,
