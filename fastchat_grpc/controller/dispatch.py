@@ -9,7 +9,8 @@ from operator import attrgetter
 from typing import TypeVar
 
 from fastchat_grpc.config import DispatchMethod
-from fastchat_grpc.controller.fleet import Pool, Reservation, Worker
+from fastchat_grpc.controller.fleet import Reservation, Worker
+from fastchat_grpc.controller.pools import Pool
 from fastchat_grpc.controller.registry import Registry
 from fastchat_grpc.core import Capability
 from fastchat_grpc.errors import NoLiveWorker

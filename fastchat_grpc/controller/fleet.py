@@ -1,4 +1,4 @@
-"""What the registry holds: workers, reservations, changes, and the pools that dispatch picks from."""
+"""What the registry holds: workers, reservations and changes."""
 
 from __future__ import annotations
 
@@ -231,52 +231,3 @@ class Reservation:
     def watches(self) -> bool:
         """Whether somebody wants to hear of trouble."""
         return self._on_trouble is not None
-
-
-class IndexedSet:
-    """Workers in a list, for random access, with removal in constant time."""
-
-    __slots__ = ("_index", "items")
-
-    def __init__(self) -> None:
-        self.items: list[Worker] = []
-        self._index: dict[Worker, int] = {}
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def add(self, worker: Worker) -> None:
-        if worker not in self._index:
-            self._index[worker] = len(self.items)
-            self.items.append(worker)
-
-    def discard(self, worker: Worker) -> None:
-        place = self._index.pop(worker, None)
-        if place is None:
-            return
-        last = self.items.pop()
-        if last is not worker:
-            self.items[place] = last
-            self._index[last] = place
-
-
-class Pool:
-    """The workers of one model."""
-
-    __slots__ = ("degraded", "members", "ready")
-
-    def __init__(self) -> None:
-        self.members: dict[Worker, None] = {}
-        self.ready = IndexedSet()
-        self.degraded = IndexedSet()
-
-    def place(self, worker: Worker, tier: Tier) -> None:
-        """Move a member to where its tier puts it."""
-        self.members[worker] = None
-        (self.ready.add if tier is Tier.READY else self.ready.discard)(worker)
-        (self.degraded.add if tier is Tier.DEGRADED else self.degraded.discard)(worker)
-
-    def remove(self, worker: Worker) -> None:
-        self.members.pop(worker, None)
-        self.ready.discard(worker)
-        self.degraded.discard(worker)

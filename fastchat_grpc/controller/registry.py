@@ -11,7 +11,7 @@ import itertools
 import math
 import secrets
 import sys
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
 
@@ -22,25 +22,20 @@ from fastchat_grpc.controller.fleet import (
     ChangeKind,
     Drain,
     LeaseTerms,
-    Pool,
     Removal,
     Reservation,
     Tier,
     Worker,
     WorkerSpec,
 )
+from fastchat_grpc.controller.pools import REMEMBERED, Pool, Pools, Recent
 from fastchat_grpc.core import Load, ModelInfo
 from fastchat_grpc.errors import (
     InstanceReplaced,
-    InvalidArgument,
     LeaseNotFound,
-    ModelNotFound,
-    NoLiveWorker,
     WorkerNotFound,
 )
 
-REMEMBERED = 10_000
-"""Names of past models, and replaced instances, that are remembered; the oldest are forgotten first."""
 SETTLE_S = 0.25
 """A pick this old shows in the worker's own figures."""
 STALL_S = 1.0
@@ -75,9 +70,8 @@ class Registry:
         self._new_id = new_id
         self._workers: dict[str, Worker] = {}
         self._leases: dict[str, Worker] = {}
-        self._pools: dict[str, Pool] = {}
-        self._known_models: OrderedDict[str, None] = OrderedDict()
-        self._replaced: OrderedDict[str, None] = OrderedDict()
+        self._pools = Pools()
+        self._replaced = Recent()
         self._interned: dict[ModelInfo, ModelInfo] = {}
         self._timers: list[tuple[float, int, Worker]] = []
         self._timer_ids = itertools.count()
@@ -106,12 +100,12 @@ class Registry:
         if worker is not None and worker.spec.instance_id == spec.instance_id:
             return self._renew(worker, spec, load)
         if worker is not None:
-            self._remember(self._replaced, worker.spec.instance_id)
+            self._replaced.add(worker.spec.instance_id)
             self._remove(worker, Removal.REPLACED)
         worker = Worker(spec, self._new_id(), load, self._clock(), self._terms_for(len(self._workers) + 1))
         self._workers[spec.worker_id] = worker
         self._leases[worker.lease_id] = worker
-        self._join_pools(worker)
+        self._join(worker)
         if spec.check_heartbeat:
             self._set_lease_timer(worker)
         self._notify(Change(ChangeKind.ADDED, worker))
@@ -160,22 +154,9 @@ class Registry:
     # ----------------------------------------------------------------------------- dispatch
 
     def pool(self, model: str) -> tuple[str, Pool]:
-        """Name and pool of a model; an empty name means the only model of the fleet.
-
-        Raises:
-            ModelNotFound: no worker has served it.
-            NoLiveWorker: it is known, but no worker is registered for it.
-            InvalidArgument: the name is empty and the fleet has several models.
-        """
+        """Name and pool of a model, and errors, as `Pools.find`."""
         self.expire()
-        if not model:
-            model = self._only_model()
-        pool = self._pools.get(model)
-        if pool is not None:
-            return model, pool
-        if model in self._known_models:
-            raise NoLiveWorker(f"model {model!r} has no live worker now", metadata={"model": model})
-        raise ModelNotFound(f"no worker has served a model {model[:128]!r}", metadata={"model": model[:128]})
+        return self._pools.find(model)
 
     def reserve(self, worker: Worker, on_trouble: Callable[[], None] | None = None) -> Reservation:
         """Count one request as load of a worker until it is released."""
@@ -288,7 +269,7 @@ class Registry:
     def models(self) -> Sequence[str]:
         """Names of the models that live workers serve, in order."""
         self.expire()
-        return sorted(self._pools)
+        return self._pools.names()
 
     def heartbeat_age_s(self, worker: Worker) -> float:
         """Seconds since a worker's last heartbeat."""
@@ -314,9 +295,9 @@ class Registry:
         del self._leases[worker.lease_id]
         worker.lease_id = self._new_id()
         self._leases[worker.lease_id] = worker
-        self._leave_pools(worker)
+        self._pools.leave(worker)
         worker.spec, worker.weight = spec, spec.weight
-        self._join_pools(worker)
+        self._join(worker)
         self._report(worker, load)
         self._notify(Change(ChangeKind.STATE, worker))
         return worker
@@ -348,8 +329,7 @@ class Registry:
             return False
         worker.tier = tier
         if worker.removed is None:
-            for model in worker.spec.models:
-                self._pools[model.name].place(worker, tier)
+            self._pools.place(worker)
             self._notify(Change(ChangeKind.STATE, worker))
         return True
 
@@ -358,7 +338,7 @@ class Registry:
         worker.tier = Tier.NONE
         del self._workers[worker.spec.worker_id]
         del self._leases[worker.lease_id]
-        self._leave_pools(worker)
+        self._pools.leave(worker)
         self.terms = self._terms_for(len(self._workers))
         self._notify(Change(ChangeKind.REMOVED, worker, removal))
         if removal is not Removal.DEREGISTERED:
@@ -368,25 +348,9 @@ class Registry:
         for reservation in list(worker.watched or ()):
             reservation.trouble()
 
-    def _join_pools(self, worker: Worker) -> None:
+    def _join(self, worker: Worker) -> None:
         worker.tier = worker.natural_tier()
-        for model in worker.spec.models:
-            self._pools.setdefault(model.name, Pool()).place(worker, worker.tier)
-            self._remember(self._known_models, model.name)
-
-    def _leave_pools(self, worker: Worker) -> None:
-        for model in worker.spec.models:
-            pool = self._pools[model.name]
-            pool.remove(worker)
-            if not pool.members:
-                del self._pools[model.name]
-
-    def _only_model(self) -> str:
-        if len(self._pools) == 1:
-            return next(iter(self._pools))
-        if self._pools:
-            raise InvalidArgument("model", f"the fleet serves {len(self._pools)} models; name one (see ListModels)")
-        raise NoLiveWorker("no worker is registered")
+        self._pools.join(worker)
 
     def _terms_for(self, size: int) -> LeaseTerms:
         """Scale interval and time to live so that all heartbeats together stay under the set rate."""
@@ -448,12 +412,6 @@ class Registry:
             check_heartbeat=spec.check_heartbeat,
             version=sys.intern(spec.version),
         )
-
-    def _remember(self, names: OrderedDict[str, None], name: str) -> None:
-        names[name] = None
-        names.move_to_end(name)
-        if len(names) > REMEMBERED:
-            names.popitem(last=False)
 
     def _notify(self, change: Change) -> None:
         for listener in tuple(self._listeners.values()):

@@ -34,7 +34,9 @@ def parse() -> argparse.Namespace:
 def backend_arguments(model_path: str | None, delay_ms: float) -> list[str]:
     """The flags of a worker that choose what it runs."""
     if model_path is not None:
-        return ["--backend", "transformers", "--model-path", model_path]
+        # Several workers share this machine: each takes a part of its cores and of its memory.
+        shares = ["--backend-option", "threads=1", "--backend-option", "kv_cache_tokens=8192"]
+        return ["--backend", "transformers", "--model-path", model_path, *shares]
     return ["--backend", "echo", "--model-path", "echo", "--backend-option", f"delay_ms={delay_ms:g}"]
 
 
