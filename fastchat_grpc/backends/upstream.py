@@ -37,6 +37,7 @@ from fastchat_grpc.core import (
     PromptEcho,
     TextPrompt,
     Timings,
+    TokenPrompt,
     Usage,
 )
 from fastchat_grpc.errors import (
@@ -44,6 +45,7 @@ from fastchat_grpc.errors import (
     ConfigError,
     ModelLoadError,
     NotSupported,
+    PromptTooLong,
     UnsupportedField,
     WorkerUnavailable,
 )
@@ -151,6 +153,7 @@ class UpstreamBackend:
         refuse_unsupported(request, self.traits)
         if request.lora_adapter and request.lora_adapter not in self._config.model.lora_adapters:
             raise adapter_not_found(request.lora_adapter, self._config.model.lora_adapters)
+        self._check_length(request)
         seed = None if request.sampling.seed is None else self._seeds.request_seed(request)
         if request.output.echo:
             yield await self._echo(request)
@@ -184,6 +187,7 @@ class UpstreamBackend:
             self._server_model(request),
             vllm=self._options.dialect == "vllm",
             seed=None if seed is None else Seeds.choice_seed(seed, index),
+            context_length=self._context_length,
         )
         choice = _Choice(index, cumulative=request.output.cumulative_text, arrival=arrival)
         async with aclosing(http.stream(path, body)) as chunks:
@@ -283,6 +287,14 @@ class UpstreamBackend:
                 return PromptEcho(text=text, token_ids=())
             case _:
                 raise UnsupportedField("output.echo", "only a text prompt can be echoed by the upstream backend")
+
+    def _check_length(self, request: GenerateRequest) -> None:
+        """Refuse tokens that leave no room; servers say it in many ways. How long a text is, only they know."""
+        if not isinstance(request.prompt, TokenPrompt) or not self._context_length:
+            return
+        count = len(request.prompt.token_ids)
+        if request.truncate_prompt_tokens is None and count >= self._context_length:
+            raise PromptTooLong("input", count, self._context_length)
 
     def _need_vllm(self, what: str) -> None:
         if self._options.dialect != "vllm":

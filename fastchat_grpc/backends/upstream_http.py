@@ -148,6 +148,8 @@ def _refusal(param: str, message: str) -> InvalidArgument:
     """The server's refusal, about the field of the request that its parameter stands for."""
     head = param.split(".")[0].split("[")[0]
     field = _FIELDS.get(head, param)
+    if not param and "grammar" in message.lower():  # vLLM names no parameter here
+        field = "structured_output"
     return InvalidArgument(
         field, f"refused by the upstream server: {message.removeprefix(f'{param}: ') or 'no reason'}"
     )

@@ -23,16 +23,18 @@ from fastchat_grpc.errors import UnsupportedField
 
 
 def generation_body(
-    request: GenerateRequest, model: str, *, vllm: bool, seed: int | None
+    request: GenerateRequest, model: str, *, vllm: bool, seed: int | None, context_length: int
 ) -> tuple[str, dict[str, Any]]:
-    """Path and body of one choice. Raises UnsupportedField."""
+    """Path and body of one choice. Raises UnsupportedField. `context_length` is 0 where the server does not say it."""
     chat = isinstance(request.prompt, ChatPrompt)
+    wanted = request.stopping.max_new_tokens
     body: dict[str, Any] = {
         "model": model,
         "stream": True,
         "stream_options": {"include_usage": True, **({"continuous_usage_stats": True} if vllm else {})},
         # Every server takes this name; max_completion_tokens is newer and not known to all.
-        "max_tokens": request.stopping.max_new_tokens,
+        # A server may refuse more than its context, where this product's own engines just end there.
+        "max_tokens": min(wanted, context_length) if context_length else wanted,
         **_prompt(request.prompt, vllm),
         **_tools(request),
         **_sampling(request, seed),

@@ -6,10 +6,13 @@ A backend of an engine that is imported needs a model path and no more. One that
 
 from __future__ import annotations
 
+import asyncio
 import os
+import socket
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from fastchat_grpc.backends.capabilities import GRAMMARS, TRAITS, Feature
 from fastchat_grpc.config import BackendConfig, ModelConfig
@@ -18,6 +21,8 @@ from fastchat_grpc.models.embedded import EMBEDDED_MODEL
 CHOSEN_VARIABLE = "FASTCHAT_GRPC_TEST_BACKENDS"
 """Comma-separated names of backends, each with all of its targets; unset: of CI's targets those that are installed."""
 CI_TARGETS = ("echo", "transformers", "openvino", "upstream")
+VLLM_PYTHON = ".venvs/vllm/bin/python"
+"""With an environment of vLLM, the upstream backend is tested against vLLM's own server too, where it is chosen."""
 MODEL_VARIABLE = "FASTCHAT_GRPC_TEST_MODEL"
 """A Hugging Face folder to use instead of the embedded model."""
 
@@ -44,6 +49,8 @@ class Target:
     """A language model, with something to choose from; False for echoes and stand-ins."""
     batch_changes_text: bool = True
     """Whether a greedy text may differ, by rounding, with what else is in the batch."""
+    available: Callable[[], bool] = lambda: True
+    """Whether what it needs beside the backend is here."""
     max_running: int | None = None
     max_temperature: float = 100.0
     lacks: frozenset[Feature] = frozenset()
@@ -68,6 +75,36 @@ async def _own_openai_api() -> AsyncIterator[dict[str, str]]:
     os.environ["FASTCHAT_GRPC_TEST_UPSTREAM_KEY"] = KEY
     async with openai_server(context_length=512) as (_, url):
         yield {"url": url, "dialect": "vllm", "api_key_env": "FASTCHAT_GRPC_TEST_UPSTREAM_KEY", "embeddings": "on"}
+
+
+@asynccontextmanager
+async def _vllm_server() -> AsyncIterator[dict[str, str]]:
+    """vLLM's own server, in its environment."""
+    import httpx2
+
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [VLLM_PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", embedded_folder()]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "served", "--dtype", "float32"]
+    command += ["--max-model-len", "512", "--enforce-eager", "--kv-cache-memory-bytes", "400000000"]
+    command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    silent = asyncio.subprocess.DEVNULL
+    server = await asyncio.create_subprocess_exec(*command, stdout=silent, stderr=silent, env=environment)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        async with asyncio.timeout(300), httpx2.AsyncClient() as client:
+            while True:
+                assert server.returncode is None, "vLLM's server ended"
+                with suppress(httpx2.TransportError):
+                    if (await client.get(f"{url}/health")).status_code == 200:
+                        break
+                await asyncio.sleep(0.5)
+        yield {"url": f"{url}/v1", "dialect": "vllm"}
+    finally:
+        if server.returncode is None:
+            server.terminate()
+        await server.wait()
 
 
 def embedded_folder() -> str:
@@ -102,6 +139,15 @@ TARGETS = {
             lacks=frozenset(GRAMMARS.values()),
         ),
         Target(
+            name="upstream",
+            label="upstream-vllm",
+            model=lambda: "served",
+            open=_vllm_server,
+            real=False,  # it gives no token ids, which those tests compare
+            max_temperature=2.0,
+            available=lambda: Path(VLLM_PYTHON).is_file(),
+        ),
+        Target(
             name="vllm",
             model=embedded_folder,
             # Compiling takes minutes; and vLLM would take what memory there is.
@@ -122,5 +168,5 @@ def chosen() -> list[Target]:
         wanted = {name.strip() for name in names.split(",")}
         if unknown := wanted - {target.name for target in TARGETS.values()}:
             raise ValueError(f"{CHOSEN_VARIABLE}: no target for {', '.join(sorted(unknown))}")
-        return [target for target in TARGETS.values() if target.name in wanted]
+        return [target for target in TARGETS.values() if target.name in wanted and target.available()]
     return [TARGETS[label] for label in CI_TARGETS if TRAITS[TARGETS[label].name].installed]
