@@ -208,7 +208,9 @@ model_options = group(
     click.option("--lora", type=KeyValue(), multiple=True, help="LoRA adapter as name=folder; may be repeated."),
     click.option("--context-length", type=int, help="Use a shorter context than the model's own."),
     click.option(
-        "--conv-template", "chat_template", help="Chat template (Jinja text or file) to use instead of the model's."
+        "--conv-template",
+        "chat_template",
+        help="Chat template instead of the model's: Jinja text, a file, or a name such as chatml or llama-2.",
     ),
     click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
     click.option("--embed-in-truncate", is_flag=True, help="Shorten inputs of embeddings that are too long."),

@@ -245,7 +245,7 @@ def _chat_template(wanted: str | None) -> str | None:
         return file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ModelLoadError(
-            f"--chat-template {wanted} is no Jinja text, no readable file, and none of {', '.join(CHAT_TEMPLATES)}"
+            f"--conv-template {wanted} is no Jinja text, no readable file, and none of {', '.join(CHAT_TEMPLATES)}"
         ) from error
 
 
