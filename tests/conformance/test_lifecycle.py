@@ -43,7 +43,7 @@ async def test_a_seeded_text_is_the_same_in_a_crowd(harness: Harness) -> None:
         assert crowd == alone
     # Rounding may change a close choice here and there; other random numbers would change most first words.
     same = sum(a.split()[:1] == b.split()[:1] for a, b in zip(alone, crowd, strict=True))
-    assert same >= len(requests) - 2
+    assert same > len(requests) // 2
 
 
 async def test_cancelled_requests_leave_the_engine_within_a_second(harness: Harness) -> None:
