@@ -16,30 +16,15 @@ from typing import Any
 import torch
 
 from fastchat_grpc.engine.attention import current_step
+from fastchat_grpc.models.cpu_linear import OneDnnLinear
 from fastchat_grpc.native.kernels import Kernels
 
 log = logging.getLogger(__name__)
 
 FAMILIES = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
-PACK_FOR_ROWS = 64
-"""oneDNN lays weights out for a number of rows; this one is good from 1 to hundreds."""
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 Undo = Callable[[], None]
-
-
-class PackedLinear(torch.nn.Module):
-    """A linear layer in oneDNN's own layout: weight (out, in) and bias (out,), float32 on the CPU."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self._bias = bias
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_FOR_ROWS)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
-        return out
 
 
 class Slice(torch.nn.Module):
@@ -132,7 +117,7 @@ def fuse(linears: Sequence[Any]) -> Linear:
     """Linear layers of one input as one: their outputs side by side."""
     known = [weights for weights in map(_weights, linears) if weights is not None]
     if len(known) == len(linears):
-        return PackedLinear(torch.cat([weight.detach() for weight, _ in known]), _join(*zip(*known, strict=True)))
+        return OneDnnLinear(torch.cat([weight.detach() for weight, _ in known]), _join(*zip(*known, strict=True)))
     whole: Linear | None = _whole(linears)
     if whole is not None:
         return whole
@@ -182,8 +167,8 @@ def _speed_up_layer(layer: Any, kernels: Kernels) -> Undo:
         (layer.mlp, ("gate_proj", "up_proj"), fast._gate_up),
         (layer.mlp, ("down_proj",), fast._down),
     ):
-        if not isinstance(whole, PackedLinear):
-            continue
+        if any(_weights(getattr(owner, name)) is None for name in names):
+            continue  # the loader's layers stay: they compute as well outside a step
         begin = 0
         for name in names:
             linear = getattr(owner, name)

@@ -28,8 +28,8 @@ _PART = 1 << 17
 _ONEDNN_ROWS = 64
 """oneDNN lays weights out for a number of rows; this one is good from 1 to hundreds."""
 
-MakeLinear: TypeAlias = Callable[[torch.Tensor, torch.Tensor | None, Sequence[nn.Module]], nn.Module]
-"""Builds a layer from weight (out, in) and bias (out,), both float32, and the layers it stands for."""
+MakeLinear: TypeAlias = Callable[[torch.Tensor, torch.Tensor | None], nn.Module]
+"""Builds a layer from weight (out, in) and bias (out,), both float32."""
 
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that models call one after the other on the same input."""
@@ -96,7 +96,7 @@ class OneDnnLinear(PackedLinear):
         return y
 
 
-def fast_linear(weight: torch.Tensor, bias: torch.Tensor | None, layers: Sequence[nn.Module] = ()) -> nn.Module:
+def fast_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
     """The fastest layer that gives the results of nn.Linear. `weight` is (out, in) float32."""
     scale = float16_scale(weight) if has_fbgemm() else None
     if scale is not None:
@@ -155,30 +155,24 @@ def fbgemm() -> Iterator[None]:
         torch.backends.quantized.engine = engine
 
 
-def replace_linears(model: nn.Module, make: MakeLinear, *, head: MakeLinear | None = None) -> int:
-    """Replace the plain linear layers of `model` in place and return their number.
+def replace_linears(model: nn.Module, make: MakeLinear) -> None:
+    """Replace the plain linear layers of `model` in place.
 
     Siblings that share an input become one product, which saves calls and reads the input once.
 
     Args:
         model: on the CPU, in float32.
         make: builds each replacement.
-        head: builds that of the output layer, whose weight a tied embedding keeps for itself; None: `make`.
     """
-    get_output: Any = getattr(model, "get_output_embeddings", lambda: None)
-    output = get_output()
-    count = 0
     adapters = {part for layer in model.modules() if hasattr(layer, "get_base_layer") for part in _of_adapters(layer)}
     for parent in [module for module in model.modules() if module not in adapters]:
         for names in _SIBLINGS:
-            count += _fuse_siblings(parent, names, make)
+            _fuse_siblings(parent, names, make)
         for name, layer in list(parent.named_children()):
             weight = _plain_weight(layer)
             if weight is not None:
                 bias: Any = layer.bias
-                setattr(parent, name, (head or make if layer is output else make)(weight, bias, [layer]))
-                count += 1
-    return count
+                setattr(parent, name, make(weight, bias))
 
 
 def _of_adapters(layer: nn.Module) -> Iterator[nn.Module]:
@@ -220,7 +214,7 @@ class FusedPart(PackedLinear):
         return self.fused.output(self.index, x)
 
 
-def _fuse_siblings(parent: nn.Module, names: Sequence[str], make: MakeLinear) -> int:
+def _fuse_siblings(parent: nn.Module, names: Sequence[str], make: MakeLinear) -> None:
     layers: list[Any] = [getattr(parent, name, None) for name in names]
     weights = [_plain_weight(layer) for layer in layers]
     known = [weight for weight in weights if weight is not None]
@@ -230,12 +224,11 @@ def _fuse_siblings(parent: nn.Module, names: Sequence[str], make: MakeLinear) ->
         else []
     )
     if len(known) < len(names) or len({weight.shape[1] for weight in known}) > 1 or len(biases) not in (0, len(names)):
-        return 0
+        return
     bias = torch.cat([bias.detach() for bias in biases]) if biases else None
-    fused = FusedLinear(make(torch.cat(known), bias, layers), [weight.shape[0] for weight in known])
+    fused = FusedLinear(make(torch.cat(known), bias), [weight.shape[0] for weight in known])
     for index, (name, weight) in enumerate(zip(names, known, strict=True)):
         setattr(parent, name, FusedPart(weight, fused, index))
-    return len(names)
 
 
 def _plain_weight(layer: object) -> torch.Tensor | None:

@@ -7,8 +7,6 @@ the batch. The products are in native/kernels.c; the scheme is that of llama.cpp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
@@ -51,11 +49,7 @@ class Int8Linear(PackedLinear):
 
 def quantize_int8(model: nn.Module, kernels: Kernels) -> None:
     """Make the plain linear layers of `model` (on the CPU, in float32) 8-bit, in place."""
-
-    def make(weight: torch.Tensor, bias: torch.Tensor | None, layers: Sequence[nn.Module]) -> nn.Module:
-        return Int8Linear(weight, bias, kernels)
-
-    replace_linears(model, make)
+    replace_linears(model, lambda weight, bias: Int8Linear(weight, bias, kernels))
 
 
 def pack_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,8 +9,9 @@ import torch
 
 from fastchat_grpc.engine import model_runner
 from fastchat_grpc.engine.attention import attend_singles
-from fastchat_grpc.engine.fast_cpu import FastLayer, PackedLinear, fuse, speed_up
+from fastchat_grpc.engine.fast_cpu import FastLayer, fuse, speed_up
 from fastchat_grpc.engine.model_runner import make_packed_runner
+from fastchat_grpc.models.cpu_linear import OneDnnLinear
 from fastchat_grpc.native.kernels import SWITCH, kernels
 from tests.unit.engine.test_engine import ask, prompt
 from tests.unit.engine.tiny import Harness, greedy_by_generate, tiny
@@ -84,7 +85,7 @@ def test_fused_layers_are_their_parts_side_by_side():
     linears = [torch.nn.Linear(40, n, bias=bias) for n, bias in ((24, True), (8, False), (16, True))]
     x = torch.randn(5, 40)
     whole = fuse(linears)
-    assert isinstance(whole, PackedLinear)  # random weights need all 32 bits
+    assert isinstance(whole, OneDnnLinear)  # random weights need all 32 bits
     assert torch.allclose(whole(x), torch.cat([linear(x) for linear in linears], dim=-1), atol=1e-5)
     mixed = fuse([linears[0], torch.nn.Sequential(linears[1])])
     assert torch.allclose(mixed(x), torch.cat([linear(x) for linear in linears[:2]], dim=-1), atol=1e-6)
