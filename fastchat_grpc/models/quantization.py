@@ -30,7 +30,7 @@ class Int8Linear(PackedLinear):
         super().__init__(weight)
         self._kernels = kernels
         self._padding = -self.in_features % INT8_GROUP
-        self._weight, self._scales = pack_int8(weight)
+        self._weight, self._scales = pack_int8(weight, kernels.int8_depth)
         self._bias = None if bias is None else bias.detach()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -52,8 +52,8 @@ def quantize_int8(model: nn.Module, kernels: Kernels) -> None:
     replace_linears(model, lambda weight, bias: Int8Linear(weight, bias, kernels))
 
 
-def pack_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights (out, in) as `Kernels.multiply_int8` takes them: (panels, groups, 16, 16, 4), and their scales."""
+def pack_int8(weight: torch.Tensor, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights (out, in) as `Kernels.multiply_int8` takes them: (panels, groups, 64 / depth, 16, depth), and scales."""
     out, inputs = weight.shape
     padded = nn.functional.pad(weight, (0, -inputs % INT8_GROUP, 0, -out % _OUTPUTS))
     panels, groups = padded.shape[0] // INT8_PANEL, padded.shape[1] // INT8_GROUP
@@ -61,5 +61,5 @@ def pack_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     top = grouped.abs().amax(-1, keepdim=True)
     inverse = torch.where(top > 0, _LEVELS / top, 0.0)
     levels = (grouped * inverse).round_().add_(_ZERO).to(torch.uint8)
-    packed = levels.view(panels, INT8_PANEL, groups, INT8_GROUP // 4, 4).permute(0, 2, 3, 1, 4)
+    packed = levels.view(panels, INT8_PANEL, groups, INT8_GROUP // depth, depth).permute(0, 2, 3, 1, 4)
     return packed.contiguous(), (top / _LEVELS)[..., 0].transpose(1, 2).contiguous()

@@ -11,6 +11,9 @@
 #if defined(__AVX512F__) && defined(__AVX512VNNI__)
 #include <immintrin.h>
 #define VNNI 1
+#elif defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+#define AVX2 1
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -183,16 +186,27 @@ void rotate(float *restrict x, const float *restrict cosine, const float *restri
 // (the scheme of llama.cpp's Q8_0, with larger groups). Sums within a group are exact integers, and groups add
 // up in one order, so a row's result does not depend on which rows stand beside it.
 //
-// Weights stand as the instructions read them: panels of 16 outputs, in each its groups, in each of those 16
-// times four inputs of all 16 outputs. They are stored plus 128, as vpdpbusd multiplies unsigned by signed;
-// sums start at -128 times the sum of the inputs instead.
+// Weights stand as the instructions read them: panels of 16 outputs, in each its groups, in each of those DEPTH
+// inputs of all 16 outputs, then the next DEPTH. They are stored plus 128, as vpdpbusd multiplies unsigned by
+// signed; sums start at -128 times the sum of the inputs instead. AVX2 has no such instruction that is exact: there
+// weights are widened in registers, and vpmaddwd multiplies them by inputs that are kept in 16 bits.
 
 #define GROUP 64
 #define LANES 16
 #define TILE_ROWS 6
 
-// One row to int8: q (groups * 64), scales (groups), and -128 times each group's sum.
-INLINE void quantize_row(int8_t *restrict q, float *restrict scales, int32_t *restrict offsets,
+#ifdef AVX2
+#define DEPTH 2
+typedef int16_t level;
+#else
+#define DEPTH 4
+typedef int8_t level;
+#endif
+
+int64_t int8_depth(void) { return DEPTH; }
+
+// One row to levels of -127 to 127: q (groups * 64), scales (groups), and -128 times each group's sum.
+INLINE void quantize_row(level *restrict q, float *restrict scales, int32_t *restrict offsets,
                          const float *restrict x, int64_t groups) {
     for (int64_t g = 0; g < groups; g++, x += GROUP, q += GROUP) {
         float top = 0.0f;
@@ -203,7 +217,7 @@ INLINE void quantize_row(int8_t *restrict q, float *restrict scales, int32_t *re
         #pragma omp simd reduction(+ : sum)
         for (int i = 0; i < GROUP; i++) {
             int32_t rounded = (int32_t)rintf(x[i] * inverse);
-            q[i] = (int8_t)rounded;
+            q[i] = (level)rounded;
             sum += rounded;
         }
         scales[g] = top / 127.0f;
@@ -211,8 +225,49 @@ INLINE void quantize_row(int8_t *restrict q, float *restrict scales, int32_t *re
     }
 }
 
+#ifdef AVX2
+// sum += x. Written so that compilers keep every sum in a register: from the intrinsic GCC makes two values of
+// each, for which there are not enough.
+INLINE void add_in_place(__m256i *sum, __m256i x) { __asm__ volatile("vpaddd %1, %0, %0" : "+x"(*sum) : "x"(x)); }
+
+// `rows` (a constant where it is inlined) rows times one panel: twelve sums, two weights, an input and a product
+// are what the sixteen registers hold.
+INLINE void multiply_panel(int rows, float *restrict out, int64_t out_stride, const level *restrict q,
+                           const float *restrict scales, const int32_t *restrict offsets,
+                           const uint8_t *restrict weights, const float *restrict weight_scales, int64_t groups) {
+    __m256 total[TILE_ROWS][2];
+    for (int r = 0; r < rows; r++) total[r][0] = total[r][1] = _mm256_setzero_ps();
+    for (int64_t g = 0; g < groups; g++, weights += GROUP * LANES, weight_scales += LANES) {
+        __m256i sum[TILE_ROWS][2];
+        for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = _mm256_set1_epi32(offsets[r * groups + g]);
+        for (int k = 0; k < GROUP; k += DEPTH) {
+            const __m128i *w = (const __m128i *)(weights + k * LANES);
+            __m256i left = _mm256_cvtepu8_epi16(_mm_loadu_si128(w));
+            __m256i right = _mm256_cvtepu8_epi16(_mm_loadu_si128(w + 1));
+            for (int r = 0; r < rows; r++) {
+                int32_t two;
+                memcpy(&two, q + (r * groups + g) * GROUP + k, 4);
+                __m256i x = _mm256_set1_epi32(two);
+                add_in_place(&sum[r][0], _mm256_madd_epi16(left, x));
+                add_in_place(&sum[r][1], _mm256_madd_epi16(right, x));
+            }
+        }
+        __m256 left = _mm256_loadu_ps(weight_scales), right = _mm256_loadu_ps(weight_scales + 8);
+        for (int r = 0; r < rows; r++) {
+            __m256 scale = _mm256_set1_ps(scales[r * groups + g]);
+            total[r][0] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r][0]), _mm256_mul_ps(scale, left), total[r][0]);
+            total[r][1] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r][1]), _mm256_mul_ps(scale, right), total[r][1]);
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        _mm256_storeu_ps(out + r * out_stride, total[r][0]);
+        _mm256_storeu_ps(out + r * out_stride + 8, total[r][1]);
+    }
+}
+#endif
+
 // `rows` (a constant where it is inlined) rows times two panels.
-INLINE void multiply_tile(int rows, float *restrict out, int64_t out_stride, const int8_t *restrict q,
+INLINE void multiply_tile(int rows, float *restrict out, int64_t out_stride, const level *restrict q,
                           const float *restrict scales, const int32_t *restrict offsets,
                           const uint8_t *restrict weights, const float *restrict weight_scales, int64_t groups) {
     int64_t panel = groups * GROUP * LANES;
@@ -224,7 +279,7 @@ INLINE void multiply_tile(int rows, float *restrict out, int64_t out_stride, con
         __m512i sum[TILE_ROWS][2];
         for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = _mm512_set1_epi32(offsets[r * groups + g]);
         #pragma GCC unroll 4
-        for (int k = 0; k < GROUP; k += 4) {
+        for (int k = 0; k < GROUP; k += DEPTH) {
             __m512i left = _mm512_loadu_si512(w + k * LANES), right = _mm512_loadu_si512(w + panel + k * LANES);
             for (int r = 0; r < rows; r++) {
                 int32_t four;
@@ -246,16 +301,20 @@ INLINE void multiply_tile(int rows, float *restrict out, int64_t out_stride, con
         _mm512_storeu_ps(out + r * out_stride, total[r][0]);
         _mm512_storeu_ps(out + r * out_stride + LANES, total[r][1]);
     }
+#elif defined(AVX2)
+    multiply_panel(rows, out, out_stride, q, scales, offsets, weights, weight_scales, groups);
+    multiply_panel(rows, out + LANES, out_stride, q, scales, offsets, weights + panel, weight_scales + groups * LANES,
+                   groups);
 #else
     for (int r = 0; r < rows; r++) {
         for (int half = 0; half < 2; half++) {
             float total[LANES] = {0};
             for (int64_t g = 0; g < groups; g++) {
                 const uint8_t *w = weights + half * panel + g * GROUP * LANES;
-                const int8_t *x = q + (r * groups + g) * GROUP;
+                const level *x = q + (r * groups + g) * GROUP;
                 int32_t sum[LANES];
                 for (int o = 0; o < LANES; o++) sum[o] = offsets[r * groups + g];
-                for (int k = 0; k < GROUP; k += 4, w += 4 * LANES) {
+                for (int k = 0; k < GROUP; k += DEPTH, w += DEPTH * LANES) {
                     #pragma omp simd
                     for (int o = 0; o < LANES; o++) {
                         sum[o] += w[4 * o] * x[k] + w[4 * o + 1] * x[k + 1] + w[4 * o + 2] * x[k + 2] +
@@ -272,12 +331,12 @@ INLINE void multiply_tile(int rows, float *restrict out, int64_t out_stride, con
 #endif
 }
 
-// out (n, 32 * panels / 2) = x (n, 64 * groups; rows of x_stride) times weights (panels, groups, 16, 16, 4) with
-// scales (panels, groups, 16); panels is even. Returns 0, or 1 where there is no memory.
+// out (n, 32 * panels / 2) = x (n, 64 * groups; rows of x_stride) times weights (panels, groups, 64 / DEPTH, 16,
+// DEPTH) with scales (panels, groups, 16); panels is even. Returns 0, or 1 where there is no memory.
 int multiply_int8(float *restrict out, const float *restrict x, const uint8_t *restrict weights,
                   const float *restrict weight_scales, int64_t n, int64_t groups, int64_t panels, int64_t x_stride) {
     int64_t width = groups * GROUP, outputs = panels * LANES;
-    int8_t *q = malloc(n * (width + groups * (sizeof(float) + sizeof(int32_t))));
+    level *q = malloc(n * (width * sizeof(level) + groups * (sizeof(float) + sizeof(int32_t))));
     if (q == NULL) return 1;
     float *scales = (float *)(q + n * width);
     int32_t *offsets = (int32_t *)(scales + n * groups);
@@ -294,7 +353,7 @@ int multiply_int8(float *restrict out, const float *restrict x, const uint8_t *r
             for (int64_t block = 0; block < blocks; block++) {
                 int64_t i = n * block / blocks;
                 float *o = out + i * outputs + p * LANES;
-                const int8_t *rows = q + i * width;
+                const level *rows = q + i * width;
                 switch (n * (block + 1) / blocks - i) {
                     #define CASE(count) \
                         case count: \

@@ -49,7 +49,10 @@ class Kernels:
         for name, signature in _SIGNATURES.items():
             getattr(library, name).argtypes = signature
             getattr(library, name).restype = ctypes.c_int if name in _CAN_FAIL else None
+        library.int8_depth.restype = _INT
         self._library = library
+        self.int8_depth: int = library.int8_depth()
+        """Inputs of one output that stand together in the weights of `multiply_int8`: what suits the processor."""
 
     def attend_singles(
         self,
@@ -116,10 +119,10 @@ class Kernels:
         self._library.rotate(x.data_ptr(), cosine.data_ptr(), sine.data_ptr(), n, heads, size, x.stride(0))
 
     def multiply_int8(self, x: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """x (rows, 64 * groups) times 8-bit weights (panels, groups, 16, 16, 4) with scales (panels, groups, 16).
+        """x (rows, 64 * groups) times 8-bit weights (panels, groups, 64 / d, 16, d) with scales (panels, groups, 16).
 
-        Input k of output o stands at weights[o // 16, k // 64, k % 64 // 4, o % 16, k % 4], plus 128. Inputs are
-        quantized in the same groups, row by row. Returns (rows, 16 * panels).
+        Input k of output o stands at weights[o // 16, k // 64, k % 64 // d, o % 16, k % d], plus 128, where d is
+        `int8_depth`. Inputs are quantized in the same groups, row by row. Returns (rows, 16 * panels).
         """
         panels, groups = scales.shape[:2]
         out = torch.empty(len(x), panels * INT8_PANEL)

@@ -79,6 +79,6 @@ def test_shapes_beyond_a_matrix_and_strided_inputs_are_taken(kernels: Kernels) -
 
 
 def test_packed_weights_hold_a_zero_matrix_exactly() -> None:
-    packed, scales = pack_int8(torch.zeros(32, 64))
+    packed, scales = pack_int8(torch.zeros(32, 64), 4)
     assert packed.eq(128).all()
     assert scales.eq(0).all()
