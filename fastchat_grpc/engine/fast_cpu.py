@@ -17,7 +17,8 @@ import torch
 
 from fastchat_grpc.engine.attention import current_step
 from fastchat_grpc.models.cpu_linear import OneDnnLinear
-from fastchat_grpc.native.kernels import Kernels
+from fastchat_grpc.models.quantization import Int8Linear
+from fastchat_grpc.native.kernels import Int8Layer, Kernels, LayerKernels
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,33 @@ class FastLayer:
         self._o = fuse([attention.o_proj])
         self._gate_up = fuse([mlp.gate_proj, mlp.up_proj])
         self._down = fuse([mlp.down_proj])
+        self._whole = self._in_8_bits()
+
+    def _in_8_bits(self) -> LayerKernels | None:
+        """What stands around attention as two calls, where all weights have 8 bits."""
+        parts = [self._qkv, self._o, self._gate_up, self._down]
+        weights = [part.exact for part in parts if isinstance(part, Int8Linear)]
+        known = [w for w in weights if w is not None]
+        epsilons = {epsilon for _, epsilon in self._norms + self._head_norms}
+        if len(known) < len(parts) or len(epsilons) > 1:
+            return None
+        qkv, o, gate_up, down = known
+        norms = [weight for weight, _ in self._norms + (self._head_norms or [(None, 0.0)] * 2)]
+        layer = Int8Layer(
+            heads=self._heads,
+            kv_heads=self._kv_heads,
+            size=self._size,
+            epsilon=epsilons.pop(),
+            attention_norm=norms[0],
+            mlp_norm=norms[1],
+            query_norm=norms[2],
+            key_norm=norms[3],
+            qkv=qkv,
+            o=o,
+            gate_up=gate_up,
+            down=down,
+        )
+        return self._kernels.layer(layer)
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         step = current_step()
@@ -92,25 +120,36 @@ class FastLayer:
             out: torch.Tensor = self._ordinary(hidden_states, *args, **kwargs)
             return out
         kernels, x = self._kernels, hidden_states[0]
+        cosine, sine = (part[0] for part in kwargs["position_embeddings"])
+        if self._whole is not None:
+            qkv = self._whole.before_attention(x, cosine, sine)
+            return self._whole.after_attention(x, self._attend(step, qkv))[None]
         weight, epsilon = self._norms[0]
-        x = x + self._attend(step, kernels.rms_norm(x, weight, epsilon, 0.0), kwargs["position_embeddings"])
+        qkv = self._project(kernels.rms_norm(x, weight, epsilon, 0.0), cosine, sine)
+        x = x + self._o(self._attend(step, qkv))
         weight, epsilon = self._norms[1]
         both = self._gate_up(kernels.rms_norm(x, weight, epsilon, 0.0))
         half = both.shape[1] // 2
         x += self._down(kernels.silu_and_multiply(both[:, :half], both[:, half:]))
         return x[None]
 
-    def _attend(self, step: Any, x: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def _project(self, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
         heads, kv_heads = self._heads, self._kv_heads
         qkv = self._qkv(x).view(len(x), heads + 2 * kv_heads, self._size)
         if self._head_norms:
             parts = zip(torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)[:2], self._head_norms, strict=True)
             for part, (weight, epsilon) in parts:
                 part.copy_(self._kernels.rms_norm(part, weight, epsilon, 0.0))
-        self._kernels.rotate(qkv[:, : heads + kv_heads], positions[0][0], positions[1][0])
+        self._kernels.rotate(qkv[:, : heads + kv_heads], cosine, sine)
+        return qkv
+
+    def _attend(self, step: Any, qkv: torch.Tensor) -> torch.Tensor:
+        """Attention's output (n, heads * size)."""
+        heads, kv_heads = self._heads, self._kv_heads
+        qkv = qkv.view(len(qkv), heads + 2 * kv_heads, self._size)
         query, key, value = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
-        out = step.attend(self._index, query, key, value, self._scale, self._window)
-        return self._o(out.view(len(x), -1))
+        out: torch.Tensor = step.attend(self._index, query, key, value, self._scale, self._window)
+        return out.view(len(out), -1)
 
 
 def fuse(linears: Sequence[Any]) -> Linear:

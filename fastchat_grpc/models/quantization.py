@@ -2,7 +2,7 @@
 
 Small groups keep outliers to themselves, so that all layers, the output layer too, take 8 bits without
 calibration; products within a group are exact integers. What a token gives does not depend on what else is in
-the batch. The products are in native/kernels.c; the scheme is that of llama.cpp's Q8_0.
+the batch. The products are in native/int8.c; the scheme is that of llama.cpp's Q8_0.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastchat_grpc.models.cpu_linear import PackedLinear, replace_linears
-from fastchat_grpc.native.kernels import INT8_GROUP, INT8_PANEL, Kernels
+from fastchat_grpc.native.kernels import INT8_GROUP, INT8_PANEL, Int8Weights, Kernels
 
 _LEVELS = 127
 _ZERO = 128
@@ -32,6 +32,13 @@ class Int8Linear(PackedLinear):
         self._padding = -self.in_features % INT8_GROUP
         self._weight, self._scales = pack_int8(weight, kernels.int8_depth)
         self._bias = None if bias is None else bias.detach()
+
+    @property
+    def exact(self) -> Int8Weights | None:
+        """The weights, if they need no padding."""
+        if self._padding or self.out_features % _OUTPUTS:
+            return None
+        return Int8Weights(self._weight, self._scales, self._bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)

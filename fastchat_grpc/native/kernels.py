@@ -1,4 +1,4 @@
-"""The kernels of kernels.c, compiled on first use. Where that is not possible torch does the same, slower."""
+"""The C kernels of this folder, compiled on first use. Where that is not possible torch does the same, slower."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ SWITCH = "FASTCHAT_GRPC_NATIVE"
 """Environment variable; 0 leaves the kernels out."""
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c11", "-shared", "-fPIC")
 COMPILE_TIMEOUT_S = 60
+FOLDER = Path(__file__).parent
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
@@ -33,12 +35,92 @@ _SIGNATURES = {
     "silu_and_multiply": (*[_POINTER] * 3, *[_INT] * 4),
     "rotate": (*[_POINTER] * 3, *[_INT] * 4),
     "multiply_int8": (*[_POINTER] * 4, *[_INT] * 4),
+    "before_attention": (*[_POINTER] * 5, _INT),
+    "after_attention": (*[_POINTER] * 4, _INT),
 }
-_CAN_FAIL = {"attend_singles", "multiply_int8"}
+_CAN_FAIL = {"attend_singles", "multiply_int8", "before_attention", "after_attention"}
 INT8_GROUP = 64
 """Inputs that share a scale in `multiply_int8`."""
 INT8_PANEL = 16
 """Outputs that stand together there; it takes an even number of panels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Weights:
+    """A linear layer as `multiply_int8` takes it. Its inputs fill its groups, and its outputs its panels, exactly."""
+
+    weights: torch.Tensor
+    scales: torch.Tensor
+    bias: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Int8Layer:
+    """A Llama-shaped decoder layer with 8-bit weights; norms are float32 vectors."""
+
+    heads: int
+    kv_heads: int
+    size: int
+    epsilon: float
+    attention_norm: torch.Tensor
+    mlp_norm: torch.Tensor
+    query_norm: torch.Tensor | None
+    key_norm: torch.Tensor | None
+    qkv: Int8Weights
+    o: Int8Weights
+    gate_up: Int8Weights
+    down: Int8Weights
+
+
+class _Product(ctypes.Structure):
+    _fields_ = [(n, _POINTER) for n in ("weights", "scales", "bias")] + [(n, _INT) for n in ("groups", "panels")]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _INT) for name in ("hidden", "inner", "heads", "kv_heads", "size")),
+        ("epsilon", _FLOAT),
+        *((name, _POINTER) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
+        *((name, _Product) for name in ("qkv", "o", "gate_up", "down")),
+    ]
+
+
+class LayerKernels:
+    """What stands around attention in one layer, each part in one call with one team of threads."""
+
+    def __init__(self, library: ctypes.CDLL, layer: Int8Layer) -> None:
+        self._before, self._after = library.before_attention, library.after_attention
+        self._kept = layer  # the pointers below are into its tensors
+        self._width = (layer.heads + 2 * layer.kv_heads) * layer.size
+        products = {name: _product(getattr(layer, name)) for name in ("qkv", "o", "gate_up", "down")}
+        norms = {n: _pointer(getattr(layer, n)) for n in ("attention_norm", "mlp_norm", "query_norm", "key_norm")}
+        sizes = {"hidden": len(layer.attention_norm), "inner": products["down"].groups * INT8_GROUP}
+        heads = {name: getattr(layer, name) for name in ("heads", "kv_heads", "size", "epsilon")}
+        self._layer = ctypes.byref(_Layer(**sizes, **heads, **norms, **products))
+
+    def before_attention(self, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values (n, (heads + 2 * kv_heads) * size), rotated, of x (n, hidden), contiguous."""
+        out = torch.empty(len(x), self._width)
+        arguments = (out.data_ptr(), x.data_ptr(), cosine.data_ptr(), sine.data_ptr(), len(x))
+        if self._before(self._layer, *arguments):
+            raise MemoryError("no memory for quantized inputs")
+        return out
+
+    def after_attention(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """The layer's output (n, hidden), of its input x and attention's output (n, heads, size), both contiguous."""
+        out = torch.empty_like(x)
+        if self._after(self._layer, out.data_ptr(), x.data_ptr(), attended.data_ptr(), len(x)):
+            raise MemoryError("no memory for quantized inputs")
+        return out
+
+
+def _product(layer: Int8Weights) -> _Product:
+    panels, groups = layer.scales.shape[:2]
+    return _Product(layer.weights.data_ptr(), layer.scales.data_ptr(), _pointer(layer.bias), groups, panels)
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 class Kernels:
@@ -140,6 +222,10 @@ class Kernels:
             raise MemoryError("no memory for quantized inputs")
         return out
 
+    def layer(self, layer: Int8Layer) -> LayerKernels:
+        """The kernels of one decoder layer."""
+        return LayerKernels(self._library, layer)
+
 
 def rows_are_plain(x: torch.Tensor) -> bool:
     """Whether x (n, heads, size) is float32 on the CPU with contiguous rows, which the kernels can read as it is."""
@@ -158,7 +244,7 @@ def kernels() -> Kernels | None:
         return None
     compiler = find_compiler()
     try:
-        source = Path(__file__).with_name("kernels.c").read_bytes()
+        source = b"".join(path.read_bytes() for path in sorted(FOLDER.glob("*.[ch]")))
         # What -march=native means depends on the machine, and a home folder may be shared by several.
         machine = platform.machine() + _cpu_flags()
         name = hashlib.sha256(source + " ".join(FLAGS).encode() + machine.encode()).hexdigest()[:16]
@@ -180,12 +266,12 @@ def find_compiler() -> str | None:
 
 
 def compile_kernels(compiler: str, path: Path, flags: Sequence[str] = FLAGS) -> None:
-    """Compile kernels.c into a shared library at `path`."""
+    """Compile the C files into a shared library at `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        source = str(Path(__file__).with_name("kernels.c"))
-        command = [compiler, *flags, source, "-o", str(made), "-lm"]
+        sources = map(str, sorted(FOLDER.glob("*.c")))
+        command = [compiler, *flags, *sources, "-o", str(made), "-lm"]
         subprocess.run(command, check=True, timeout=COMPILE_TIMEOUT_S, capture_output=True)
         # Renamed when whole, so that two starting workers do not meet half a file.
         made.rename(path)
