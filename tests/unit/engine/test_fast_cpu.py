@@ -6,12 +6,14 @@ import copy
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from fastchat_grpc.engine import model_runner
-from fastchat_grpc.engine.attention import attend_singles
+from fastchat_grpc.engine.attention import WholeStep, attend_singles, running
 from fastchat_grpc.engine.fast_cpu import FastLayer, fuse, speed_up
 from fastchat_grpc.engine.model_runner import make_packed_runner
 from fastchat_grpc.models.cpu_linear import OneDnnLinear
+from fastchat_grpc.models.quantization import quantize_int8
 from fastchat_grpc.native.kernels import SWITCH, kernels
 from tests.unit.engine.test_engine import ask, prompt
 from tests.unit.engine.tiny import Harness, greedy_by_generate, tiny
@@ -75,6 +77,49 @@ def test_a_fast_path_that_is_wrong_is_noticed_and_undone(monkeypatch):
         assert harness.run(ask(prompt(20)))[0].tokens() == expected
 
 
+@needs_kernels
+@pytest.mark.parametrize("name", ["llama", "llama_biased", "qwen2", "qwen3"])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_layer_in_8_bits_is_two_calls_that_give_what_its_parts_give(name, rows):
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"intermediate_size": 128, "vocab_size": 96, "head_dim": 32, "initializer_range": 0.4}
+    config = {
+        "llama": lambda: LlamaConfig(**sizes),
+        "llama_biased": lambda: LlamaConfig(**sizes, attention_bias=True, mlp_bias=True),
+        "qwen2": lambda: Qwen2Config(**sizes),
+        "qwen3": lambda: Qwen3Config(**sizes),
+    }[name]()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:  # biases start as zeros, and norms as ones
+            parameter.normal_(std=0.5)
+    quantize_int8(model, kernels())
+    runner_of(model)
+    layers = [layer.forward for layer in model.model.layers]
+    assert all(isinstance(layer, FastLayer) and layer._whole is not None for layer in layers)
+
+    def logits():
+        step = WholeStep([rows])
+        with torch.inference_mode(), running(step):
+            return model(input_ids=torch.arange(rows)[None], use_cache=False).logits
+
+    together = logits()
+    for layer in layers:
+        layer._whole = None
+    assert torch.allclose(together, logits(), rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+def test_8_bit_layers_of_odd_sizes_are_computed_by_their_parts():
+    model = tiny("llama")  # 32 inputs fill half a group
+    quantize_int8(model, kernels())
+    runner_of(model)
+    assert all(layer.forward._whole is None for layer in model.model.layers)
+    with Harness(model) as harness:
+        assert len(harness.run(ask(prompt(20)))[0].tokens()) == 12
+
+
 def test_fused_layers_are_their_parts_side_by_side():
     torch.manual_seed(0)
     linears = [torch.nn.Linear(40, n, bias=bias) for n, bias in ((24, True), (8, False), (16, True))]
@@ -87,7 +132,7 @@ def test_fused_layers_are_their_parts_side_by_side():
 
 
 @needs_kernels
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(9, 3, 64), (8, 8, 128), (4, 2, 24)])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(9, 3, 64), (8, 8, 128), (4, 2, 24), (4, 1, 20)])
 @pytest.mark.parametrize("window", [None, 7])
 def test_native_attention_equals_torchs(heads, kv_heads, size, window):
     torch.manual_seed(0)
