@@ -13,7 +13,7 @@ from typing import Any
 
 from fastchat_grpc.backends.driver import token_logprob
 from fastchat_grpc.backends.engine_thread import Output, Running
-from fastchat_grpc.backends.mlx_sampler import Chooser, raw_logprobs
+from fastchat_grpc.backends.mlx_sampler import Chooser, StepSampler, raw_logprobs
 from fastchat_grpc.config import ModelConfig
 from fastchat_grpc.core import TokenLogprob
 from fastchat_grpc.errors import ConfigError, ModelLoadError
@@ -109,6 +109,7 @@ class MlxEngine:
         self._limits = limits
         self._work: dict[int, _Work] = {}
         self._uids: dict[Running, int] = {}
+        self._draws = StepSampler()
         self._generator: Any = self._make_generator()
         self.processed_tokens = 0
         self.embedding_size = self._find_embedding_size()
@@ -124,7 +125,7 @@ class MlxEngine:
         ends = set(request.stopping.stop_token_ids)
         if not request.stopping.ignore_eos:
             ends |= self._tokenizer.eos_token_ids
-        chooser = Chooser(running, self._tokenizer)
+        chooser = Chooser(running, self._tokenizer, self._draws)
         (uid,) = self._generator.insert(
             [list(running.token_ids)],
             max_tokens=[running.max_tokens],
@@ -155,6 +156,7 @@ class MlxEngine:
         self._work.clear()
         self._uids.clear()
         self._generator.close()
+        self._draws = StepSampler()  # a step that failed may have left it with what it expected
         self._generator = self._make_generator()
 
     def close(self) -> None:

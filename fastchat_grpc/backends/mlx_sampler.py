@@ -28,7 +28,7 @@ class Chooser:
     The draw depends on the seed and the token's place alone: a sequence may be resumed elsewhere without a seam.
     """
 
-    def __init__(self, running: Running, tokenizer: Tokenizer) -> None:
+    def __init__(self, running: Running, tokenizer: Tokenizer, draws: StepSampler) -> None:
         request = running.job.request
         self._sampling = request.sampling
         self._seed = running.seed
@@ -38,8 +38,9 @@ class Chooser:
         self._min_length = self._start + running.min_tokens
         self._ends = sorted({*request.stopping.stop_token_ids, *tokenizer.eos_token_ids})
         self._raw: deque[Any] | None = deque() if request.output.logprobs is not None else None
+        self._draws = draws
         self.processors: Sequence[Callable[[Any, Any], Any]] = [self._process] if self._processes else []
-        self.sampler: Callable[[Any], Any] | None = None if self._sampling.greedy else self._draw
+        self.sampler: StepSampler | None = None if self._sampling.greedy else draws
         """None: mlx-lm's own, which takes the likeliest of a whole batch at once."""
 
     def take_raw(self) -> Any:
@@ -47,15 +48,34 @@ class Chooser:
         assert self._raw is not None
         return raw_logprobs(self._raw.popleft())[0]
 
+    def filter(self, logprobs: Any) -> Any:
+        """Log probabilities of (1, vocabulary), with -inf for what top-p, top-k and min-p leave out."""
+        return _filtered(logprobs, self._sampling) if self.filters else logprobs
+
+    @property
+    def filters(self) -> bool:
+        """Whether `filter` changes anything."""
+        sampling = self._sampling
+        return sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
+
+    def draw_key(self) -> tuple[int, int]:
+        """MLX's random key of the next draw: 64 bits of the seed and the place (splitmix64, Steele et al. 2014)."""
+        self._place += 1
+        z = (self._seed + self._place * 0x9E3779B97F4A7C15) & _MASK
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+        z ^= z >> 31
+        return z >> 32, z & 0xFFFFFFFF
+
     @property
     def _processes(self) -> bool:
         sampling = self._sampling
         return (
-            self._raw is not None
+            not sampling.greedy
+            or self._raw is not None
             or self._min_length > self._start
             or bool(sampling.logit_bias)
             or _penalizes(sampling)
-            or _has_temperature(sampling)
         )
 
     def _process(self, tokens: Any, logits: Any) -> Any:
@@ -63,6 +83,8 @@ class Chooser:
         import mlx.core as mx
 
         sampling = self._sampling
+        if not sampling.greedy:
+            self._draws.expect(self)
         if self._raw is not None:
             self._raw.append(logits)
         logits = logits.astype(mx.float32)
@@ -89,24 +111,33 @@ class Chooser:
             logits = logits - sampling.frequency_penalty * counts - sampling.presence_penalty * (counts > 0)
         return logits
 
-    def _draw(self, logprobs: Any) -> Any:
-        """One token from (1, vocabulary): top-p, top-k, min-p, then the draw."""
+
+class StepSampler:
+    """Draws the next tokens of a step's sequences. One for all of a generator, as mlx-lm calls a shared one once.
+
+    mlx-lm hands it the rows of every sequence together, or row by row where others of the step are greedy, but not
+    whose they are. Processors run before it, in the same order, and say so by `expect`.
+    """
+
+    def __init__(self) -> None:
+        self._expected: deque[Chooser] = deque()
+
+    def expect(self, chooser: Chooser) -> None:
+        """The next row is this sequence's."""
+        self._expected.append(chooser)
+
+    def __call__(self, logprobs: Any) -> Any:
+        """One token for each row of (sequences, vocabulary), which depends on its row and key alone (Gumbel-max)."""
         import mlx.core as mx
 
-        sampling = self._sampling
+        choosers = [self._expected.popleft() for _ in range(logprobs.shape[0])]
         logprobs = logprobs.astype(mx.float32)
-        if sampling.top_p < 1 or 0 < sampling.top_k < logprobs.shape[-1] or sampling.min_p > 0:
-            logprobs = _filtered(logprobs, sampling)
-        key = mx.random.key(self._draw_seed())
-        self._place += 1
-        return mx.random.categorical(logprobs, key=key)
-
-    def _draw_seed(self) -> int:
-        """64 bits of the seed and the place (splitmix64, Steele et al. 2014)."""
-        z = (self._seed + (self._place + 1) * 0x9E3779B97F4A7C15) & _MASK
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-        return z ^ (z >> 31)
+        if any(chooser.filters for chooser in choosers):
+            rows = [chooser.filter(logprobs[n : n + 1]) for n, chooser in enumerate(choosers)]
+            logprobs = mx.concatenate(rows, axis=0)
+        keys = mx.array([chooser.draw_key() for chooser in choosers], dtype=mx.uint32)
+        noise = mx.vmap(lambda key: mx.random.gumbel((logprobs.shape[-1],), key=key))(keys)
+        return mx.argmax(logprobs + noise, axis=-1)
 
 
 def _filtered(logprobs: Any, sampling: SamplingParams) -> Any:

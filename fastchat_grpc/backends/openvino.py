@@ -17,10 +17,11 @@ from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
 
-from fastchat_grpc.backends import driver, openvino_model
+from fastchat_grpc.backends import driver, openvino_lora, openvino_model
 from fastchat_grpc.backends.base import BackendLoad
 from fastchat_grpc.backends.capabilities import GRAMMARS, TRAITS, Feature, Traits
 from fastchat_grpc.backends.openvino_engine import EngineRequest, OpenVinoEngine
+from fastchat_grpc.backends.openvino_lora import LoraFile
 from fastchat_grpc.backends.openvino_messages import Load
 from fastchat_grpc.backends.openvino_model import OpenVinoModel
 from fastchat_grpc.backends.served import (
@@ -56,7 +57,7 @@ class Options:
     device: str = "CPU"
     """OpenVINO's name of the device: CPU, GPU, GPU.1, AUTO."""
     cache_gb: int = 0
-    """Size of the KV cache. 0: a quarter of the memory, at most 16."""
+    """Size of the KV cache of the model, and of each adapter. 0: together a quarter of the memory; at most 16."""
     prefix_cache: bool = True
     """Keep the keys and values of prompts for requests that begin alike."""
     threads: int | None = None
@@ -103,8 +104,8 @@ class OpenVinoBackend(ServedBackend):
 
     async def start(self) -> Sequence[ModelInfo]:
         """Find or export the model, load it, and return what is served. Raises ModelLoadError or ConfigError."""
-        found, served = await asyncio.to_thread(self._prepare)
-        self._engine = OpenVinoEngine(self._load(found, served), served.tokenizer)
+        load, served = await asyncio.to_thread(self._prepare)
+        self._engine = OpenVinoEngine(load, served.tokenizer)
         await self._engine.start()
         self._served_model = served
         return served.infos()
@@ -145,9 +146,10 @@ class OpenVinoBackend(ServedBackend):
         assert self._engine is not None
         return self._engine
 
-    def _prepare(self) -> tuple[OpenVinoModel, Served]:
+    def _prepare(self) -> tuple[Load, Served]:
         """Files, tokenizer, context length and adapters. Blocks; may export."""
         settings = self._config.model
+        adapters = tuple(openvino_lora.find(name, path) for name, path in settings.lora_adapters.items())
         found = openvino_model.find(self._config)
         if found.folder.is_file():
             own = found.context_length or 2048
@@ -158,7 +160,7 @@ class OpenVinoBackend(ServedBackend):
             folder = openvino_model.model_folder(found, settings)
             own, tokenizer = folder.context_length or 2048, folder.tokenizer(settings)
         traits = self._traits(found)
-        return found, Served(
+        served = Served(
             backend="openvino",
             names=settings.served_names,
             tokenizer=tokenizer,
@@ -167,6 +169,7 @@ class OpenVinoBackend(ServedBackend):
             adapters={name: name for name in settings.lora_adapters},
             traits=traits,
         )
+        return self._load(found, adapters, tokenizer.vocabulary_size), served
 
     def _traits(self, found: OpenVinoModel) -> Traits:
         """What the backend declares, and what these options and this model change of it."""
@@ -178,7 +181,7 @@ class OpenVinoBackend(ServedBackend):
             traits = replace(traits, refuses={**dict.fromkeys(GRAMMARS.values(), reason), **traits.refuses})
         return traits
 
-    def _load(self, found: OpenVinoModel, served: Served) -> Load:
+    def _load(self, found: OpenVinoModel, adapters: tuple[LoraFile, ...], vocabulary_size: int) -> Load:
         settings, options = self._config.model, self._options
         properties = dict(options.properties)
         if options.threads is not None:
@@ -187,25 +190,25 @@ class OpenVinoBackend(ServedBackend):
             properties.setdefault("INFERENCE_PRECISION_HINT", "f32")
         return Load(
             model=str(found.model),
+            vocabulary=str(found.vocabulary) if found.grammars else "",
             device=options.device,
             scheduler={
                 "max_num_seqs": settings.max_running or DEFAULT_MAX_RUNNING,
-                "cache_size": options.cache_gb or _default_cache_gb(),
+                "cache_size": options.cache_gb or _default_cache_gb(pipelines=1 + len(adapters)),
                 "enable_prefix_caching": options.prefix_cache,
             },
             properties=properties,
-            adapters={name: openvino_model.adapter_file(name, path) for name, path in settings.lora_adapters.items()},
-            grammars=found.grammars,
-            vocabulary_size=served.tokenizer.vocabulary_size,
+            adapters=adapters,
+            vocabulary_size=vocabulary_size,
         )
 
 
-def _default_cache_gb() -> int:
+def _default_cache_gb(pipelines: int) -> int:
     try:
         memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     except (ValueError, OSError, AttributeError):
         memory_gb = 8
-    return max(1, min(16, int(memory_gb / 4)))
+    return max(1, min(16, int(memory_gb / 4 / pipelines)))
 
 
 def _whole_number(options: Mapping[str, str], name: str) -> int | None:

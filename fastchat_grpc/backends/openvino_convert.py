@@ -57,6 +57,7 @@ def main(arguments: list[str]) -> int:
     """Run from the command line; a fourth argument `trust` allows the model's own code."""
     # Python puts a script's folder first on its path, where transformers.py would hide the library of that name.
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # as openvino_quiet does
     source, target, weights, *rest = arguments
     try:
         convert(Path(source), Path(target), weights, "trust" in rest)

@@ -1,14 +1,19 @@
 """GGUF files for OpenVINO GenAI, whose reader is exact for some kinds of weights only.
 
 Measured on SmolLM2-135M-Instruct, perplexity of one text by the kind of the file's matrices, against 6.43 of
-the same weights in fp32: F16 6.43, Q8_0 6.47, Q4_1 8.28. So files of other kinds are rewritten once into the
-cache, as Q8_0 or F16. Needs gguf and numpy, and no torch.
+the same weights in fp32: F16 6.43, Q8_0 6.47, Q4_1 8.28. F32 and BF16 it does not read at all. So files of other
+kinds are rewritten once into the cache, as Q8_0 or F16. Needs gguf and numpy, and no torch.
+
+LoRA adapters need a graph whose layers have names, which a GGUF file has once it is an OpenVINO folder.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +25,16 @@ logger = logging.getLogger(__name__)
 
 ARCHITECTURES = frozenset({"llama", "qwen2", "qwen3"})
 """What OpenVINO GenAI can read from a GGUF file."""
-EXACT = frozenset({"F32", "F16", "Q8_0"})
+EXACT = frozenset({"F16", "Q8_0"})
+FLOAT = frozenset({"F32", "BF16"})
+"""Kinds that lose next to nothing as F16."""
 KINDS = {"fp16": "F16", "int8": "Q8_0"}
 """Kind of the matrices by the precision asked for."""
 _FILE_TYPES = {"F16": 1, "Q8_0": 7}  # llama.cpp's numbers for general.file_type
 _OWN_KEYS = frozenset({"general.architecture", "general.file_type", "general.quantization_version"})
 _VERSION = 1  # grows when what is written changes
+_GRAPH_VERSION = 1  # grows when openvino_gguf_graph changes what it writes
+_GRAPH_TIMEOUT_S = 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +44,7 @@ class GgufFacts:
     architecture: str = ""
     context_length: int | None = None
     kinds: frozenset[str] = frozenset()
+    """Of its matrices."""
 
 
 def facts(file: Path) -> GgufFacts:
@@ -45,7 +55,7 @@ def facts(file: Path) -> GgufFacts:
         reader = GGUFReader(file)
         architecture = str(reader.fields["general.architecture"].contents())
         limit = reader.fields.get(f"{architecture}.context_length")
-        kinds = frozenset(tensor.tensor_type.name for tensor in reader.tensors)
+        kinds = frozenset(tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1)
         return GgufFacts(architecture, None if limit is None else int(limit.contents()), kinds)
     except (ImportError, OSError, ValueError, KeyError):
         return GgufFacts()
@@ -55,35 +65,67 @@ def exact_file(file: Path, known: GgufFacts, weights: str | None) -> Path:
     """A file that OpenVINO reads exactly: this one, or a rewritten copy in the cache.
 
     Args:
-        weights: "fp16" or "int8": rewrite unless it is so already; "int4": as it is; None: rewrite as int8
-            where it would not be read exactly.
+        weights: "fp16" or "int8": rewrite unless it is so already; "int4": as it is; None: rewrite where it
+            would not be read exactly, as fp16 if it holds more, else as int8.
 
     Raises:
         ModelLoadError: the copy cannot be written.
     """
     if weights == "int4" or (weights is None and known.kinds <= EXACT):
         return file
-    kind = KINDS[weights or "int8"]
-    if known.kinds <= {"F32", kind}:
+    kind = KINDS[weights or ("fp16" if known.kinds <= EXACT | FLOAT else "int8")]
+    if known.kinds <= {kind}:
         return file
+    return _once(file, f"{kind}-{_VERSION}.gguf", lambda part: _rewrite(file, part, known.architecture, kind))
+
+
+def graph_folder(file: Path) -> Path:
+    """A file that OpenVINO reads as a folder whose layers have names, in the cache. Raises ModelLoadError."""
+    return _once(file, f"graph-{_GRAPH_VERSION}", lambda part: _write_graph(file, part))
+
+
+def _once(file: Path, suffix: str, write: Callable[[Path], None]) -> Path:
+    """What `write` makes of a file, in the cache: made where it is not there, once, however many processes ask."""
     status = file.stat()
-    name = f"{file.stem}-{status.st_size}-{status.st_mtime_ns}-{kind}-{_VERSION}.gguf"
+    name = f"{file.stem}-{status.st_size}-{status.st_mtime_ns}-{suffix}"
     target = cache_root() / "openvino" / name
-    if target.is_file():
+    if target.exists():
         return target
     import filelock
 
+    part = target.with_name(name + ".part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(target.with_name(name + ".lock")):
-            if not target.is_file():
-                part = target.with_name(name + ".part")
-                logger.info("rewriting %s as %s (once), which OpenVINO reads exactly", file.name, kind)
-                _rewrite(file, part, known.architecture, kind)
+            if not target.exists():
+                shutil.rmtree(part, ignore_errors=True)
+                logger.info("rewriting %s as %s (once)", file.name, name)
+                write(part)
                 part.rename(target)
     except (OSError, ValueError, NotImplementedError) as error:
-        raise ModelLoadError(f"cannot rewrite {file} as {kind} into {target.parent}: {error}") from error
+        raise ModelLoadError(f"cannot rewrite {file} into {target}: {error}") from error
     return target
+
+
+def _write_graph(file: Path, target: Path) -> None:
+    """By another process, whose memory is then free again. Raises ValueError."""
+    target.mkdir()
+    command = [sys.executable, "-m", "fastchat_grpc.backends.openvino_gguf_graph", str(file), str(target)]
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            timeout=_GRAPH_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"it took over {_GRAPH_TIMEOUT_S} s") from error
+    if done.returncode != 0:
+        raise ValueError((done.stderr.strip().splitlines() or ["its process ended"])[-1].removeprefix("error: "))
 
 
 def _rewrite(source: Path, target: Path, architecture: str, kind: str) -> None:

@@ -13,19 +13,22 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
+from fastchat_grpc.backends.openvino_lora import LoraFile
+
 HEADER = struct.Struct(">I")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What to load. `adapters` holds the weights file and the scale of each LoRA adapter, by name."""
+    """What to load."""
 
     model: str
+    vocabulary: str
+    """File or folder of its vocabulary; empty: it has none, and no grammars."""
     device: str
     scheduler: Mapping[str, Any]
     properties: Mapping[str, Any]
-    adapters: Mapping[str, tuple[str, float]]
-    grammars: bool
+    adapters: tuple[LoraFile, ...]
     vocabulary_size: int
 
 

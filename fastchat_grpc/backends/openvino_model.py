@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from fastchat_grpc.backends import openvino_convert
-from fastchat_grpc.backends.openvino_gguf import ARCHITECTURES, exact_file, facts
+from fastchat_grpc.backends.openvino_gguf import ARCHITECTURES, exact_file, facts, graph_folder
+from fastchat_grpc.backends.openvino_graph import MODEL_FILE
 from fastchat_grpc.backends.served import ModelFolder
 from fastchat_grpc.config import BackendConfig, ModelConfig
 from fastchat_grpc.errors import ConfigError, ModelLoadError
@@ -30,7 +31,6 @@ from fastchat_grpc.models.resolve import check_gguf, read_json, resolve
 logger = logging.getLogger(__name__)
 
 WEIGHTS = ("fp32", "fp16", "int8", "int4")
-MODEL_FILE = "openvino_model.xml"
 TOKENIZER_FILE = "openvino_tokenizer.xml"
 EXPORT_TIMEOUT_S = 3600
 _EXPORT_VERSION = 1  # grows when openvino_convert changes what it writes
@@ -42,13 +42,15 @@ class OpenVinoModel:
 
     model: Path
     folder: Path
+    vocabulary: Path
+    """Where the engine finds the model's vocabulary: its folder, or a GGUF file."""
     context_length: int | None = None
     """Where a GGUF file says it."""
 
     @property
     def grammars(self) -> bool:
         """Whether the engine has the vocabulary, which its grammars need."""
-        return self.model.is_file() or (self.model / TOKENIZER_FILE).is_file()
+        return self.vocabulary.is_file() or (self.vocabulary / TOKENIZER_FILE).is_file()
 
 
 def find(config: BackendConfig) -> OpenVinoModel:
@@ -57,16 +59,17 @@ def find(config: BackendConfig) -> OpenVinoModel:
     path = Path(settings.path).expanduser()
     weights = wanted_weights(config)
     if (path / MODEL_FILE).is_file():
-        return OpenVinoModel(path, path)
+        return OpenVinoModel(path, path, path)
+    named = bool(settings.lora_adapters)
     if settings.path == EMBEDDED_MODEL and weights != "fp32":
-        return _gguf(embedded_gguf(), embedded_model(), weights or "fp16")
+        return _gguf(embedded_gguf(), embedded_model(), weights or "fp16", named)
     source = resolve(settings.path, settings.revision)
     if source.is_file():
         if weights == "fp32":
             raise ConfigError(f"{source} is served in fp16, int8 or, as it is, int4; not in fp32")
-        return _gguf(source, source, weights)
+        return _gguf(source, source, weights, named)
     exported = _exported(source, weights or "fp32", config)
-    return OpenVinoModel(exported, exported)
+    return OpenVinoModel(exported, exported, exported)
 
 
 def can_load(config: BackendConfig) -> bool:
@@ -98,26 +101,15 @@ def wanted_weights(config: BackendConfig) -> str | None:
     return next(iter(asked.values()), None)
 
 
-def adapter_file(name: str, path: str) -> tuple[str, float]:
-    """Weights file and scale of a LoRA adapter. Raises ModelLoadError."""
-    folder = resolve(path)
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        raise ModelLoadError(f"LoRA adapter {name}: no adapter_model.safetensors in {folder}")
-    stated = read_json(folder / "adapter_config.json")
-    rank = float(stated.get("r") or 1)
-    if stated.get("use_dora") or stated.get("rank_pattern") or stated.get("alpha_pattern"):
-        raise ModelLoadError(f"LoRA adapter {name}: DoRA and ranks by layer are not supported by the openvino backend")
-    return str(file), float(stated.get("lora_alpha") or rank) / (rank**0.5 if stated.get("use_rslora") else rank)
-
-
-def _gguf(file: Path, folder: Path, weights: str | None) -> OpenVinoModel:
+def _gguf(file: Path, folder: Path, weights: str | None, named: bool) -> OpenVinoModel:
+    """A GGUF file; where its layers must have names, as a folder."""
     check_gguf(file)
     known = facts(file)
     if known.architecture not in ARCHITECTURES:
         names = ", ".join(sorted(ARCHITECTURES))
         raise ModelLoadError(f"OpenVINO reads GGUF files of {names}; {file} is {known.architecture or 'unreadable'}")
-    return OpenVinoModel(exact_file(file, known, weights), folder, known.context_length)
+    exact = exact_file(file, known, weights)
+    return OpenVinoModel(graph_folder(exact) if named else exact, folder, exact, known.context_length)
 
 
 def _is_causal(path: Path) -> bool:

@@ -14,10 +14,13 @@ import signal
 import sys
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from time import monotonic
 from typing import Any, BinaryIO
 
+from fastchat_grpc.backends import openvino_graph, openvino_lora
 from fastchat_grpc.backends.openvino_messages import Add, Failed, Load, Loaded, Output, Step, read_frames, write_frame
+from fastchat_grpc.backends.openvino_quiet import forbid_telemetry
 
 PREFILL_TOKENS = 256
 """Prompt tokens of one step, as SchedulerConfig has it by default."""
@@ -95,13 +98,12 @@ class Engine:
         import openvino_genai
 
         self._genai = openvino_genai
-        tokenizer = openvino_genai.Tokenizer(load.model) if load.grammars else None
+        adapters = self._adapters(load)
+        tokenizer = openvino_genai.Tokenizer(load.vocabulary) if load.vocabulary else None
         self._lanes = {"": Lane(self._pipeline(load, tokenizer, None))}
-        for name, (file, scale) in load.adapters.items():
-            adapters = openvino_genai.AdapterConfig(
-                openvino_genai.Adapter(file), scale, openvino_genai.AdapterConfig.Mode.MODE_STATIC
-            )
-            self._lanes[name] = Lane(self._pipeline(load, tokenizer, adapters))
+        for name, adapter in adapters.items():
+            with openvino_lora.wholly_applied(name):
+                self._lanes[name] = Lane(self._pipeline(load, tokenizer, adapter))
         self._grammars = None
         if tokenizer is not None:
             from fastchat_grpc.backends.openvino_grammar import GrammarCheck
@@ -109,11 +111,20 @@ class Engine:
             self._grammars = GrammarCheck(tokenizer, load.model, load.vocabulary_size)
         self._processed_tokens = 0
 
-    def _pipeline(self, load: Load, tokenizer: Any, adapters: Any) -> Any:
+    def _adapters(self, load: Load) -> dict[str, Any]:
+        """The adapters, fitted to the model, by name. Raises ValueError."""
+        if not load.adapters:
+            return {}
+        mode = self._genai.AdapterConfig.Mode.MODE_STATIC
+        places = openvino_graph.places(Path(load.model))
+        fitted = {lora.name: openvino_lora.fit(lora, places) for lora in load.adapters}
+        return {name: self._genai.AdapterConfig(self._genai.Adapter(it), 1.0, mode) for name, it in fitted.items()}
+
+    def _pipeline(self, load: Load, tokenizer: Any, adapter: Any) -> Any:
         scheduler = self._genai.SchedulerConfig()
         for name, value in load.scheduler.items():
             setattr(scheduler, name, value)
-        properties = dict(load.properties) | ({} if adapters is None else {"adapters": adapters})
+        properties = dict(load.properties) | ({} if adapter is None else {"adapters": adapter})
         if tokenizer is None:
             return self._genai.ContinuousBatchingPipeline(load.model, scheduler, load.device, properties)
         return self._genai.ContinuousBatchingPipeline(load.model, tokenizer, scheduler, load.device, **properties)
@@ -193,6 +204,7 @@ def _read_into(inbox: queue.SimpleQueue[Any], stream: BinaryIO) -> None:
 
 def main() -> None:
     """Load as told, then serve until the input ends."""
+    forbid_telemetry()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
     # The libraries print to standard output; frames go to a copy of it that they do not know.
     out = os.fdopen(os.dup(1), "wb")

@@ -9,6 +9,8 @@
 // signed; sums start at -128 times the sum of the inputs instead. AVX2 has no such instruction that is exact: there
 // weights are widened in registers, and vpmaddwd multiplies them by inputs that are kept in 16 bits.
 
+#include <omp.h>
+
 #include "rows.h"
 
 #if defined(__AVX512F__) && defined(__AVX512VNNI__)
@@ -59,25 +61,29 @@ INLINE void quantize_row(level *restrict q, float *restrict scales, int32_t *res
 INLINE void add_in_place(__m256i *sum, __m256i x) { __asm__ volatile("vpaddd %1, %0, %0" : "+x"(*sum) : "x"(x)); }
 
 // `rows` (a constant where it is inlined) rows times one panel: twelve sums, two weights, an input and a product
-// are what the sixteen registers hold.
+// are what the sixteen registers hold. Meanwhile the panel at `next` is sent for.
 INLINE void multiply_panel(int rows, float *restrict out, int64_t out_stride, const level *restrict q,
                            const float *restrict scales, const int32_t *restrict offsets,
-                           const uint8_t *restrict weights, const float *restrict weight_scales, int64_t groups) {
+                           const uint8_t *restrict weights, const float *restrict weight_scales, int64_t groups,
+                           const uint8_t *next) {
     __m256 total[TILE_ROWS][2];
     for (int r = 0; r < rows; r++) total[r][0] = total[r][1] = _mm256_setzero_ps();
-    for (int64_t g = 0; g < groups; g++, weights += GROUP * LANES, weight_scales += LANES) {
+    for (int64_t g = 0; g < groups; g++, weight_scales += LANES) {
         __m256i sum[TILE_ROWS][2];
         for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = _mm256_set1_epi32(offsets[r * groups + g]);
-        for (int k = 0; k < GROUP; k += DEPTH) {
-            const __m128i *w = (const __m128i *)(weights + k * LANES);
-            __m256i left = _mm256_cvtepu8_epi16(_mm_loadu_si128(w));
-            __m256i right = _mm256_cvtepu8_epi16(_mm_loadu_si128(w + 1));
-            for (int r = 0; r < rows; r++) {
-                int32_t two;
-                memcpy(&two, q + (r * groups + g) * GROUP + k, 4);
-                __m256i x = _mm256_set1_epi32(two);
-                add_in_place(&sum[r][0], _mm256_madd_epi16(left, x));
-                add_in_place(&sum[r][1], _mm256_madd_epi16(right, x));
+        for (int line = 0; line < GROUP; line += 2 * DEPTH, weights += 2 * DEPTH * LANES, next += 2 * DEPTH * LANES) {
+            __builtin_prefetch(next, 0, 2);
+            for (int k = line; k < line + 2 * DEPTH; k += DEPTH) {
+                const __m128i *w = (const __m128i *)(weights + (k - line) * LANES);
+                __m256i left = _mm256_cvtepu8_epi16(_mm_loadu_si128(w));
+                __m256i right = _mm256_cvtepu8_epi16(_mm_loadu_si128(w + 1));
+                for (int r = 0; r < rows; r++) {
+                    int32_t two;
+                    memcpy(&two, q + (r * groups + g) * GROUP + k, 4);
+                    __m256i x = _mm256_set1_epi32(two);
+                    add_in_place(&sum[r][0], _mm256_madd_epi16(left, x));
+                    add_in_place(&sum[r][1], _mm256_madd_epi16(right, x));
+                }
             }
         }
         __m256 left = _mm256_loadu_ps(weight_scales), right = _mm256_loadu_ps(weight_scales + 8);
@@ -94,11 +100,13 @@ INLINE void multiply_panel(int rows, float *restrict out, int64_t out_stride, co
 }
 #endif
 
-// `rows` (a constant where it is inlined) rows times two panels.
+// `rows` (a constant where it is inlined) rows times two panels. `next` are those that will probably follow.
 INLINE void multiply_tile(int rows, float *restrict out, int64_t out_stride, const level *restrict q,
                           const float *restrict scales, const int32_t *restrict offsets,
-                          const uint8_t *restrict weights, const float *restrict weight_scales, int64_t groups) {
+                          const uint8_t *restrict weights, const float *restrict weight_scales, int64_t groups,
+                          const uint8_t *next) {
     int64_t panel = groups * GROUP * LANES;
+    (void)next;
 #ifdef VNNI
     __m512 total[TILE_ROWS][2];
     for (int r = 0; r < rows; r++) total[r][0] = total[r][1] = _mm512_setzero_ps();
@@ -130,9 +138,9 @@ INLINE void multiply_tile(int rows, float *restrict out, int64_t out_stride, con
         _mm512_storeu_ps(out + r * out_stride + LANES, total[r][1]);
     }
 #elif defined(AVX2)
-    multiply_panel(rows, out, out_stride, q, scales, offsets, weights, weight_scales, groups);
+    multiply_panel(rows, out, out_stride, q, scales, offsets, weights, weight_scales, groups, next);
     multiply_panel(rows, out + LANES, out_stride, q, scales, offsets, weights + panel, weight_scales + groups * LANES,
-                   groups);
+                   groups, next + panel);
 #else
     for (int r = 0; r < rows; r++) {
         for (int half = 0; half < 2; half++) {
@@ -188,12 +196,13 @@ typedef struct {
 // out (n, outputs) = rows times weights, without bias. To be called by all threads of a team.
 INLINE void multiply(const Rows *rows, const Product *p, float *restrict out) {
     int64_t n = rows->n, groups = p->groups, width = groups * GROUP, outputs = p->panels * LANES;
-    int64_t blocks = (n + TILE_ROWS - 1) / TILE_ROWS;
+    int64_t blocks = (n + TILE_ROWS - 1) / TILE_ROWS, team = omp_get_num_threads();
     // Dynamic, as cores are seldom equally fast: other programs, and other virtual machines, use them too.
     #pragma omp for schedule(dynamic)
     for (int64_t panel = 0; panel < p->panels; panel += 2) {
         const uint8_t *w = p->weights + panel * width * LANES;
         const float *s = p->scales + panel * groups * LANES;
+        const uint8_t *next = panel + 2 * team < p->panels ? w + 2 * team * width * LANES : w;
         for (int64_t block = 0; block < blocks; block++) {
             int64_t i = n * block / blocks;
             float *o = out + i * outputs + panel * LANES;
@@ -203,7 +212,7 @@ INLINE void multiply(const Rows *rows, const Product *p, float *restrict out) {
             switch (n * (block + 1) / blocks - i) {
                 #define CASE(count) \
                     case count: \
-                        multiply_tile(count, o, outputs, q, scales, offsets, w, s, groups); \
+                        multiply_tile(count, o, outputs, q, scales, offsets, w, s, groups, next); \
                         break;
                 CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
                 #undef CASE

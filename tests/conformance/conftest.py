@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from fastchat_grpc.backends.openvino_quiet import forbid_telemetry
 from tests.conformance.harness import Harness
 from tests.conformance.targets import Target, chosen
+
+forbid_telemetry()  # of what tests import themselves
 
 
 def _parameters() -> list[object]:

@@ -128,13 +128,17 @@ def chat(*texts: str) -> list[ChatMessage]:
 class Harness:
     """A started backend, and ways to ask it."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, **model: Any) -> None:
+        """`model` overrides settings of the target's model."""
         self.target = target
         self.traits: Traits = TRAITS[target.name]
         self.info: ModelInfo
+        self.infos: Sequence[ModelInfo] = ()
+        """The model, then its adapters."""
         self.backend: Backend
         self._stack = AsyncExitStack()
         self._options: dict[str, str] = {}
+        self._model = model
 
     async def open(self) -> None:
         """Start what the backend talks to, then the backend."""
@@ -143,8 +147,10 @@ class Harness:
 
     async def start(self) -> None:
         """Make and start the backend; after `backend.close()` this is a restart."""
-        self.backend = registry.create(self.target.config(self._options))
-        (self.info,) = await self.backend.start()
+        self.backend = registry.create(self.target.config(self._options, **self._model))
+        self.infos = await self.backend.start()
+        self.info, *adapters = self.infos
+        assert len(adapters) == len(self._model.get("lora_adapters", ()))
         self.traits = getattr(self.backend, "traits", self.traits)  # as its options have it
 
     async def close(self) -> None:

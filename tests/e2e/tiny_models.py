@@ -119,13 +119,16 @@ def save_chat_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def write_llama(folder: Path, dtype: torch.dtype = torch.bfloat16, shard_size: str = "5GB", **settings: Any) -> Path:
-    """A Llama-shaped chat model of two layers."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def write_llama(
+    folder: Path, dtype: torch.dtype = torch.bfloat16, shard_size: str = "5GB", kind: str = "llama", **settings: Any
+) -> Path:
+    """A Llama-shaped chat model of two layers; or of a kind that is much alike: qwen2, qwen3."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = save_chat_tokenizer(folder)
     torch.manual_seed(1)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        kind,
         **{
             "vocab_size": tokenizer.get_vocab_size(),
             "hidden_size": HIDDEN,
@@ -140,9 +143,13 @@ def write_llama(folder: Path, dtype: torch.dtype = torch.bfloat16, shard_size: s
             "tie_word_embeddings": False,
             **WIDE,
             **settings,
-        }
+        },
     )
-    LlamaForCausalLM(config).to(dtype).save_pretrained(folder, max_shard_size=shard_size)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):  # zero, before training
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
     return folder
 
 
@@ -214,7 +221,7 @@ def write_lora(folder: Path, base: Path, seed: int) -> Path:
 
 
 def write_gguf(file: Path, folder: Path) -> Path:
-    """The model of `write_llama` as a GGUF file (float32), with its tokenizer."""
+    """A model of `write_llama` as a GGUF file (float32, or float16 as it is), with its tokenizer."""
     import gguf
     from safetensors.numpy import load_file
 
@@ -227,10 +234,15 @@ def write_gguf(file: Path, folder: Path) -> Path:
         "input_layernorm": "attn_norm",
         "post_attention_layernorm": "ffn_norm",
         **{f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"},
+        **{f"self_attn.{x}_norm": f"attn_{x}_norm" for x in "qk"},
         "self_attn.o_proj": "attn_output",
         **{f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")},
     }
-    writer = gguf.GGUFWriter(file, "llama")
+    kind = config["model_type"]
+    head_size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    writer = gguf.GGUFWriter(file, kind)
+    half = config["dtype"] == "float16"
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if half else gguf.LlamaFileType.ALL_F32)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -239,21 +251,24 @@ def write_gguf(file: Path, folder: Path) -> Path:
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
+    writer.add_rope_dimension_count(head_size)
+    writer.add_key_length(head_size)
+    writer.add_value_length(head_size)
     writer.add_vocab_size(config["vocab_size"])
     _add_gguf_tokenizer(writer, tokenizer)
     for name, weight in load_file(folder / "model.safetensors").items():
-        stem = name.removesuffix(".weight")
+        stem, suffix = name.rsplit(".", 1)
         prefix = ""
         if stem.startswith("model.layers."):
             _, _, layer, stem = stem.split(".", 3)
             prefix = f"blk.{layer}."
         for projection, heads in (("q", "num_attention_heads"), ("k", "num_key_value_heads")):
-            if stem == f"self_attn.{projection}_proj":
+            if kind == "llama" and stem == f"self_attn.{projection}_proj":
                 rows, columns = weight.shape
                 halves = weight.reshape(config[heads], 2, rows // config[heads] // 2, columns)
                 weight = halves.swapaxes(1, 2).reshape(rows, columns)
-        writer.add_tensor(f"{prefix}{names[stem]}.weight", weight.copy())
+        kept = weight if weight.ndim > 1 else weight.astype("float32")
+        writer.add_tensor(f"{prefix}{names[stem]}.{suffix}", kept.copy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
