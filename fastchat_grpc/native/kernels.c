@@ -13,7 +13,13 @@ typedef float vector __attribute__((vector_size(32), aligned(4), may_alias));
 
 // Sums of neighbours: four of x, then four of y.
 INLINE vector add_pairs(vector x, vector y) {
+#ifdef __clang__
     return __builtin_shufflevector(x, y, 0, 2, 4, 6, 8, 10, 12, 14) + __builtin_shufflevector(x, y, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+    typedef int32_t places __attribute__((vector_size(32)));
+    const places even = {0, 2, 4, 6, 8, 10, 12, 14}, odd = {1, 3, 5, 7, 9, 11, 13, 15};
+    return __builtin_shuffle(x, y, even) + __builtin_shuffle(x, y, odd);
+#endif
 }
 
 // Scores of TOKENS tokens for one query head. As many sums at a time keep the processor busy while each waits for
