@@ -77,10 +77,16 @@ def find(name: str, path: str) -> LoraFile:
     return LoraFile(
         name=name,
         file=str(file),
-        alpha=float(stated.get("lora_alpha") or 8),
+        alpha=float(stated.get("lora_alpha", 8)),
         alphas={str(ends): float(alpha) for ends, alpha in (stated.get("alpha_pattern") or {}).items()},
         rslora=bool(stated.get("use_rslora")),
     )
+
+
+def is_plain(path: str) -> bool:
+    """Whether a folder holds an adapter that `find` would take, by its settings; what is no folder is taken for one."""
+    settings = Path(path).expanduser() / "adapter_config.json"
+    return not settings.is_file() or _unlike_lora(read_json(settings)) is None
 
 
 def _unlike_lora(stated: Mapping[str, Any]) -> str | None:

@@ -22,6 +22,7 @@ from typing import Any
 from fastchat_grpc.backends import openvino_convert
 from fastchat_grpc.backends.openvino_gguf import ARCHITECTURES, exact_file, facts, graph_folder
 from fastchat_grpc.backends.openvino_graph import MODEL_FILE
+from fastchat_grpc.backends.openvino_lora import is_plain
 from fastchat_grpc.backends.served import ModelFolder
 from fastchat_grpc.config import BackendConfig, ModelConfig
 from fastchat_grpc.errors import ConfigError, ModelLoadError
@@ -75,6 +76,8 @@ def find(config: BackendConfig) -> OpenVinoModel:
 def can_load(config: BackendConfig) -> bool:
     """Whether `find` would succeed without a long export that nothing here can do; loads and fetches nothing."""
     settings = config.model
+    if not all(is_plain(adapter) for adapter in settings.lora_adapters.values()):
+        return False
     path = Path(settings.path).expanduser()
     if (path / MODEL_FILE).is_file() or (settings.path == EMBEDDED_MODEL and wanted_weights(config) != "fp32"):
         return True

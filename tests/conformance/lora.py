@@ -27,8 +27,9 @@ class Adapter:
     settings: Mapping[str, Any]
 
 
-# By these seeds the embedded model says something sensible of its own with each, and the likeliest token of each
-# step is likelier than the next by a fifth or more: rounding does not change the text.
+PROMPT = "My favourite animal is the"
+# By these seeds the embedded model says something of its own with each after this prompt, and the likeliest token of
+# each step is likelier than the next by an eighth or more, which rounding in float32 does not turn.
 ADAPTERS = {
     "red": Adapter(seed=4, std=0.05, settings={"r": 8, "lora_alpha": 24, "target_modules": [*ATTENTION, *MLP]}),
     "blue": Adapter(

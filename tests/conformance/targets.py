@@ -42,6 +42,8 @@ class Target:
     model: Callable[[], str]
     """Path of the model; called only when the backend is tested."""
     options: Mapping[str, str] = field(default_factory=dict)
+    exact: Mapping[str, object] = field(default_factory=dict)
+    """Settings of the model with which it computes in float32, where it does not by itself."""
     open: Callable[[], AbstractAsyncContextManager[dict[str, str]]] = _nothing
     """Starts what the backend talks to, and yields further options."""
     context_length: int = 512
@@ -154,6 +156,7 @@ TARGETS = {
             model=embedded_folder,
             # Compiling takes minutes; and vLLM would take what memory there is.
             options={"enforce_eager": "true", "kv_cache_memory_bytes": "400000000"},
+            exact={"dtype": "float32"},
             max_temperature=2.0,
         ),
         # Threads that wait for each other spin, which takes minutes where other programs use the cores.

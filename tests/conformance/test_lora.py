@@ -19,8 +19,8 @@ pytest.importorskip("peft")
 
 from fastchat_grpc.backends.capabilities import TRAITS, Feature
 from fastchat_grpc.errors import AdapterNotFound
-from tests.conformance.harness import PROMPT, Harness, request
-from tests.conformance.lora import ADAPTERS, Reference, write_adapter
+from tests.conformance.harness import Harness, request
+from tests.conformance.lora import ADAPTERS, PROMPT, Reference, write_adapter
 from tests.conformance.targets import CHOSEN_VARIABLE, Target, chosen, embedded_folder
 
 COUNT = 12
@@ -58,7 +58,7 @@ def _targets() -> list[object]:
 async def harness(request: pytest.FixtureRequest, expected: Expected) -> AsyncIterator[Harness]:
     """A backend with the adapters."""
     target: Target = request.param
-    harness = Harness(target, lora_adapters=expected.folders)
+    harness = Harness(target, lora_adapters=expected.folders, **target.exact)
     await harness.open()
     yield harness
     await harness.close()
@@ -77,7 +77,7 @@ async def test_base_and_adapters_at_once_do_not_mix(harness: Harness, expected: 
 
 async def test_an_adapter_is_a_model_of_its_own_too(harness: Harness, expected: Expected) -> None:
     assert {info.name: info.base_model for info in harness.infos} == {"tested": "", "red": "tested", "blue": "tested"}
-    asked = replace(request(max_new_tokens=COUNT, ignore_eos=True), model="blue")
+    asked = replace(request(PROMPT, max_new_tokens=COUNT, ignore_eos=True), model="blue")
     assert (await harness.run(asked)).text == expected.texts["blue"]
 
 
@@ -87,4 +87,4 @@ async def test_an_unknown_adapter_is_refused_by_name(harness: Harness, expected:
 
 
 async def _text(harness: Harness, name: str) -> str:
-    return (await harness.ask(lora_adapter=name, max_new_tokens=COUNT, ignore_eos=True)).text
+    return (await harness.ask(PROMPT, lora_adapter=name, max_new_tokens=COUNT, ignore_eos=True)).text

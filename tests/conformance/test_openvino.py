@@ -200,6 +200,26 @@ def test_a_gguf_file_is_rewritten_once_unless_it_is_read_exactly(
     assert not list(tmp_path.rglob("*.part"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "rewritten"),
+    [
+        ("F32", {}, "F16"),
+        ("BF16", {}, "F16"),
+        ("F32", {"weights": "int8"}, "Q8_0"),
+        ("F16", {}, None),
+        ("Q8_0", {"weights": "fp16"}, "F16"),
+    ],
+)
+def test_what_openvino_does_not_read_is_rewritten_as_the_nearest_that_it_does(
+    kind: str, options: dict[str, str], rewritten: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = _tiny_gguf(tmp_path, kind)
+    monkeypatch.setenv("FASTCHAT_GRPC_CACHE", str(tmp_path / "cache"))
+    found = openvino_model.find(config(str(file), options))
+    assert (found.model == file) is (rewritten is None)
+    assert facts(found.model).kinds == {rewritten or kind}
+
+
 @pytest.mark.parametrize(("weights", "error"), [("fp16", 1e-3), ("int8", 1e-2)])
 def test_a_rewritten_file_has_the_same_weights_and_settings(
     weights: str, error: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -245,8 +265,8 @@ def _tiny_folder(parent: Path) -> Path:
     return folder
 
 
-def _tiny_gguf(parent: Path) -> Path:
-    """A file of Q4_1, which OpenVINO does not read exactly, with a vector and a matrix."""
+def _tiny_gguf(parent: Path, kind_name: str = "Q4_1") -> Path:
+    """A file with a vector and a matrix: of Q4_1, which OpenVINO does not read exactly, unless said."""
     import numpy as np
     from gguf import GGMLQuantizationType, GGUFWriter
     from gguf.quants import quantize
@@ -258,7 +278,7 @@ def _tiny_gguf(parent: Path) -> Path:
     writer.add_rope_freq_base(10_000.0)
     writer.add_token_list(["<s>", "a", "b"])
     writer.add_chat_template("{{ messages }}")
-    kind = GGMLQuantizationType.Q4_1
+    kind = GGMLQuantizationType[kind_name]
     matrix = quantize(random.standard_normal((64, 96), dtype=np.float32), kind)
     writer.add_tensor("token_embd.weight", matrix, raw_dtype=kind)
     writer.add_tensor("output_norm.weight", random.standard_normal(96, dtype=np.float32))
