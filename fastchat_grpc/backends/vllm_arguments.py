@@ -146,6 +146,7 @@ def _lora(settings: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     if not settings.lora_adapters:
         return {}, {}
     from vllm.lora.request import LoRARequest
+    from vllm.platforms import current_platform
 
     adapters, ranks = {}, []
     for number, (name, path) in enumerate(settings.lora_adapters.items(), start=1):
@@ -159,4 +160,7 @@ def _lora(settings: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     if room is None:
         raise ModelLoadError(f"vLLM takes LoRA adapters up to rank {_LORA_RANKS[-1]}, got {max(ranks)}")
     count = min(len(adapters), _MAX_ADAPTERS_PER_BATCH)
+    if current_platform.is_cpu():
+        # Beside requests with adapters, vLLM's CPU code gives those without one the last place: it must stay empty.
+        count = len(adapters) + 1
     return adapters, {"enable_lora": True, "max_lora_rank": room, "max_loras": count}
