@@ -10,16 +10,14 @@ LoRA adapters need a graph whose layers have names, which a GGUF file has once i
 from __future__ import annotations
 
 import logging
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastchat_grpc.backends import openvino_cache
 from fastchat_grpc.errors import ModelLoadError
-from fastchat_grpc.models.embedded import cache_root
 
 logger = logging.getLogger(__name__)
 
@@ -84,48 +82,26 @@ def graph_folder(file: Path) -> Path:
     return _once(file, f"graph-{_GRAPH_VERSION}", lambda part: _write_graph(file, part))
 
 
-def _once(file: Path, suffix: str, write: Callable[[Path], None]) -> Path:
-    """What `write` makes of a file, in the cache: made where it is not there, once, however many processes ask."""
+def _once(file: Path, suffix: str, make: Callable[[Path], None]) -> Path:
+    """What is made of a file, in the cache. Raises ModelLoadError."""
     status = file.stat()
     name = f"{file.stem}-{status.st_size}-{status.st_mtime_ns}-{suffix}"
-    target = cache_root() / "openvino" / name
-    if target.exists():
-        return target
-    import filelock
 
-    part = target.with_name(name + ".part")
+    def write(part: Path) -> None:
+        logger.info("rewriting %s as %s (once)", file.name, name)
+        make(part)
+
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(target.with_name(name + ".lock")):
-            if not target.exists():
-                shutil.rmtree(part, ignore_errors=True)
-                logger.info("rewriting %s as %s (once)", file.name, name)
-                write(part)
-                part.rename(target)
+        return openvino_cache.once(name, write)
     except (OSError, ValueError, NotImplementedError) as error:
-        raise ModelLoadError(f"cannot rewrite {file} into {target}: {error}") from error
-    return target
+        raise ModelLoadError(f"cannot rewrite {file} as {name}: {error}") from error
 
 
 def _write_graph(file: Path, target: Path) -> None:
     """By another process, whose memory is then free again. Raises ValueError."""
     target.mkdir()
     command = [sys.executable, "-m", "fastchat_grpc.backends.openvino_gguf_graph", str(file), str(target)]
-    try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            timeout=_GRAPH_TIMEOUT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise ValueError(f"it took over {_GRAPH_TIMEOUT_S} s") from error
-    if done.returncode != 0:
-        raise ValueError((done.stderr.strip().splitlines() or ["its process ended"])[-1].removeprefix("error: "))
+    openvino_cache.run(command, _GRAPH_TIMEOUT_S)
 
 
 def _rewrite(source: Path, target: Path, architecture: str, kind: str) -> None:

@@ -11,22 +11,19 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-import os
-import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastchat_grpc.backends import openvino_convert
+from fastchat_grpc.backends import openvino_cache, openvino_convert
 from fastchat_grpc.backends.openvino_gguf import ARCHITECTURES, exact_file, facts, graph_folder
 from fastchat_grpc.backends.openvino_graph import MODEL_FILE
 from fastchat_grpc.backends.openvino_lora import is_plain
 from fastchat_grpc.backends.served import ModelFolder
 from fastchat_grpc.config import BackendConfig, ModelConfig
 from fastchat_grpc.errors import ConfigError, ModelLoadError
-from fastchat_grpc.models.embedded import EMBEDDED_MODEL, cache_root, embedded_gguf, embedded_model
+from fastchat_grpc.models.embedded import EMBEDDED_MODEL, embedded_gguf, embedded_model
 from fastchat_grpc.models.resolve import check_gguf, read_json, resolve
 
 logger = logging.getLogger(__name__)
@@ -125,19 +122,13 @@ def _is_causal(path: Path) -> bool:
 
 def _exported(source: Path, weights: str, config: BackendConfig) -> Path:
     """The exported folder in the cache, made first if it is not there; once, however many processes ask."""
-    target = cache_root() / "openvino" / f"{source.name}-{_fingerprint(source)}-{weights}-{_EXPORT_VERSION}"
-    if target.is_dir():
-        return target
-    import filelock
-
+    name = f"{source.name}-{_fingerprint(source)}-{weights}-{_EXPORT_VERSION}"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(target.with_name(target.name + ".lock")):
-            if not target.is_dir():
-                _export(source, target, weights, config)
+        return openvino_cache.once(name, lambda part: _export(source, part, weights, config))
     except OSError as error:
-        raise ModelLoadError(f"cannot export {source} into {target.parent}: {error}") from error
-    return target
+        raise ModelLoadError(f"cannot export {source} as {name}: {error}") from error
+    except ValueError as error:
+        raise ModelLoadError(f"{source} cannot be exported to OpenVINO: {error}") from error
 
 
 def _fingerprint(source: Path) -> str:
@@ -148,7 +139,7 @@ def _fingerprint(source: Path) -> str:
 
 
 def _export(source: Path, target: Path, weights: str, config: BackendConfig) -> None:
-    """Export into a folder beside the target, which is renamed when it is whole. The caller holds the lock."""
+    """Export into a folder. Raises ModelLoadError where nothing here can, and ValueError where it fails."""
     python = _exporter(config)
     if python is None:
         raise ModelLoadError(
@@ -156,37 +147,12 @@ def _export(source: Path, target: Path, weights: str, config: BackendConfig) -> 
             "run pip install 'fastchat-grpc[openvino-export]' in an environment of its own and name its Python with "
             "--backend-option export_python=/path/to/python, or give --model-path an exported folder or a GGUF file"
         )
-    work = target.with_name(target.name + ".part")
-    shutil.rmtree(work, ignore_errors=True)
     logger.info("exporting %s to OpenVINO %s (once; about a minute per billion parameters)", source.name, weights)
     trust = ["trust"] if config.model.trust_remote_code else []
-    try:
-        done = subprocess.run(
-            [python, openvino_convert.__file__, str(source), str(work), weights, *trust],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            timeout=EXPORT_TIMEOUT_S,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise ModelLoadError(f"the export of {source} took over {EXPORT_TIMEOUT_S} s") from error
-    finally:
-        if not (work / MODEL_FILE).is_file():
-            shutil.rmtree(work, ignore_errors=True)
-    if done.returncode != 0 or not work.is_dir():
-        shutil.rmtree(work, ignore_errors=True)
-        raise ModelLoadError(f"{source} cannot be exported to OpenVINO: {_reason(done.stderr)}")
-    work.rename(target)
-
-
-def _reason(stderr: str) -> str:
-    lines = stderr.strip().splitlines()
-    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return (said or lines or ["the export ended without a message"])[-1]
+    command = [python, openvino_convert.__file__, str(source), str(target), weights, *trust]
+    openvino_cache.run(command, EXPORT_TIMEOUT_S, {"HF_HUB_OFFLINE": "1"})
+    if not (target / MODEL_FILE).is_file():
+        raise ValueError(f"the export wrote no {MODEL_FILE}")
 
 
 def _exporter(config: BackendConfig) -> str | None:
