@@ -3,8 +3,9 @@
 At a few rows per step, a layer of transformers costs as much in Python and small operations as in its
 products. Layers of the families below are all the same computation, so here it is written once, over the
 packed row of a step: fused products with weights laid out for the machine (oneDNN), and the kernels of
-kernels.c between them. Outside a packed step a layer runs as transformers wrote it. Whoever speeds a
-model up checks its outputs against those from before, and can undo it.
+native/kernels.c between them; with 8-bit weights, what stands around attention is two calls (native/int8.c).
+Outside a packed step a layer runs as transformers wrote it. Whoever speeds a model up checks its outputs
+against those from before, and can undo it.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ class LayerKernels:
         return out
 
     def after_attention(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """The layer's output (n, hidden), of its input x and attention's output (n, heads, size), both contiguous."""
+        """The layer's output (n, hidden), of its input x and attention's output (n, heads * size), both contiguous."""
         out = torch.empty_like(x)
         if self._after(self._layer, out.data_ptr(), x.data_ptr(), attended.data_ptr(), len(x)):
             raise MemoryError("no memory for quantized inputs")
