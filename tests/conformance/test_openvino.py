@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -23,8 +21,9 @@ from fastchat_grpc.backends.openvino_gguf import facts
 from fastchat_grpc.backends.openvino_sampling import generation_config
 from fastchat_grpc.config import BackendConfig, ModelConfig
 from fastchat_grpc.core import Delta, Grammar, GrammarKind, PromptEcho
-from fastchat_grpc.errors import BackendFailed, ConfigError, InvalidArgument, ModelLoadError, UnsupportedField
+from fastchat_grpc.errors import ConfigError, InvalidArgument, ModelLoadError, UnsupportedField
 from tests.conformance.harness import chat, request
+from tests.conformance.openvino_engine import kill_while
 
 
 def config(path: str, options: dict[str, str] | None = None, **model: Any) -> BackendConfig:
@@ -102,19 +101,7 @@ class TestOfTheRunningEngine:
 
     async def test_an_engine_that_is_killed_fails_its_requests_and_comes_back(self, gguf: OpenVinoBackend) -> None:
         before, _, _ = await ask(gguf, max_new_tokens=8)
-        running = asyncio.create_task(ask(gguf, max_new_tokens=400, ignore_eos=True))
-        engine = gguf._running
-        async with asyncio.timeout(60):
-            tokens = engine.processed_tokens
-            while engine.processed_tokens == tokens:
-                await asyncio.sleep(0.01)
-        assert engine._process is not None
-        os.kill(engine._process.pid, signal.SIGKILL)
-        with pytest.raises(BackendFailed, match="status -9"):
-            await running
-        async with asyncio.timeout(100):
-            while not engine._ready:
-                await asyncio.sleep(0.05)
+        await kill_while(gguf, asyncio.create_task(ask(gguf, max_new_tokens=400, ignore_eos=True)))
         assert (await ask(gguf, max_new_tokens=8))[0] == before
 
 

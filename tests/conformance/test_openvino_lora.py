@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import shutil
-import signal
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
@@ -29,9 +28,10 @@ from fastchat_grpc.backends.openvino_gguf_graph import linear_layers
 from fastchat_grpc.backends.openvino_graph import Place
 from fastchat_grpc.config import BackendConfig, ModelConfig
 from fastchat_grpc.core import Delta, PromptEcho
-from fastchat_grpc.errors import AdapterNotFound, BackendFailed, ModelLoadError
+from fastchat_grpc.errors import AdapterNotFound, ModelLoadError
 from tests.conformance.harness import request
 from tests.conformance.lora import ATTENTION, MLP, Adapter, Reference, write_adapter
+from tests.conformance.openvino_engine import kill_while
 from tests.conformance.targets import CHOSEN_VARIABLE, TARGETS, chosen
 from tests.e2e.tiny_models import write_gguf, write_llama
 
@@ -246,19 +246,7 @@ class TestOfTheRunningEngine:
     async def test_adapters_are_there_again_when_the_engine_was_killed(self, running: OpenVinoBackend) -> None:
         names = ("", "red", "blue")
         before = [await ask(running, name) for name in names]
-        engine = running._running
-        waiting = asyncio.create_task(ask(running, "red", max_new_tokens=230))
-        tokens = engine.processed_tokens
-        async with asyncio.timeout(60):
-            while engine.processed_tokens == tokens:
-                await asyncio.sleep(0.005)
-        assert engine._process is not None
-        os.kill(engine._process.pid, signal.SIGKILL)
-        with pytest.raises(BackendFailed, match="status -9"):
-            await waiting
-        async with asyncio.timeout(100):
-            while not engine._ready:
-                await asyncio.sleep(0.05)
+        await kill_while(running, asyncio.create_task(ask(running, "red", max_new_tokens=230)))
         assert [await ask(running, name) for name in names] == before
 
 
