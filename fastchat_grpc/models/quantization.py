@@ -1,8 +1,8 @@
-"""8-bit linear layers for CPUs: int8 weights and inputs, in groups of 64 with a scale each.
+"""8-bit linear layers for CPUs: weights and inputs in small groups with a scale each.
 
-Small groups keep outliers to themselves, so that all layers, the output layer too, take 8 bits without
+Small groups keep outliers to themselves, so that all layers, the output layer too, are quantized without
 calibration; products within a group are exact integers. What a token gives does not depend on what else is in
-the batch. The products are in native/int8.c; the scheme is that of llama.cpp's Q8_0.
+the batch. The products, and how weights are kept, are in native/int8.c.
 """
 
 from __future__ import annotations
@@ -11,11 +11,7 @@ import torch
 from torch import nn
 
 from fastchat_grpc.models.cpu_linear import PackedLinear, replace_linears
-from fastchat_grpc.native.kernels import INT8_GROUP, INT8_PANEL, Int8Weights, Kernels
-
-_LEVELS = 127
-_ZERO = 128
-_OUTPUTS = 2 * INT8_PANEL
+from fastchat_grpc.native.kernels import INT8_INPUTS, INT8_OUTPUTS, Int8Weights, Kernels
 
 
 class Int8Linear(PackedLinear):
@@ -29,16 +25,16 @@ class Int8Linear(PackedLinear):
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, kernels: Kernels) -> None:
         super().__init__(weight)
         self._kernels = kernels
-        self._padding = -self.in_features % INT8_GROUP
-        self._weight, self._scales = pack_int8(weight, kernels.int8_depth)
+        self._padding = -self.in_features % INT8_INPUTS
+        padded = nn.functional.pad(weight, (0, self._padding, 0, -self.out_features % INT8_OUTPUTS))
         self._bias = None if bias is None else bias.detach()
+        self._weights = kernels.pack_int8(padded, self._bias)
 
     @property
     def exact(self) -> Int8Weights | None:
-        """The weights, if they need no padding."""
-        if self._padding or self.out_features % _OUTPUTS:
-            return None
-        return Int8Weights(self._weight, self._scales, self._bias)
+        """The layer, if its weights need no padding."""
+        size = (self._weights.outputs, self._weights.inputs)
+        return self._weights if size == (self.out_features, self.in_features) else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
@@ -46,7 +42,7 @@ class Int8Linear(PackedLinear):
             rows = nn.functional.pad(rows, (0, self._padding))
         elif rows.stride(-1) != 1:
             rows = rows.contiguous()
-        y = self._kernels.multiply_int8(rows, self._weight, self._scales)
+        y = self._kernels.multiply_int8(rows, self._weights)
         if y.shape[1] != self.out_features:
             y = y[:, : self.out_features]
         if self._bias is not None:
@@ -57,16 +53,3 @@ class Int8Linear(PackedLinear):
 def quantize_int8(model: nn.Module, kernels: Kernels) -> None:
     """Make the plain linear layers of `model` (on the CPU, in float32) 8-bit, in place."""
     replace_linears(model, lambda weight, bias: Int8Linear(weight, bias, kernels))
-
-
-def pack_int8(weight: torch.Tensor, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights (out, in) as `Kernels.multiply_int8` takes them: (panels, groups, 64 / depth, 16, depth), and scales."""
-    out, inputs = weight.shape
-    padded = nn.functional.pad(weight, (0, -inputs % INT8_GROUP, 0, -out % _OUTPUTS))
-    panels, groups = padded.shape[0] // INT8_PANEL, padded.shape[1] // INT8_GROUP
-    grouped = padded.view(panels, INT8_PANEL, groups, INT8_GROUP)
-    top = grouped.abs().amax(-1, keepdim=True)
-    inverse = torch.where(top > 0, _LEVELS / top, 0.0)
-    levels = (grouped * inverse).round_().add_(_ZERO).to(torch.uint8)
-    packed = levels.view(panels, INT8_PANEL, groups, INT8_GROUP // depth, depth).permute(0, 2, 3, 1, 4)
-    return packed.contiguous(), (top / _LEVELS)[..., 0].transpose(1, 2).contiguous()

@@ -34,24 +34,25 @@ _SIGNATURES = {
     "rms_norm": (*[_POINTER] * 3, *[_INT] * 2, *[_FLOAT] * 2),
     "silu_and_multiply": (*[_POINTER] * 3, *[_INT] * 4),
     "rotate": (*[_POINTER] * 3, *[_INT] * 4),
-    "multiply_int8": (*[_POINTER] * 4, *[_INT] * 4),
+    "int8_bytes": (_INT, _INT),
+    "pack_int8": (_POINTER, _POINTER, _INT, _INT),
+    "multiply_int8": (*[_POINTER] * 3, *[_INT] * 4),
     "before_attention": (*[_POINTER] * 5, _INT),
     "after_attention": (*[_POINTER] * 4, _INT),
 }
 _CAN_FAIL = {"attend_singles", "multiply_int8", "before_attention", "after_attention"}
-INT8_GROUP = 64
-"""Inputs that share a scale in `multiply_int8`."""
-INT8_PANEL = 16
-"""Outputs that stand together there; it takes an even number of panels."""
+INT8_INPUTS, INT8_OUTPUTS = 64, 32
+"""An 8-bit layer has a multiple of these."""
 
 
 @dataclass(frozen=True, slots=True)
 class Int8Weights:
-    """A linear layer as `multiply_int8` takes it. Its inputs fill its groups, and its outputs its panels, exactly."""
+    """A linear layer in 8 bits: weights as `Kernels.pack_int8` makes them, bias (outputs,)."""
 
-    weights: torch.Tensor
-    scales: torch.Tensor
-    bias: torch.Tensor | None
+    packed: torch.Tensor
+    outputs: int
+    inputs: int
+    bias: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +74,7 @@ class Int8Layer:
 
 
 class _Product(ctypes.Structure):
-    _fields_ = [(n, _POINTER) for n in ("weights", "scales", "bias")] + [(n, _INT) for n in ("groups", "panels")]
+    _fields_ = [(n, _POINTER) for n in ("packed", "bias")] + [(n, _INT) for n in ("outputs", "inputs")]
 
 
 class _Layer(ctypes.Structure):
@@ -94,7 +95,7 @@ class LayerKernels:
         self._width = (layer.heads + 2 * layer.kv_heads) * layer.size
         products = {name: _product(getattr(layer, name)) for name in ("qkv", "o", "gate_up", "down")}
         norms = {n: _pointer(getattr(layer, n)) for n in ("attention_norm", "mlp_norm", "query_norm", "key_norm")}
-        sizes = {"hidden": len(layer.attention_norm), "inner": products["down"].groups * INT8_GROUP}
+        sizes = {"hidden": len(layer.attention_norm), "inner": layer.down.inputs}
         heads = {name: getattr(layer, name) for name in ("heads", "kv_heads", "size", "epsilon")}
         self._layer = ctypes.byref(_Layer(**sizes, **heads, **norms, **products))
 
@@ -115,8 +116,7 @@ class LayerKernels:
 
 
 def _product(layer: Int8Weights) -> _Product:
-    panels, groups = layer.scales.shape[:2]
-    return _Product(layer.weights.data_ptr(), layer.scales.data_ptr(), _pointer(layer.bias), groups, panels)
+    return _Product(layer.packed.data_ptr(), _pointer(layer.bias), layer.outputs, layer.inputs)
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:
@@ -131,10 +131,8 @@ class Kernels:
         for name, signature in _SIGNATURES.items():
             getattr(library, name).argtypes = signature
             getattr(library, name).restype = ctypes.c_int if name in _CAN_FAIL else None
-        library.int8_depth.restype = _INT
+        library.int8_bytes.restype = _INT
         self._library = library
-        self.int8_depth: int = library.int8_depth()
-        """Inputs of one output that stand together in the weights of `multiply_int8`: what suits the processor."""
 
     def attend_singles(
         self,
@@ -200,22 +198,23 @@ class Kernels:
         n, heads, size = x.shape
         self._library.rotate(x.data_ptr(), cosine.data_ptr(), sine.data_ptr(), n, heads, size, x.stride(0))
 
-    def multiply_int8(self, x: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """x (rows, 64 * groups) times 8-bit weights (panels, groups, 64 / d, 16, d) with scales (panels, groups, 16).
+    def pack_int8(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Int8Weights:
+        """A layer (outputs, inputs) in 8 bits, or in what this processor multiplies fast (native/int8.c)."""
+        outputs, inputs = weight.shape
+        packed = torch.empty(self._library.int8_bytes(outputs, inputs), dtype=torch.uint8)
+        self._library.pack_int8(packed.data_ptr(), weight.contiguous().data_ptr(), outputs, inputs)
+        return Int8Weights(packed, outputs, inputs, bias)
 
-        Input k of output o stands at weights[o // 16, k // 64, k % 64 // d, o % 16, k % d], plus 128, where d is
-        `int8_depth`. Inputs are quantized in the same groups, row by row. Returns (rows, 16 * panels).
-        """
-        panels, groups = scales.shape[:2]
-        out = torch.empty(len(x), panels * INT8_PANEL)
+    def multiply_int8(self, x: torch.Tensor, weights: Int8Weights) -> torch.Tensor:
+        """x (rows, inputs), quantized row by row, times weights: (rows, outputs), without the bias."""
+        out = torch.empty(len(x), weights.outputs)
         failed = self._library.multiply_int8(
             out.data_ptr(),
             x.data_ptr(),
-            weights.data_ptr(),
-            scales.data_ptr(),
+            weights.packed.data_ptr(),
             len(x),
-            groups,
-            panels,
+            weights.outputs,
+            weights.inputs,
             x.stride(0),
         )
         if failed:

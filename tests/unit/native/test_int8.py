@@ -7,9 +7,9 @@ import platform
 import pytest
 import torch
 
-from fastchat_grpc.models.quantization import Int8Linear, pack_int8
+from fastchat_grpc.models.quantization import Int8Linear
 from fastchat_grpc.native import kernels as native
-from fastchat_grpc.native.kernels import INT8_GROUP, Kernels
+from fastchat_grpc.native.kernels import INT8_INPUTS, Kernels
 
 
 @pytest.fixture(scope="module", params=["native", "portable"])
@@ -30,28 +30,40 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Kernels(path)
 
 
-def levels(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (rows, inputs) as integers (rows, groups, 64) and scales (rows, groups)."""
-    grouped = torch.nn.functional.pad(x, (0, -x.shape[1] % INT8_GROUP)).view(len(x), -1, INT8_GROUP)
-    top = grouped.abs().amax(-1, keepdim=True)
-    inverse = torch.where(top > 0, 127 / top, 0.0)
-    return (grouped * inverse).round().to(torch.int64), (top / 127)[..., 0]
+def quantized(x: torch.Tensor) -> torch.Tensor:
+    """What is left of x (rows, inputs) in 8 bits: levels of -127 to 127 of the largest number among 64."""
+    grouped = torch.nn.functional.pad(x, (0, -x.shape[1] % INT8_INPUTS)).view(len(x), -1, INT8_INPUTS).double()
+    scale = grouped.abs().amax(-1, keepdim=True) / 127
+    levels = torch.where(scale > 0, grouped / scale, 0.0).round()
+    return (levels * scale).flatten(1)[:, : x.shape[1]]
 
 
-def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    (a, s), (b, t) = levels(x), levels(weight)
-    return (torch.einsum("ngk,ogk->nog", a, b).double() * s[:, None] * t[None]).sum(-1)
+def weights_of(layer: Int8Linear) -> torch.Tensor:
+    """The weights that a layer multiplies by, (outputs, inputs); a row of one number has no rounding."""
+    return layer(torch.eye(layer.in_features)).t().double()
 
 
 @pytest.mark.parametrize(("out", "inputs"), [(32, 64), (96, 192), (7, 64), (50, 100), (1, 1)])
-@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 13, 32])
+@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 8, 9, 13, 32])
 def test_products_are_those_of_the_integers(kernels: Kernels, rows: int, out: int, inputs: int) -> None:
     generator = torch.Generator().manual_seed(rows * 1000 + out)
     x = torch.randn(rows, inputs, generator=generator) * torch.logspace(-2, 2, rows)[:, None]
     weight, bias = torch.randn(out, inputs, generator=generator), torch.randn(out, generator=generator)
-    torch.testing.assert_close(
-        Int8Linear(weight, bias, kernels)(x).double(), product(x, weight) + bias, rtol=1e-5, atol=1e-4
-    )
+    expected = quantized(x) @ weights_of(Int8Linear(weight, None, kernels)).t() + bias
+    torch.testing.assert_close(Int8Linear(weight, bias, kernels)(x).double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_weights_stay_within_two_hundredths(kernels: Kernels) -> None:
+    weight = torch.randn(96, 640) * torch.logspace(-3, 3, 96)[:, None]
+    kept = weights_of(Int8Linear(weight, None, kernels))
+    assert ((kept - weight).norm(dim=1) / weight.norm(dim=1)).max() < 0.02
+    assert ((kept - weight).abs().amax(1) / weight.abs().amax(1)).max() < 1 / 60
+
+
+def test_the_largest_products_do_not_overflow(kernels: Kernels) -> None:
+    for x, weight in ((1.0, 1.0), (1.0, -1.0), (-1.0, 1.0), (-1.0, -1.0)):
+        layer = Int8Linear(torch.full((32, 1024), weight), None, kernels)
+        torch.testing.assert_close(layer(torch.full((9, 1024), x)), torch.full((9, 32), 1024 * x * weight))
 
 
 def test_a_row_gives_the_same_bits_whatever_stands_beside_it(kernels: Kernels) -> None:
@@ -78,7 +90,5 @@ def test_shapes_beyond_a_matrix_and_strided_inputs_are_taken(kernels: Kernels) -
     assert layer(torch.zeros(2, 64)).eq(0).all()
 
 
-def test_packed_weights_hold_a_zero_matrix_exactly() -> None:
-    packed, scales = pack_int8(torch.zeros(32, 64), 4)
-    assert packed.eq(128).all()
-    assert scales.eq(0).all()
+def test_a_matrix_of_zeros_stays_one(kernels: Kernels) -> None:
+    assert Int8Linear(torch.zeros(32, 64), None, kernels)(torch.randn(3, 64)).eq(0).all()
