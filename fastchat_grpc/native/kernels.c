@@ -8,6 +8,8 @@
 // Tokens that attention takes at a time, and how many tokens before their use keys and values are sent for.
 #define TOKENS 4
 #define AHEAD 8
+// Query tokens of a prompt that share what is read of each.
+#define ROWS 4
 
 typedef float vector __attribute__((vector_size(32), aligned(4), may_alias));
 
@@ -56,74 +58,135 @@ INLINE void rows_of(const float **rows, const float *base, const int64_t *places
     }
 }
 
-// Attention of `group` query heads that share one key head: one query token over `length` places of the pool.
-// scores (group, length + TOKENS)
-INLINE void attend_group(float *restrict out, const float *restrict query, const float *restrict keys,
-                         const float *restrict values, const int64_t *restrict places, int64_t first, int64_t length,
-                         int64_t group, int64_t size, int64_t value_size, int64_t key_stride, int64_t value_stride,
-                         float scale, float *restrict scores) {
-    const float *rows[TOKENS];
-    int64_t width = length + TOKENS;
-    for (int64_t t = first; t < length; t += TOKENS) {
-        rows_of(rows, keys, places, t, length, key_stride, size);
-        for (int64_t g = 0; g < group; g++) score_tokens(scores + g * width + t, query + g * size, rows, size, scale);
+// Successive query tokens of one sequence, at most ROWS, whose `group` query heads share a key head. The last of them
+// sees `length` places of the pool, each before it one less.
+typedef struct {
+    float *out;          // (rows, group, value_size) with rows of out_stride
+    const float *query;  // (rows, group, size) with rows of query_stride
+    const float *keys, *values;
+    const int64_t *places;
+    int64_t rows, length, group, out_stride, query_stride, key_stride, value_stride, window;
+    float scale;
+} Attention;
+
+INLINE int64_t first_seen(const Attention *a, int64_t length) {
+    return a->window > 0 && length > a->window ? length - a->window : 0;
+}
+
+// scores (rows, group, length + TOKENS)
+INLINE void attend(const Attention *a, int64_t size, int64_t value_size, float *restrict scores) {
+    const float *tokens[TOKENS];
+    int64_t rows = a->rows, group = a->group, width = a->length + TOKENS;
+    int64_t first = first_seen(a, a->length - rows + 1);
+    for (int64_t t = first; t < a->length; t += TOKENS) {
+        rows_of(tokens, a->keys, a->places, t, a->length, a->key_stride, size);
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t g = 0; g < group; g++)
+                score_tokens(scores + (r * group + g) * width + t, a->query + r * a->query_stride + g * size, tokens,
+                             size, a->scale);
     }
-    memset(out, 0, sizeof(float) * group * value_size);
-    for (int64_t g = 0; g < group; g++) {
-        float *restrict s = scores + g * width;
-        float top = -INFINITY, total = 0.0f;
-        #pragma omp simd reduction(max : top)
-        for (int64_t t = first; t < length; t++) top = s[t] > top ? s[t] : top;
-        #pragma omp simd reduction(+ : total)
-        for (int64_t t = first; t < length; t++) {
-            s[t] = exp_negative(s[t] - top);
-            total += s[t];
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t length = a->length - rows + r + 1, begin = first_seen(a, length);
+        memset(a->out + r * a->out_stride, 0, sizeof(float) * group * value_size);
+        for (int64_t g = 0; g < group; g++) {
+            float *restrict s = scores + (r * group + g) * width;
+            float top = -INFINITY, total = 0.0f;
+            #pragma omp simd reduction(max : top)
+            for (int64_t t = begin; t < length; t++) top = s[t] > top ? s[t] : top;
+            #pragma omp simd reduction(+ : total)
+            for (int64_t t = begin; t < length; t++) {
+                s[t] = exp_negative(s[t] - top);
+                total += s[t];
+            }
+            float inverse = 1.0f / total;
+            #pragma omp simd
+            for (int64_t t = begin; t < length; t++) s[t] *= inverse;
+            for (int64_t t = first; t < begin; t++) s[t] = 0.0f;
+            for (int64_t t = length; t < width; t++) s[t] = 0.0f;
         }
-        float inverse = 1.0f / total;
-        #pragma omp simd
-        for (int64_t t = first; t < length; t++) s[t] *= inverse;
-        for (int64_t t = length; t < width; t++) s[t] = 0.0f;
     }
-    for (int64_t t = first; t < length; t += TOKENS) {
-        rows_of(rows, values, places, t, length, value_stride, value_size);
-        for (int64_t g = 0; g < group; g++) add_values(out + g * value_size, scores + g * width + t, rows, value_size);
+    for (int64_t t = first; t < a->length; t += TOKENS) {
+        rows_of(tokens, a->values, a->places, t, a->length, a->value_stride, value_size);
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t g = 0; g < group; g++)
+                add_values(a->out + r * a->out_stride + g * value_size, scores + (r * group + g) * width + t, tokens,
+                           value_size);
     }
 }
 
-// One query token per sequence over contexts in the pool.
-//   out (n, kv_heads * group, value_size); query (n, kv_heads * group, size) with rows of query_stride
-//   keys (tokens, kv_heads, size); values (tokens, kv_heads, value_size)
-//   places (n, longest); lengths (n); window 0: none
+// Attention over contexts in the pool: a sequence's last `rows` tokens ask, of `total` places.
+//   out (rows, kv_heads * group, value_size); query (rows, kv_heads * group, size) with rows of query_stride
+//   keys (tokens, kv_heads, size); values (tokens, kv_heads, value_size); window 0: none
+typedef struct {
+    float *out;
+    const float *query, *keys, *values;
+    const int64_t *places;
+    int64_t rows, total;
+} Piece;
+
+typedef struct {
+    int64_t kv_heads, group, size, value_size, query_stride, window;
+    float scale;
+} Shape;
+
+// Key head h for `rows` query tokens of a piece, from `begin`.
+INLINE void attend_head(const Shape *s, const Piece *p, int64_t begin, int64_t rows, int64_t h, float *scores) {
+    int64_t size = s->size, value_size = s->value_size, out_stride = s->kv_heads * s->group * value_size;
+    Attention a = {
+        .out = p->out + begin * out_stride + h * s->group * value_size,
+        .query = p->query + begin * s->query_stride + h * s->group * size,
+        .keys = p->keys + h * size, .values = p->values + h * value_size, .places = p->places,
+        .rows = rows, .length = p->total - p->rows + begin + rows, .group = s->group, .out_stride = out_stride,
+        .query_stride = s->query_stride, .key_stride = s->kv_heads * size, .value_stride = s->kv_heads * value_size,
+        .window = s->window, .scale = s->scale,
+    };
+    // The usual sizes as constants, which compilers unroll.
+    if (size == 64 && value_size == 64) attend(&a, 64, 64, scores);
+    else if (size == 128 && value_size == 128) attend(&a, 128, 128, scores);
+    else attend(&a, size, value_size, scores);
+}
+
+// One query token per sequence: out, query (n, ...), places (n, longest), lengths (n).
 // Returns 0, or 1 where there is no memory.
 int attend_singles(float *out, const float *query, const float *keys, const float *values, const int64_t *places,
-                   const int64_t *lengths, int64_t n, int64_t longest, int64_t kv_heads, int64_t group, int64_t size,
-                   int64_t value_size, int64_t query_stride, int64_t window, float scale) {
-    int64_t work = n * longest * kv_heads * group * size;
-    int64_t chunk = n > 1 ? kv_heads : 1;  // one thread for a sequence, whose heads' keys are neighbours in memory
+                   const int64_t *lengths, int64_t n, int64_t longest, const Shape *shape) {
+    int64_t heads = shape->kv_heads * shape->group, work = n * longest * heads * shape->size;
+    int64_t chunk = n > 1 ? shape->kv_heads : 1;  // one thread for a sequence, whose heads' keys are neighbours in memory
     int failed = 0;
     #pragma omp parallel if (work > PARALLEL_FROM)
     {
-        float *scores = malloc(sizeof(float) * group * (longest + TOKENS));
+        float *scores = malloc(sizeof(float) * shape->group * (longest + TOKENS));
         #pragma omp for collapse(2) schedule(dynamic, chunk)
         for (int64_t i = 0; i < n; i++) {
-            for (int64_t h = 0; h < kv_heads; h++) {
-                if (scores == NULL) {
-                    failed = 1;
-                    continue;
-                }
-                int64_t length = lengths[i];
-                int64_t first = window > 0 && length > window ? length - window : 0;
-                float *o = out + (i * kv_heads + h) * group * value_size;
-                const float *q = query + i * query_stride + h * group * size;
-                const float *k = keys + h * size, *v = values + h * value_size;
-                const int64_t *p = places + i * longest;
-                if (size == 64 && value_size == 64)
-                    attend_group(o, q, k, v, p, first, length, group, 64, 64, kv_heads * 64, kv_heads * 64, scale, scores);
-                else if (size == 128 && value_size == 128)
-                    attend_group(o, q, k, v, p, first, length, group, 128, 128, kv_heads * 128, kv_heads * 128, scale, scores);
-                else
-                    attend_group(o, q, k, v, p, first, length, group, size, value_size, kv_heads * size,
-                                 kv_heads * value_size, scale, scores);
+            for (int64_t h = 0; h < shape->kv_heads; h++) {
+                Piece piece = {out + i * heads * shape->value_size, query + i * shape->query_stride, keys, values,
+                               places + i * longest, 1, lengths[i]};
+                if (scores == NULL) failed = 1;
+                else attend_head(shape, &piece, 0, 1, h, scores);
+            }
+        }
+        free(scores);
+    }
+    return failed;
+}
+
+// Successive query tokens of one sequence, the last of its `total` places: out, query (n, ...), places (total).
+// Returns 0, or 1 where there is no memory.
+int attend_piece(float *out, const float *query, const float *keys, const float *values, const int64_t *places,
+                 int64_t n, int64_t total, const Shape *shape) {
+    Piece piece = {out, query, keys, values, places, n, total};
+    int64_t work = n * total * shape->kv_heads * shape->group * shape->size;
+    int failed = 0;
+    #pragma omp parallel if (work > PARALLEL_FROM)
+    {
+        float *scores = malloc(sizeof(float) * ROWS * shape->group * (total + TOKENS));
+        // Backwards, as the last see most.
+        #pragma omp for collapse(2) schedule(dynamic)
+        for (int64_t tile = (n - 1) / ROWS; tile >= 0; tile--) {
+            for (int64_t h = 0; h < shape->kv_heads; h++) {
+                int64_t begin = tile * ROWS, rows = n - begin < ROWS ? n - begin : ROWS;
+                if (scores == NULL) failed = 1;
+                else attend_head(shape, &piece, begin, rows, h, scores);
             }
         }
         free(scores);

@@ -29,7 +29,8 @@ FOLDER = Path(__file__).parent
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
-    "attend_singles": (*[_POINTER] * 6, *[_INT] * 8, _FLOAT),
+    "attend_singles": (*[_POINTER] * 6, *[_INT] * 2, _POINTER),
+    "attend_piece": (*[_POINTER] * 5, *[_INT] * 2, _POINTER),
     "store": (*[_POINTER] * 3, *[_INT] * 3),
     "rms_norm": (*[_POINTER] * 3, *[_INT] * 2, *[_FLOAT] * 2),
     "silu_and_multiply": (*[_POINTER] * 3, *[_INT] * 4),
@@ -40,7 +41,7 @@ _SIGNATURES = {
     "before_attention": (*[_POINTER] * 5, _INT),
     "after_attention": (*[_POINTER] * 4, _INT),
 }
-_CAN_FAIL = {"attend_singles", "multiply_int8", "before_attention", "after_attention"}
+_CAN_FAIL = {"attend_singles", "attend_piece", "multiply_int8", "before_attention", "after_attention"}
 INT8_INPUTS, INT8_OUTPUTS = 64, 32
 """An 8-bit layer has a multiple of these."""
 
@@ -71,6 +72,13 @@ class Int8Layer:
     o: Int8Weights
     gate_up: Int8Weights
     down: Int8Weights
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [
+        *((n, _INT) for n in ("kv_heads", "group", "size", "value_size", "query_stride", "window")),
+        ("scale", _FLOAT),
+    ]
 
 
 class _Product(ctypes.Structure):
@@ -115,6 +123,12 @@ class LayerKernels:
         return out
 
 
+def _shape(query: torch.Tensor, values: torch.Tensor, scale: float, window: int | None) -> _Shape:
+    heads, size = query.shape[1:]
+    kv_heads, value_size = values.shape[1:]
+    return _Shape(kv_heads, heads // kv_heads, size, value_size, query.stride(0), window or 0, scale)
+
+
 def _product(layer: Int8Weights) -> _Product:
     return _Product(layer.packed.data_ptr(), _pointer(layer.bias), layer.outputs, layer.inputs)
 
@@ -145,9 +159,7 @@ class Kernels:
         window: int | None,
     ) -> torch.Tensor:
         """As `attention.attend_singles`."""
-        n, heads, size = query.shape
-        kv_heads, value_size = values.shape[1:]
-        out = torch.empty(n, heads, value_size)
+        out = torch.empty(*query.shape[:2], values.shape[2])
         failed = self._library.attend_singles(
             out.data_ptr(),
             query.data_ptr(),
@@ -155,19 +167,37 @@ class Kernels:
             values.data_ptr(),
             contexts.data_ptr(),
             lengths.data_ptr(),
-            n,
+            len(query),
             contexts.shape[1],
-            kv_heads,
-            heads // kv_heads,
-            size,
-            value_size,
-            query.stride(0),
-            window or 0,
-            scale,
+            ctypes.byref(_shape(query, values, scale, window)),
         )
         if failed:
             raise MemoryError("no memory for attention scores")
         return out
+
+    def attend_piece(
+        self,
+        out: torch.Tensor,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        context: torch.Tensor,
+        scale: float,
+        window: int | None,
+    ) -> None:
+        """As `attention.attend_piece` to `out`, contiguous, over keys and values that stand in a pool at `context`."""
+        failed = self._library.attend_piece(
+            out.data_ptr(),
+            query.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            context.data_ptr(),
+            len(query),
+            len(context),
+            ctypes.byref(_shape(query, values, scale, window)),
+        )
+        if failed:
+            raise MemoryError("no memory for attention scores")
 
     def store(self, pool: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> None:
         """pool[places] = rows; (tokens, heads, size), (n, heads, size) and (n,)."""

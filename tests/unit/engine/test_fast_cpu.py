@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from fastchat_grpc.engine import model_runner
-from fastchat_grpc.engine.attention import WholeStep, attend_singles, running
+from fastchat_grpc.engine.attention import WholeStep, attend_piece, attend_singles, running
 from fastchat_grpc.engine.fast_cpu import FastLayer, fuse, speed_up
 from fastchat_grpc.engine.model_runner import make_packed_runner
 from fastchat_grpc.models.cpu_linear import OneDnnLinear
@@ -142,6 +142,21 @@ def test_native_attention_equals_torchs(heads, kv_heads, size, window):
     lengths = torch.tensor([1, 90, 33, 7, 64, 8])
     arguments = query, keys, values, contexts, lengths, size**-0.5, window
     assert torch.allclose(kernels().attend_singles(*arguments), attend_singles(*arguments), atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(9, 3, 64), (4, 4, 128), (6, 2, 20)])
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize(("count", "total"), [(1, 1), (3, 3), (4, 90), (21, 21), (22, 133)])
+def test_native_attention_of_a_piece_equals_torchs(heads, kv_heads, size, window, count, total):
+    torch.manual_seed(0)
+    keys, values = torch.randn(300, kv_heads, size), torch.randn(300, kv_heads, size)
+    query = torch.randn(count, heads + 2, size)[:, :heads]
+    context = torch.randperm(300)[:total]
+    out = torch.full((count, heads, size), float("nan"))
+    kernels().attend_piece(out, query, keys, values, context, size**-0.5, window)
+    expected = attend_piece(query, keys[context], values[context], size**-0.5, window)
+    assert torch.allclose(out, expected, atol=1e-5)
 
 
 @needs_kernels
