@@ -27,8 +27,7 @@ class Int8Linear(PackedLinear):
         self._kernels = kernels
         self._padding = -self.in_features % INT8_INPUTS
         padded = nn.functional.pad(weight, (0, self._padding, 0, -self.out_features % INT8_OUTPUTS))
-        self._bias = None if bias is None else bias.detach()
-        self._weights = kernels.pack_int8(padded, self._bias)
+        self._weights = kernels.pack_int8(padded, None if bias is None else bias.detach())
 
     @property
     def exact(self) -> Int8Weights | None:
@@ -45,8 +44,8 @@ class Int8Linear(PackedLinear):
         y = self._kernels.multiply_int8(rows, self._weights)
         if y.shape[1] != self.out_features:
             y = y[:, : self.out_features]
-        if self._bias is not None:
-            y += self._bias
+        if self._weights.bias is not None:
+            y += self._weights.bias
         return y.view(*x.shape[:-1], self.out_features) if x.dim() != 2 else y
 
 

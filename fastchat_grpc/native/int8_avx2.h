@@ -32,13 +32,6 @@ typedef struct {
 // A panel is its groups, then a scale for each output.
 INLINE int64_t panel_bytes(int64_t groups) { return groups * sizeof(Group) + PANEL * sizeof(float); }
 
-INLINE float top_of(const float *x, int64_t size) {
-    float top = 0.0f;
-    #pragma omp simd reduction(max : top)
-    for (int64_t i = 0; i < size; i++) top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
-    return top;
-}
-
 // One group's weights x of output o, whose multiples are of `unit`.
 INLINE void pack_group(Group *group, int64_t o, const float *x, float unit) {
     int32_t sum = 0;

@@ -38,9 +38,7 @@ static void pack_panel(uint8_t *panel, const float *weights, int64_t groups) {
         uint8_t *half = panel + o / LANES * half_bytes(groups);
         float *scales = (float *)(panel + 2 * half_bytes(groups)) + o / LANES * groups * LANES;
         for (int64_t g = 0; g < groups; g++, weights += GROUP) {
-            float top = 0.0f;
-            for (int i = 0; i < GROUP; i++) top = fabsf(weights[i]) > top ? fabsf(weights[i]) : top;
-            float inverse = top > 0.0f ? 127.0f / top : 0.0f;
+            float top = top_of(weights, GROUP), inverse = top > 0.0f ? 127.0f / top : 0.0f;
             for (int i = 0; i < GROUP; i++) {
                 int64_t place = ((g * GROUP + i) / DEPTH * LANES + o % LANES) * DEPTH + i % DEPTH;
                 half[place] = (uint8_t)((int32_t)rintf(weights[i] * inverse) + 128);
@@ -53,10 +51,7 @@ static void pack_panel(uint8_t *panel, const float *weights, int64_t groups) {
 // One row to levels of -127 to 127.
 INLINE void quantize_row(level *restrict q, Scale *restrict scales, const float *restrict x, int64_t groups) {
     for (int64_t g = 0; g < groups; g++, x += GROUP, q += GROUP) {
-        float top = 0.0f;
-        #pragma omp simd reduction(max : top)
-        for (int i = 0; i < GROUP; i++) top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
-        float inverse = top > 0.0f ? 127.0f / top : 0.0f;
+        float top = top_of(x, GROUP), inverse = top > 0.0f ? 127.0f / top : 0.0f;
         int32_t sum = 0;
         #pragma omp simd reduction(+ : sum)
         for (int i = 0; i < GROUP; i++) {

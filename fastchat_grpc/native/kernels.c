@@ -58,92 +58,79 @@ INLINE void rows_of(const float **rows, const float *base, const int64_t *places
     }
 }
 
-// Successive query tokens of one sequence, at most ROWS, whose `group` query heads share a key head. The last of them
-// sees `length` places of the pool, each before it one less.
-typedef struct {
-    float *out;          // (rows, group, value_size) with rows of out_stride
-    const float *query;  // (rows, group, size) with rows of query_stride
-    const float *keys, *values;
-    const int64_t *places;
-    int64_t rows, length, group, out_stride, query_stride, key_stride, value_stride, window;
-    float scale;
-} Attention;
-
-INLINE int64_t first_seen(const Attention *a, int64_t length) {
-    return a->window > 0 && length > a->window ? length - a->window : 0;
-}
-
-// scores (rows, group, length + TOKENS)
-INLINE void attend(const Attention *a, int64_t size, int64_t value_size, float *restrict scores) {
-    const float *tokens[TOKENS];
-    int64_t rows = a->rows, group = a->group, width = a->length + TOKENS;
-    int64_t first = first_seen(a, a->length - rows + 1);
-    for (int64_t t = first; t < a->length; t += TOKENS) {
-        rows_of(tokens, a->keys, a->places, t, a->length, a->key_stride, size);
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t g = 0; g < group; g++)
-                score_tokens(scores + (r * group + g) * width + t, a->query + r * a->query_stride + g * size, tokens,
-                             size, a->scale);
-    }
-    for (int64_t r = 0; r < rows; r++) {
-        int64_t length = a->length - rows + r + 1, begin = first_seen(a, length);
-        memset(a->out + r * a->out_stride, 0, sizeof(float) * group * value_size);
-        for (int64_t g = 0; g < group; g++) {
-            float *restrict s = scores + (r * group + g) * width;
-            float top = -INFINITY, total = 0.0f;
-            #pragma omp simd reduction(max : top)
-            for (int64_t t = begin; t < length; t++) top = s[t] > top ? s[t] : top;
-            #pragma omp simd reduction(+ : total)
-            for (int64_t t = begin; t < length; t++) {
-                s[t] = exp_negative(s[t] - top);
-                total += s[t];
-            }
-            float inverse = 1.0f / total;
-            #pragma omp simd
-            for (int64_t t = begin; t < length; t++) s[t] *= inverse;
-            for (int64_t t = first; t < begin; t++) s[t] = 0.0f;
-            for (int64_t t = length; t < width; t++) s[t] = 0.0f;
-        }
-    }
-    for (int64_t t = first; t < a->length; t += TOKENS) {
-        rows_of(tokens, a->values, a->places, t, a->length, a->value_stride, value_size);
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t g = 0; g < group; g++)
-                add_values(a->out + r * a->out_stride + g * value_size, scores + (r * group + g) * width + t, tokens,
-                           value_size);
-    }
-}
-
-// Attention over contexts in the pool: a sequence's last `rows` tokens ask, of `total` places.
-//   out (rows, kv_heads * group, value_size); query (rows, kv_heads * group, size) with rows of query_stride
-//   keys (tokens, kv_heads, size); values (tokens, kv_heads, value_size); window 0: none
-typedef struct {
-    float *out;
-    const float *query, *keys, *values;
-    const int64_t *places;
-    int64_t rows, total;
-} Piece;
-
+// What all of a step's attention has in common. window 0: none
 typedef struct {
     int64_t kv_heads, group, size, value_size, query_stride, window;
     float scale;
 } Shape;
 
-// Key head h for `rows` query tokens of a piece, from `begin`.
-INLINE void attend_head(const Shape *s, const Piece *p, int64_t begin, int64_t rows, int64_t h, float *scores) {
-    int64_t size = s->size, value_size = s->value_size, out_stride = s->kv_heads * s->group * value_size;
-    Attention a = {
-        .out = p->out + begin * out_stride + h * s->group * value_size,
-        .query = p->query + begin * s->query_stride + h * s->group * size,
-        .keys = p->keys + h * size, .values = p->values + h * value_size, .places = p->places,
-        .rows = rows, .length = p->total - p->rows + begin + rows, .group = s->group, .out_stride = out_stride,
-        .query_stride = s->query_stride, .key_stride = s->kv_heads * size, .value_stride = s->kv_heads * value_size,
-        .window = s->window, .scale = s->scale,
-    };
-    // The usual sizes as constants, which compilers unroll.
-    if (size == 64 && value_size == 64) attend(&a, 64, 64, scores);
-    else if (size == 128 && value_size == 128) attend(&a, 128, 128, scores);
-    else attend(&a, size, value_size, scores);
+// A sequence's last n tokens ask; each sees its own place in the pool and those before it, of `total`.
+typedef struct {
+    float *out;           // (n, kv_heads * group, value_size)
+    const float *query;   // (n, kv_heads * group, size) with rows of query_stride
+    const float *keys;    // (tokens, kv_heads, size), the pool
+    const float *values;  // (tokens, kv_heads, value_size)
+    const int64_t *places;
+    int64_t n, total;
+} Piece;
+
+INLINE int64_t first_seen(const Shape *shape, int64_t length) {
+    return shape->window > 0 && length > shape->window ? length - shape->window : 0;
+}
+
+// Key head h and the query heads that share it, for `rows` tokens of a piece from `begin`. Both sizes are the shape's.
+// scores (rows, group, total + TOKENS)
+INLINE void attend(const Shape *shape, const Piece *p, int64_t h, int64_t begin, int64_t rows, int64_t size,
+                   int64_t value_size, float *restrict scores) {
+    int64_t group = shape->group, key_stride = shape->kv_heads * size, value_stride = shape->kv_heads * value_size;
+    int64_t query_stride = shape->query_stride, out_stride = group * value_stride;
+    float *out = p->out + begin * out_stride + h * group * value_size;
+    const float *query = p->query + begin * query_stride + h * group * size;
+    int64_t seen = p->total - p->n + begin + 1;  // by the first row; each later one sees one more
+    int64_t longest = seen + rows - 1, width = longest + TOKENS, first = first_seen(shape, seen);
+    const float *tokens[TOKENS];
+    for (int64_t t = first; t < longest; t += TOKENS) {
+        rows_of(tokens, p->keys + h * size, p->places, t, longest, key_stride, size);
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t g = 0; g < group; g++)
+                score_tokens(scores + (r * group + g) * width + t, query + r * query_stride + g * size, tokens, size,
+                             shape->scale);
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t length = seen + r, from = first_seen(shape, length);
+        memset(out + r * out_stride, 0, sizeof(float) * group * value_size);
+        for (int64_t g = 0; g < group; g++) {
+            float *restrict s = scores + (r * group + g) * width;
+            float top = -INFINITY, total = 0.0f;
+            #pragma omp simd reduction(max : top)
+            for (int64_t t = from; t < length; t++) top = s[t] > top ? s[t] : top;
+            #pragma omp simd reduction(+ : total)
+            for (int64_t t = from; t < length; t++) {
+                s[t] = exp_negative(s[t] - top);
+                total += s[t];
+            }
+            float inverse = 1.0f / total;
+            #pragma omp simd
+            for (int64_t t = from; t < length; t++) s[t] *= inverse;
+            for (int64_t t = first; t < from; t++) s[t] = 0.0f;
+            for (int64_t t = length; t < width; t++) s[t] = 0.0f;
+        }
+    }
+    for (int64_t t = first; t < longest; t += TOKENS) {
+        rows_of(tokens, p->values + h * value_size, p->places, t, longest, value_stride, value_size);
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t g = 0; g < group; g++)
+                add_values(out + r * out_stride + g * value_size, scores + (r * group + g) * width + t, tokens,
+                           value_size);
+    }
+}
+
+// The same, with the usual sizes as constants, which compilers unroll.
+INLINE void attend_head(const Shape *shape, const Piece *p, int64_t h, int64_t begin, int64_t rows, float *scores) {
+    int64_t size = shape->size, value_size = shape->value_size;
+    if (size == 64 && value_size == 64) attend(shape, p, h, begin, rows, 64, 64, scores);
+    else if (size == 128 && value_size == 128) attend(shape, p, h, begin, rows, 128, 128, scores);
+    else attend(shape, p, h, begin, rows, size, value_size, scores);
 }
 
 // One query token per sequence: out, query (n, ...), places (n, longest), lengths (n).
@@ -162,7 +149,7 @@ int attend_singles(float *out, const float *query, const float *keys, const floa
                 Piece piece = {out + i * heads * shape->value_size, query + i * shape->query_stride, keys, values,
                                places + i * longest, 1, lengths[i]};
                 if (scores == NULL) failed = 1;
-                else attend_head(shape, &piece, 0, 1, h, scores);
+                else attend_head(shape, &piece, h, 0, 1, scores);
             }
         }
         free(scores);
@@ -186,7 +173,7 @@ int attend_piece(float *out, const float *query, const float *keys, const float 
             for (int64_t h = 0; h < shape->kv_heads; h++) {
                 int64_t begin = tile * ROWS, rows = n - begin < ROWS ? n - begin : ROWS;
                 if (scores == NULL) failed = 1;
-                else attend_head(shape, &piece, begin, rows, h, scores);
+                else attend_head(shape, &piece, h, begin, rows, scores);
             }
         }
         free(scores);

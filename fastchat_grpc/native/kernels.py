@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,7 +42,10 @@ _SIGNATURES = {
     "before_attention": (*[_POINTER] * 5, _INT),
     "after_attention": (*[_POINTER] * 4, _INT),
 }
-_CAN_FAIL = {"attend_singles", "attend_piece", "multiply_int8", "before_attention", "after_attention"}
+_MEMORY_FOR = dict.fromkeys(("attend_singles", "attend_piece"), "attention scores") | dict.fromkeys(
+    ("multiply_int8", "before_attention", "after_attention"), "quantized inputs"
+)
+"""What each kernel that allocates needs memory for; it returns 1 where there is none."""
 INT8_INPUTS, INT8_OUTPUTS = 64, 32
 """An 8-bit layer has a multiple of these."""
 
@@ -111,16 +115,19 @@ class LayerKernels:
         """Queries, keys and values (n, (heads + 2 * kv_heads) * size), rotated, of x (n, hidden), contiguous."""
         out = torch.empty(len(x), self._width)
         arguments = (out.data_ptr(), x.data_ptr(), cosine.data_ptr(), sine.data_ptr(), len(x))
-        if self._before(self._layer, *arguments):
-            raise MemoryError("no memory for quantized inputs")
+        self._before(self._layer, *arguments)
         return out
 
     def after_attention(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """The layer's output (n, hidden), of its input x and attention's output (n, heads * size), both contiguous."""
         out = torch.empty_like(x)
-        if self._after(self._layer, out.data_ptr(), x.data_ptr(), attended.data_ptr(), len(x)):
-            raise MemoryError("no memory for quantized inputs")
+        self._after(self._layer, out.data_ptr(), x.data_ptr(), attended.data_ptr(), len(x))
         return out
+
+
+def _raise_without_memory(failed: int, function: Any, arguments: tuple[Any, ...]) -> None:
+    if failed:
+        raise MemoryError(f"no memory for {_MEMORY_FOR[function.__name__]}")
 
 
 def _shape(query: torch.Tensor, values: torch.Tensor, scale: float, window: int | None) -> _Shape:
@@ -143,8 +150,10 @@ class Kernels:
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
         for name, signature in _SIGNATURES.items():
-            getattr(library, name).argtypes = signature
-            getattr(library, name).restype = ctypes.c_int if name in _CAN_FAIL else None
+            function = getattr(library, name)
+            function.argtypes, function.restype = signature, None
+            if name in _MEMORY_FOR:
+                function.restype, function.errcheck = ctypes.c_int, _raise_without_memory
         library.int8_bytes.restype = _INT
         self._library = library
 
@@ -160,7 +169,7 @@ class Kernels:
     ) -> torch.Tensor:
         """As `attention.attend_singles`."""
         out = torch.empty(*query.shape[:2], values.shape[2])
-        failed = self._library.attend_singles(
+        self._library.attend_singles(
             out.data_ptr(),
             query.data_ptr(),
             keys.data_ptr(),
@@ -171,8 +180,6 @@ class Kernels:
             contexts.shape[1],
             ctypes.byref(_shape(query, values, scale, window)),
         )
-        if failed:
-            raise MemoryError("no memory for attention scores")
         return out
 
     def attend_piece(
@@ -186,7 +193,7 @@ class Kernels:
         window: int | None,
     ) -> None:
         """As `attention.attend_piece` to `out`, contiguous, over keys and values that stand in a pool at `context`."""
-        failed = self._library.attend_piece(
+        self._library.attend_piece(
             out.data_ptr(),
             query.data_ptr(),
             keys.data_ptr(),
@@ -196,8 +203,6 @@ class Kernels:
             len(context),
             ctypes.byref(_shape(query, values, scale, window)),
         )
-        if failed:
-            raise MemoryError("no memory for attention scores")
 
     def store(self, pool: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> None:
         """pool[places] = rows; (tokens, heads, size), (n, heads, size) and (n,)."""
@@ -229,16 +234,17 @@ class Kernels:
         self._library.rotate(x.data_ptr(), cosine.data_ptr(), sine.data_ptr(), n, heads, size, x.stride(0))
 
     def pack_int8(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Int8Weights:
-        """A layer (outputs, inputs) in 8 bits, or in what this processor multiplies fast (native/int8.c)."""
+        """A float32 layer (outputs, inputs) in 8 bits, or in what this processor multiplies fast (native/int8.c)."""
+        weight = weight.contiguous()
         outputs, inputs = weight.shape
         packed = torch.empty(self._library.int8_bytes(outputs, inputs), dtype=torch.uint8)
-        self._library.pack_int8(packed.data_ptr(), weight.contiguous().data_ptr(), outputs, inputs)
+        self._library.pack_int8(packed.data_ptr(), weight.data_ptr(), outputs, inputs)
         return Int8Weights(packed, outputs, inputs, bias)
 
     def multiply_int8(self, x: torch.Tensor, weights: Int8Weights) -> torch.Tensor:
         """x (rows, inputs), quantized row by row, times weights: (rows, outputs), without the bias."""
         out = torch.empty(len(x), weights.outputs)
-        failed = self._library.multiply_int8(
+        self._library.multiply_int8(
             out.data_ptr(),
             x.data_ptr(),
             weights.packed.data_ptr(),
@@ -247,8 +253,6 @@ class Kernels:
             weights.inputs,
             x.stride(0),
         )
-        if failed:
-            raise MemoryError("no memory for quantized inputs")
         return out
 
     def layer(self, layer: Int8Layer) -> LayerKernels:

@@ -1,4 +1,4 @@
-// Operations on one row, shared by the kernels of kernels.c and int8.c.
+// Operations on one row, shared by all kernels.
 
 #pragma once
 
@@ -26,6 +26,14 @@ INLINE float exp_negative(float x) {
     p = p * r * r + r + 1.0f;
     union { int32_t i; float f; } power = { ((int32_t)n + 127) << 23 };
     return p * power.f;
+}
+
+// The largest absolute value.
+INLINE float top_of(const float *x, int64_t size) {
+    float top = 0.0f;
+    #pragma omp simd reduction(max : top)
+    for (int64_t i = 0; i < size; i++) top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
+    return top;
 }
 
 // out = x / sqrt(mean(x^2) + epsilon) * (offset + weight); out may be x.

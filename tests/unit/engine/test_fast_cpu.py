@@ -160,6 +160,14 @@ def test_native_attention_of_a_piece_equals_torchs(heads, kv_heads, size, window
 
 
 @needs_kernels
+def test_a_kernel_without_memory_says_so():
+    contexts = torch.zeros(1, 1, dtype=torch.int64).expand(1, 2**57)
+    x = torch.zeros(1, 1, 8)
+    with pytest.raises(MemoryError, match="no memory for attention scores"):
+        kernels().attend_singles(x, x, x, contexts, torch.tensor([1]), 1.0, None)
+
+
+@needs_kernels
 def test_native_attention_survives_huge_scores():
     keys = torch.full((4, 1, 8), 1e3)
     keys[2] = -1e3

@@ -30,12 +30,26 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Kernels(path)
 
 
+def grouped(x: torch.Tensor, size: int) -> torch.Tensor:
+    padded = torch.nn.functional.pad(x, (0, -x.shape[1] % INT8_INPUTS))
+    return padded.view(len(x), -1, size).double()
+
+
 def quantized(x: torch.Tensor) -> torch.Tensor:
     """What is left of x (rows, inputs) in 8 bits: levels of -127 to 127 of the largest number among 64."""
-    grouped = torch.nn.functional.pad(x, (0, -x.shape[1] % INT8_INPUTS)).view(len(x), -1, INT8_INPUTS).double()
-    scale = grouped.abs().amax(-1, keepdim=True) / 127
-    levels = torch.where(scale > 0, grouped / scale, 0.0).round()
+    groups = grouped(x, 64)
+    scale = groups.abs().amax(-1, keepdim=True) / 127
+    levels = torch.where(scale > 0, groups / scale, 0.0).round()
     return (levels * scale).flatten(1)[:, : x.shape[1]]
+
+
+def quantized_for_avx2(weight: torch.Tensor) -> torch.Tensor:
+    """Levels of -32 to 32 for each 8 inputs, in multiples of 1 to 255 of a scale for each output."""
+    groups = grouped(weight, 8)
+    top = groups.abs().amax(-1, keepdim=True)
+    unit = top.amax(1, keepdim=True) / (32 * 255)
+    scale = (top / (32 * unit) - 1e-3).ceil().clamp(1, 255) * unit
+    return ((groups / scale).round().clamp(-32, 32) * scale).flatten(1)[:, : weight.shape[1]]
 
 
 def weights_of(layer: Int8Linear) -> torch.Tensor:
@@ -51,6 +65,27 @@ def test_products_are_those_of_the_integers(kernels: Kernels, rows: int, out: in
     weight, bias = torch.randn(out, inputs, generator=generator), torch.randn(out, generator=generator)
     expected = quantized(x) @ weights_of(Int8Linear(weight, None, kernels)).t() + bias
     torch.testing.assert_close(Int8Linear(weight, bias, kernels)(x).double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("out", "inputs"), [(32, 64), (50, 100), (96, 640)])
+def test_weights_are_rounded_to_their_levels(kernels: Kernels, out: int, inputs: int) -> None:
+    weight = torch.randn(out, inputs, generator=torch.Generator().manual_seed(out))
+    kept = weights_of(Int8Linear(weight, None, kernels))
+    assert any(torch.allclose(kept, f(weight), rtol=1e-5, atol=1e-6) for f in (quantized, quantized_for_avx2))
+
+
+def test_portable_weights_have_8_bits(kernels: Kernels, request: pytest.FixtureRequest) -> None:
+    if request.node.callspec.params["kernels"] != "portable":
+        pytest.skip("the processor decides")
+    weight = torch.randn(64, 192)
+    kept = weights_of(Int8Linear(weight, None, kernels))
+    torch.testing.assert_close(kept, quantized(weight), rtol=1e-5, atol=1e-6)
+
+
+def test_weights_that_do_not_stand_row_by_row_are_packed(kernels: Kernels) -> None:
+    weight, x = torch.randn(64, 32), torch.randn(3, 64)
+    packed = kernels.pack_int8(weight.t())
+    assert torch.equal(kernels.multiply_int8(x, packed), Int8Linear(weight.t().contiguous(), None, kernels)(x))
 
 
 def test_weights_stay_within_two_hundredths(kernels: Kernels) -> None:
