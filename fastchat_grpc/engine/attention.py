@@ -21,8 +21,17 @@ from fastchat_grpc.native.kernels import Kernels, rows_are_plain
 PACKED = "fastchat_packed"
 
 
+Singles = tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]
+"""Keys, values, places, contexts and lengths of a `PagedStep`."""
+
+
 class Step(Protocol):
     """One step's attention."""
+
+    @property
+    def singles(self) -> Singles | None:
+        """What a kernel needs to know of a step of single tokens; None where the step is no such, or no kernel can."""
+        ...
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
@@ -134,6 +143,12 @@ class PagedStep:
     prefills: tuple[Prefill, ...]
     kernels: Kernels | None = None
 
+    @property
+    def singles(self) -> Singles | None:
+        if self.prefills or self.kernels is None:
+            return None
+        return self.keys, self.values, self.places, self.contexts, self.lengths
+
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
     ) -> torch.Tensor:
@@ -221,6 +236,7 @@ class WholeStep:
     lengths: list[int]
     shapes: dict[int, tuple[int, int, int, torch.dtype, torch.device]] = field(default_factory=dict)
     """layer -> heads, key size, value size, dtype, device."""
+    singles: None = None
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None

@@ -3,7 +3,8 @@
 At a few rows per step, a layer of transformers costs as much in Python and small operations as in its
 products. Layers of the families below are all the same computation, so here it is written once, over the
 packed row of a step: fused products with weights laid out for the machine (oneDNN), and the kernels of
-native/kernels.c between them; with 8-bit weights, what stands around attention is two calls (native/int8.c).
+native/kernels.c between them; with 8-bit weights, what stands around attention is two calls (native/int8.c), and
+a step of single tokens is one call for all layers (native/decode.c).
 Outside a packed step a layer runs as transformers wrote it. Whoever speeds a model up checks its outputs
 against those from before, and can undo it.
 """
@@ -19,7 +20,7 @@ import torch
 from fastchat_grpc.engine.attention import current_step
 from fastchat_grpc.models.cpu_linear import OneDnnLinear
 from fastchat_grpc.models.quantization import Int8Linear
-from fastchat_grpc.native.kernels import Int8Layer, Kernels, LayerKernels
+from fastchat_grpc.native.kernels import DecodeKernel, Int8Layer, Kernels, LayerKernels
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ def speed_up(model: Any, kernels: Kernels) -> Undo | None:
     done: list[Undo] = []
     for layer in layers:
         done.append(_speed_up_layer(layer, kernels))
+    if len(layers) == model.config.get_text_config().num_hidden_layers:
+        _decode_together([layer.forward for layer in layers], kernels)
     head = model.get_output_embeddings()
     if _weights(head) is not None:
         model.set_output_embeddings(fuse([head]))
@@ -88,6 +91,8 @@ class FastLayer:
         self._gate_up = fuse([mlp.gate_proj, mlp.up_proj])
         self._down = fuse([mlp.down_proj])
         self._whole = self._in_8_bits()
+        self.decoder: DecodeKernel | None = None
+        """All layers of the model, for steps of single tokens."""
 
     def _in_8_bits(self) -> LayerKernels | None:
         """What stands around attention as two calls, where all weights have 8 bits."""
@@ -103,7 +108,9 @@ class FastLayer:
             heads=self._heads,
             kv_heads=self._kv_heads,
             size=self._size,
+            window=self._window,
             epsilon=epsilons.pop(),
+            scale=self._scale,
             attention_norm=norms[0],
             mlp_norm=norms[1],
             query_norm=norms[2],
@@ -122,6 +129,9 @@ class FastLayer:
             return out
         kernels, x = self._kernels, hidden_states[0]
         cosine, sine = (part[0] for part in kwargs["position_embeddings"])
+        if self.decoder is not None and (singles := step.singles) is not None:
+            # The first layer computes all of them, and the others hand it on.
+            return hidden_states if self._index > 0 else self.decoder(x, cosine, sine, *singles)[None]
         if self._whole is not None:
             qkv = self._whole.before_attention(x, cosine, sine)
             return self._whole.after_attention(x, self._attend(step, qkv))[None]
@@ -195,6 +205,16 @@ def _suits(layer: Any) -> bool:
         and not hasattr(layer, "_hf_hook")
         and attention.config.num_attention_heads % attention.config.num_key_value_heads == 0
     )
+
+
+def _decode_together(layers: Sequence[FastLayer], kernels: Kernels) -> None:
+    """Let steps of single tokens run through all layers, given in order, in one call, where all are in 8 bits."""
+    wholes = [layer._whole for layer in layers]
+    known = [whole for whole in wholes if whole is not None]
+    if len(known) == len(wholes) and [layer._index for layer in layers] == list(range(len(layers))):
+        decoder = kernels.decoder(known)
+        for layer in layers:
+            layer.decoder = decoder
 
 
 def _speed_up_layer(layer: Any, kernels: Kernels) -> Undo:

@@ -7,6 +7,7 @@
 
 #include <omp.h>
 
+#include "decode.h"
 #include "rows.h"
 
 #define GROUP 64
@@ -45,13 +46,6 @@ INLINE void quantize(const Rows *rows, int64_t i, const float *x, int64_t inputs
     int64_t groups = inputs / GROUP;
     quantize_row(rows->q + i * groups * GROUP, rows->scales + i * groups, x, groups);
 }
-
-// One linear layer.
-typedef struct {
-    const uint8_t *packed;
-    const float *bias;  // (outputs), or NULL
-    int64_t outputs, inputs;
-} Product;
 
 // out (n, outputs) = rows times weights, without bias. To be called by all threads of a team.
 INLINE void multiply(const Rows *rows, const Product *p, float *restrict out) {
@@ -103,15 +97,6 @@ int multiply_int8(float *out, const float *x, const uint8_t *packed, int64_t n, 
 // At a few rows per step, calls and the waking of threads cost as much as products. So what stands before attention
 // is one call with one team of threads, and so is what stands behind it.
 
-// A Llama-shaped layer: (n, hidden) in and out, an MLP of `inner`. Products fit these sizes exactly.
-typedef struct {
-    int64_t hidden, inner, heads, kv_heads, size;
-    float epsilon;
-    const float *attention_norm, *mlp_norm;  // (hidden)
-    const float *query_norm, *key_norm;      // (size), or NULL
-    Product qkv, o, gate_up, down;
-} Layer;
-
 INLINE void add_bias(float *restrict row, const Product *p) {
     if (p->bias == NULL) return;
     #pragma omp simd
@@ -158,8 +143,8 @@ int before_attention(const Layer *layer, float *qkv, const float *x, const float
     return failed;
 }
 
-// out (n, hidden) = what the layer makes of its input x (n, hidden) and of attention's output (n, heads * size).
-// Returns 0, or 1 where there is no memory.
+// out (n, hidden), which may be x, = what the layer makes of its input x (n, hidden) and of attention's output
+// (n, heads * size). Returns 0, or 1 where there is no memory.
 int after_attention(const Layer *layer, float *out, const float *x, const float *attended, int64_t n) {
     int64_t hidden = layer->hidden, inner = layer->inner, attention = layer->heads * layer->size;
     int64_t widest = attention > hidden ? attention : hidden;

@@ -3,6 +3,7 @@
 //
 // Threads come from the OpenMP pool that torch has already started.
 
+#include "decode.h"
 #include "rows.h"
 
 // Tokens that attention takes at a time, and how many tokens before their use keys and values are sent for.
@@ -57,12 +58,6 @@ INLINE void rows_of(const float **rows, const float *base, const int64_t *places
         for (int64_t d = 0; d < size; d += 64 / sizeof(float)) __builtin_prefetch(later + d);
     }
 }
-
-// What all of a step's attention has in common. window 0: none
-typedef struct {
-    int64_t kv_heads, group, size, value_size, query_stride, window;
-    float scale;
-} Shape;
 
 // A sequence's last n tokens ask; each sees its own place in the pool and those before it, of `total`.
 typedef struct {

@@ -41,9 +41,10 @@ _SIGNATURES = {
     "multiply_int8": (*[_POINTER] * 3, *[_INT] * 4),
     "before_attention": (*[_POINTER] * 5, _INT),
     "after_attention": (*[_POINTER] * 4, _INT),
+    "decode": (*[_POINTER] * 3, _INT, *[_POINTER] * 2),
 }
 _MEMORY_FOR = dict.fromkeys(("attend_singles", "attend_piece"), "attention scores") | dict.fromkeys(
-    ("multiply_int8", "before_attention", "after_attention"), "quantized inputs"
+    ("multiply_int8", "before_attention", "after_attention", "decode"), "a layer's rows"
 )
 """What each kernel that allocates needs memory for; it returns 1 where there is none."""
 INT8_INPUTS, INT8_OUTPUTS = 64, 32
@@ -62,12 +63,14 @@ class Int8Weights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Int8Layer:
-    """A Llama-shaped decoder layer with 8-bit weights; norms are float32 vectors."""
+    """A Llama-shaped decoder layer with 8-bit weights; norms are float32 vectors, scale and window are attention's."""
 
     heads: int
     kv_heads: int
     size: int
+    window: int | None
     epsilon: float
+    scale: float
     attention_norm: torch.Tensor
     mlp_norm: torch.Tensor
     query_norm: torch.Tensor | None
@@ -91,8 +94,8 @@ class _Product(ctypes.Structure):
 
 class _Layer(ctypes.Structure):
     _fields_ = [
-        *((name, _INT) for name in ("hidden", "inner", "heads", "kv_heads", "size")),
-        ("epsilon", _FLOAT),
+        *((name, _INT) for name in ("hidden", "inner", "heads", "kv_heads", "size", "window")),
+        *((name, _FLOAT) for name in ("epsilon", "scale")),
         *((name, _POINTER) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
         *((name, _Product) for name in ("qkv", "o", "gate_up", "down")),
     ]
@@ -107,9 +110,10 @@ class LayerKernels:
         self._width = (layer.heads + 2 * layer.kv_heads) * layer.size
         products = {name: _product(getattr(layer, name)) for name in ("qkv", "o", "gate_up", "down")}
         norms = {n: _pointer(getattr(layer, n)) for n in ("attention_norm", "mlp_norm", "query_norm", "key_norm")}
-        sizes = {"hidden": len(layer.attention_norm), "inner": layer.down.inputs}
-        heads = {name: getattr(layer, name) for name in ("heads", "kv_heads", "size", "epsilon")}
-        self._layer = ctypes.byref(_Layer(**sizes, **heads, **norms, **products))
+        sizes = {"hidden": len(layer.attention_norm), "inner": layer.down.inputs, "window": layer.window or 0}
+        heads = {name: getattr(layer, name) for name in ("heads", "kv_heads", "size", "epsilon", "scale")}
+        self.struct = _Layer(**sizes, **heads, **norms, **products)
+        self._layer = ctypes.byref(self.struct)
 
     def before_attention(self, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
         """Queries, keys and values (n, (heads + 2 * kv_heads) * size), rotated, of x (n, hidden), contiguous."""
@@ -123,6 +127,52 @@ class LayerKernels:
         out = torch.empty_like(x)
         self._after(self._layer, out.data_ptr(), x.data_ptr(), attended.data_ptr(), len(x))
         return out
+
+
+class _Singles(ctypes.Structure):
+    _fields_ = [
+        *((name, _POINTER) for name in ("cosine", "sine", "places", "contexts", "lengths")),
+        *((name, _INT) for name in ("n", "longest")),
+    ]
+
+
+class DecodeKernel:
+    """Successive layers for steps of single tokens, in one call."""
+
+    def __init__(self, library: ctypes.CDLL, layers: Sequence[LayerKernels]) -> None:
+        self._decode = library.decode
+        self._kept = layers
+        self._layers = _pointers([ctypes.addressof(layer.struct) for layer in layers])
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        cosine: torch.Tensor,
+        sine: torch.Tensor,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        places: torch.Tensor,
+        contexts: torch.Tensor,
+        lengths: torch.Tensor,
+    ) -> torch.Tensor:
+        """The last layer's output (n, hidden) of the first one's input x; keys and values are stored on the way.
+
+        Args:
+            cosine, sine: (n, size), contiguous.
+            keys, values: per layer (tokens, kv_heads, size), the pools.
+            places: (n,) where the tokens' keys and values go.
+            contexts, lengths: as for `Kernels.attend_singles`.
+        """
+        x = x.clone(memory_format=torch.contiguous_format)
+        tensors = (cosine, sine, places, contexts, lengths)
+        singles = _Singles(*(tensor.data_ptr() for tensor in tensors), len(x), contexts.shape[1])
+        pools = [_pointers([pool.data_ptr() for pool in part]) for part in (keys, values)]
+        self._decode(self._layers, *pools, len(self._kept), x.data_ptr(), ctypes.byref(singles))
+        return x
+
+
+def _pointers(addresses: Sequence[int]) -> Any:
+    return (_POINTER * len(addresses))(*addresses)
 
 
 def _raise_without_memory(failed: int, function: Any, arguments: tuple[Any, ...]) -> None:
@@ -258,6 +308,10 @@ class Kernels:
     def layer(self, layer: Int8Layer) -> LayerKernels:
         """The kernels of one decoder layer."""
         return LayerKernels(self._library, layer)
+
+    def decoder(self, layers: Sequence[LayerKernels]) -> DecodeKernel:
+        """Successive layers as one kernel for steps of single tokens."""
+        return DecodeKernel(self._library, layers)
 
 
 def rows_are_plain(x: torch.Tensor) -> bool:

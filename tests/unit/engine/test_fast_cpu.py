@@ -6,17 +6,17 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from fastchat_grpc.engine import model_runner
-from fastchat_grpc.engine.attention import WholeStep, attend_piece, attend_singles, running
+from fastchat_grpc.engine.attention import PagedStep, WholeStep, attend_piece, attend_singles, running
 from fastchat_grpc.engine.fast_cpu import FastLayer, fuse, speed_up
 from fastchat_grpc.engine.model_runner import make_packed_runner
 from fastchat_grpc.models.cpu_linear import OneDnnLinear
 from fastchat_grpc.models.quantization import quantize_int8
-from fastchat_grpc.native.kernels import SWITCH, kernels
+from fastchat_grpc.native.kernels import SWITCH, DecodeKernel, kernels
 from tests.unit.engine.test_engine import ask, prompt
-from tests.unit.engine.tiny import Harness, greedy_by_generate, tiny
+from tests.unit.engine.tiny import VOCABULARY_SIZE, Harness, greedy_by_generate, tiny
 
 needs_kernels = pytest.mark.skipif(kernels() is None, reason="no C compiler on this machine")
 
@@ -77,15 +77,14 @@ def test_a_fast_path_that_is_wrong_is_noticed_and_undone(monkeypatch):
         assert harness.run(ask(prompt(20)))[0].tokens() == expected
 
 
-@needs_kernels
-@pytest.mark.parametrize("name", ["llama", "llama_biased", "qwen2", "qwen3"])
-@pytest.mark.parametrize("rows", [1, 40])
-def test_a_layer_in_8_bits_is_two_calls_that_give_what_its_parts_give(name, rows):
+def in_8_bits(name):
+    """A small model whose layers need no padding."""
     sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    sizes |= {"intermediate_size": 128, "vocab_size": 96, "head_dim": 32, "initializer_range": 0.4}
+    sizes |= {"intermediate_size": 128, "vocab_size": VOCABULARY_SIZE, "head_dim": 32, "initializer_range": 0.4}
     config = {
         "llama": lambda: LlamaConfig(**sizes),
         "llama_biased": lambda: LlamaConfig(**sizes, attention_bias=True, mlp_bias=True),
+        "mistral_window": lambda: MistralConfig(**sizes, sliding_window=7),
         "qwen2": lambda: Qwen2Config(**sizes),
         "qwen3": lambda: Qwen3Config(**sizes),
     }[name]()
@@ -95,6 +94,14 @@ def test_a_layer_in_8_bits_is_two_calls_that_give_what_its_parts_give(name, rows
         if parameter.dim() == 1:  # biases start as zeros, and norms as ones
             parameter.normal_(std=0.5)
     quantize_int8(model, kernels())
+    return model
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["llama", "llama_biased", "qwen2", "qwen3"])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_layer_in_8_bits_is_two_calls_that_give_what_its_parts_give(name, rows):
+    model = in_8_bits(name)
     runner_of(model)
     layers = [layer.forward for layer in model.model.layers]
     assert all(isinstance(layer, FastLayer) and layer._whole is not None for layer in layers)
@@ -108,6 +115,30 @@ def test_a_layer_in_8_bits_is_two_calls_that_give_what_its_parts_give(name, rows
     for layer in layers:
         layer._whole = None
     assert torch.allclose(together, logits(), rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["llama", "llama_biased", "mistral_window", "qwen3"])
+def test_single_tokens_run_through_all_layers_in_one_call_and_say_the_same(name, monkeypatch):
+    rows = []
+    decode = DecodeKernel.__call__
+
+    def counted(self, x, *rest):
+        rows.append(len(x))
+        return decode(self, x, *rest)
+
+    def say():
+        with Harness(in_8_bits(name)) as harness:
+            return [sink.tokens() for sink in harness.run(*(ask(prompt(n)) for n in (3, 20, 50)))]
+
+    monkeypatch.setattr(DecodeKernel, "__call__", counted)
+    together = say()
+    assert max(rows) == 3
+    assert len({tuple(tokens) for tokens in together}) == 3
+    rows.clear()
+    monkeypatch.setattr(PagedStep, "singles", None)
+    assert say() == together
+    assert not rows
 
 
 @needs_kernels
