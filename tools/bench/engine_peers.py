@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ENVIRONMENTS = Path(".venvs")
@@ -152,7 +153,8 @@ def _server(
 ) -> Iterator[None]:
     log = Path(ENVIRONMENTS / "peer.log").open("w")  # noqa: SIM115
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **offline, **(environment or {})})
+    environment = {**os.environ, **offline, **(environment or {})}
+    process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     try:
         _wait(process, port, path, method)
         yield
@@ -163,6 +165,9 @@ def _server(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        # A server that is ended while it starts may leave its own processes behind.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         log.close()
 
 
