@@ -209,10 +209,9 @@ def _suits(layer: Any) -> bool:
 
 def _decode_together(layers: Sequence[FastLayer], kernels: Kernels) -> None:
     """Let steps of single tokens run through all layers, given in order, in one call, where all are in 8 bits."""
-    wholes = [layer._whole for layer in layers]
-    known = [whole for whole in wholes if whole is not None]
-    if len(known) == len(wholes) and [layer._index for layer in layers] == list(range(len(layers))):
-        decoder = kernels.decoder(known)
+    wholes = [layer._whole for layer in layers if layer._whole is not None]
+    if len(wholes) == len(layers) and [layer._index for layer in layers] == list(range(len(layers))):
+        decoder = kernels.decoder(wholes)
         for layer in layers:
             layer.decoder = decoder
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
@@ -39,7 +41,9 @@ def child(
 ) -> Iterator[Child]:
     """Run a command that prints a line beginning with `ready`; end it on exit. `quiet` drops its standard error."""
     stderr = subprocess.DEVNULL if quiet else None
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=cwd)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=cwd, start_new_session=True
+    )
     try:
         assert process.stdout is not None
         for line in process.stdout:
@@ -48,14 +52,21 @@ def child(
                 return
         raise RuntimeError(f"{command} ended with status {process.wait()} before it was ready")
     finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end(process, 10)
         if process.stdout is not None:
             process.stdout.close()
+
+
+def end(process: subprocess.Popen[Any], patience_s: float) -> None:
+    """End a process that leads a session, and what it leaves behind: a server that is ended while it starts may."""
+    process.terminate()
+    try:
+        process.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def role(module: str, *arguments: str) -> list[str]:
