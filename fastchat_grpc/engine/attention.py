@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +20,8 @@ from fastchat_grpc.native.kernels import Kernels, rows_are_plain
 
 PACKED = "fastchat_packed"
 
-
+Shape = tuple[int, int, int, torch.dtype, torch.device]
+"""Of what a layer stores of a token: heads, key size, value size, dtype, device."""
 Singles = tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]
 """Keys, values, places, contexts and lengths of a `PagedStep`."""
 
@@ -143,6 +144,16 @@ class PagedStep:
     prefills: tuple[Prefill, ...]
     kernels: Kernels | None = None
 
+    def to(self, device: torch.device) -> PagedStep:
+        """The step for layers of another device."""
+        return replace(
+            self,
+            places=self.places.to(device),
+            contexts=self.contexts.to(device),
+            lengths=self.lengths.to(device),
+            prefills=tuple(replace(piece, context=piece.context.to(device)) for piece in self.prefills),
+        )
+
     @property
     def singles(self) -> Singles | None:
         if self.prefills or self.kernels is None:
@@ -176,6 +187,29 @@ class PagedStep:
                 context_keys, context_values = key[rows], value[rows]
             out[rows] = attend_piece(query[rows], context_keys, context_values, scale, window)
         return out
+
+
+class SpreadStep:
+    """A step of a model whose layers are on other devices than the step was made on, or on several."""
+
+    singles: None = None
+
+    def __init__(self, step: PagedStep) -> None:
+        self._steps = {device: step.to(device) for device in _devices(step)}
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
+    ) -> torch.Tensor:
+        return self._steps[query.device].attend(layer, query, key, value, scale, window)
+
+
+def spread(step: PagedStep) -> Step:
+    """A step made on the CPU, for the devices of the model's layers."""
+    return step if _devices(step) == {step.places.device} else SpreadStep(step)
+
+
+def _devices(step: PagedStep) -> set[torch.device]:
+    return {keys.device for keys in step.keys}
 
 
 def _store(pool: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> None:
@@ -234,8 +268,8 @@ class WholeStep:
     """Whole sequences, one after the other, without a cache. Records what each layer would store."""
 
     lengths: list[int]
-    shapes: dict[int, tuple[int, int, int, torch.dtype, torch.device]] = field(default_factory=dict)
-    """layer -> heads, key size, value size, dtype, device."""
+    shapes: dict[int, Shape] = field(default_factory=dict)
+    """By layer."""
     singles: None = None
 
     def attend(

@@ -110,16 +110,18 @@ def _block_count(runner: ModelRunner, loaded: LoadedModel, settings: EngineConfi
     most = context_blocks * max_running
     if not isinstance(runner, PackedRunner):
         return min(most, context_blocks * 8)
-    per_block = runner.bytes_per_token * BLOCK_SIZE
-    device = loaded.device.type
-    room = int(_free_bytes(loaded.device) * MEMORY_PART.get(device, 0.5))
-    if device == "cpu":
-        room = min(room, max(CPU_CACHE_BYTES, CPU_CACHE_CONTEXTS * context_blocks * per_block))
-    blocks = min(most, room // per_block)
-    if blocks < 1:
-        raise ModelLoadError(
-            f"no memory for the KV cache: {room >> 20} MiB are free, a block takes {per_block >> 10} KiB"
-        )
+    blocks = most
+    for device, per_token in runner.bytes_per_token.items():
+        per_block = per_token * BLOCK_SIZE
+        room = int(_free_bytes(device) * MEMORY_PART.get(device.type, 0.5))
+        if device.type == "cpu":
+            room = min(room, max(CPU_CACHE_BYTES, CPU_CACHE_CONTEXTS * context_blocks * per_block))
+        if room < per_block:
+            raise ModelLoadError(
+                f"no memory for the KV cache: {room >> 20} MiB are free on {device}, a block takes {per_block >> 10}"
+                " KiB"
+            )
+        blocks = min(blocks, room // per_block)
     if blocks < context_blocks:
         log.warning(
             "the KV cache holds %d tokens, less than the context of %d", blocks * BLOCK_SIZE, loaded.context_length

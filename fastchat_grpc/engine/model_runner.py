@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastchat_grpc.engine.attention import PACKED, CannotPack, PagedStep, Prefill, WholeStep, register, running
+from fastchat_grpc.engine.attention import PACKED, CannotPack, PagedStep, Prefill, Shape, register, running, spread
 from fastchat_grpc.engine.fast_cpu import speed_up
+from fastchat_grpc.engine.probe import Probe
 from fastchat_grpc.engine.request import Batch, Chunk, Sequence
 from fastchat_grpc.models.quantization import Int8Linear
 from fastchat_grpc.native.kernels import kernels
@@ -21,7 +22,6 @@ from fastchat_grpc.native.kernels import kernels
 log = logging.getLogger(__name__)
 
 BLOCK_SIZE = 16
-PROBE_LENGTHS = 7, 5
 FAST_TOLERANCE = 0.01
 PROBE_TOLERANCE = 0.05
 INT8_TOLERANCE = 0.1
@@ -67,7 +67,7 @@ class PackedRunner:
     def __init__(
         self,
         model: Any,
-        shapes: dict[int, tuple[int, int, int, torch.dtype, torch.device]],
+        shapes: dict[int, Shape],
         activate: Callable[[str], None],
         fast: bool,
     ) -> None:
@@ -81,9 +81,12 @@ class PackedRunner:
         self._values: list[torch.Tensor] = []
 
     @property
-    def bytes_per_token(self) -> int:
-        """Size of one token's keys and values."""
-        return sum(heads * (k + v) * dtype.itemsize for heads, k, v, dtype, _ in self._shapes)
+    def bytes_per_token(self) -> dict[torch.device, int]:
+        """Size of one token's keys and values on each device that has layers."""
+        sizes: dict[torch.device, int] = {}
+        for heads, k, v, dtype, device in self._shapes:
+            sizes[device] = sizes.get(device, 0) + heads * (k + v) * dtype.itemsize
+        return sizes
 
     def allocate(self, block_count: int) -> None:
         """Make the cache. Zeros: padding reads arbitrary places, and no garbage may be NaN there."""
@@ -102,12 +105,12 @@ class PackedRunner:
         step, input_ids, positions = self._pack(chunks)
         rows = np.array(wanted.rows(chunks), dtype=np.int64)
         self._activate(adapter)
-        with running(step):
+        with running(spread(step)):
             output = self._model(
                 input_ids=self._tensor(input_ids)[None],
                 position_ids=self._tensor(positions)[None],
                 use_cache=False,
-                logits_to_keep=self._tensor(rows),
+                logits_to_keep=rows,  # no tensor: accelerate takes those to the first device, it is needed on the last
             )
         logits: torch.Tensor = output.logits[0].float()
         return logits
@@ -124,14 +127,14 @@ class PackedRunner:
             row[: len(places)] = places
         prefills, begin = [], singles
         for chunk, places in zip(chunks[singles:], contexts[singles:], strict=True):
-            prefills.append(Prefill(begin, begin + chunk.count, self._tensor(places)))
+            prefills.append(Prefill(begin, begin + chunk.count, torch.from_numpy(places)))
             begin += chunk.count
         step = PagedStep(
             keys=self._keys,
             values=self._values,
-            places=self._tensor(np.concatenate([p[c.start :] for c, p in zip(chunks, contexts, strict=True)])),
-            contexts=self._tensor(padded),
-            lengths=self._tensor(lengths),
+            places=torch.from_numpy(np.concatenate([p[c.start :] for c, p in zip(chunks, contexts, strict=True)])),
+            contexts=torch.from_numpy(padded),
+            lengths=torch.from_numpy(lengths),
             prefills=tuple(prefills),
             kernels=self._kernels,
         )
@@ -227,11 +230,12 @@ def make_packed_runner(model: Any, activate: Callable[[str], None], *, fast: boo
     """
     before = model.config._attn_implementation
     rough = any(isinstance(module, Int8Linear) for module in model.modules())
+    tolerance = INT8_TOLERANCE if rough else PROBE_TOLERANCE
     register()
     try:
         model.set_attn_implementation(PACKED)
-        probe = _Probe(model)
-        if not probe.passes(INT8_TOLERANCE if rough else PROBE_TOLERANCE):
+        probe = Probe(model)
+        if not (probe.passes(tolerance) and probe.decodes(tolerance, None)):
             raise CannotPack(f"the output is off by {probe.error:.2g}")
     except Exception as error:
         log.info("packed attention does not suit this model: %s", error)
@@ -239,38 +243,11 @@ def make_packed_runner(model: Any, activate: Callable[[str], None], *, fast: boo
         return None
     native = kernels() if fast else None
     undo = speed_up(model, native) if native is not None else None
-    if undo is not None and not probe.passes(INT8_TOLERANCE if rough else FAST_TOLERANCE):
+    tolerance = INT8_TOLERANCE if rough else FAST_TOLERANCE
+    if undo is not None and not (probe.passes(tolerance) and probe.decodes(tolerance, native)):
         log.warning("the fast path for CPUs is off by %.2g on this model, and left out", probe.error)
         undo()
     return PackedRunner(model, probe.shapes, activate, fast)
-
-
-class _Probe:
-    """Two short sequences packed, against each one alone, computed by transformers in its own way."""
-
-    def __init__(self, model: Any) -> None:
-        embedding = model.get_input_embeddings().weight
-        generator = torch.Generator().manual_seed(0)
-        pieces = [torch.randint(embedding.shape[0], (1, n), generator=generator) for n in PROBE_LENGTHS]
-        pieces = [piece.to(embedding.device) for piece in pieces]
-        self._model = model
-        self._ids = torch.cat(pieces, dim=1)
-        self._positions = torch.cat([torch.arange(n, device=embedding.device) for n in PROBE_LENGTHS])[None]
-        self._expected = torch.cat([model(input_ids=ids, use_cache=False).logits[0] for ids in pieces]).float()
-        self.shapes: dict[int, tuple[int, int, int, torch.dtype, torch.device]] = {}
-        self.error = float("inf")
-
-    def passes(self, tolerance: float) -> bool:
-        """Whether the packed model gives the same logits, up to a relative error."""
-        step = WholeStep(list(PROBE_LENGTHS))
-        keep = torch.arange(self._ids.shape[1], device=self._ids.device)
-        with running(step):
-            output = self._model(
-                input_ids=self._ids, position_ids=self._positions, use_cache=False, logits_to_keep=keep
-            )
-        self.error = float((output.logits[0].float() - self._expected).norm() / self._expected.norm())
-        self.shapes = step.shapes
-        return self.error < tolerance and bool(step.shapes) and set(step.shapes) == set(range(len(step.shapes)))
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -177,17 +177,3 @@ def placement_arguments(placement: Placement) -> dict[str, Any]:
     if placement.device_map is not None:
         return {"device_map": placement.device_map, "max_memory": dict(placement.max_memory)}
     return {} if placement.device.type == "cpu" else {"device_map": {"": placement.device}}
-
-
-def layer_devices(model: Any, device: torch.device) -> tuple[torch.device, ...]:
-    """Where each layer of the decoder computes: accelerate's hooks say so, else all are on `device`."""
-    import torch
-    from torch import nn
-
-    count = int(model.config.get_text_config().num_hidden_layers)
-    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if not stacks:
-        return (device,) * count
-    hooks = [getattr(layer, "_hf_hook", None) for layer in stacks[-1]]
-    places = [getattr(hook, "execution_device", None) for hook in hooks]
-    return tuple(device if place is None else torch.device(place) for place in places)

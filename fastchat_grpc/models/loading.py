@@ -17,7 +17,6 @@ from fastchat_grpc.models.devices import (
     Placement,
     check_memory,
     choose_dtype,
-    layer_devices,
     place,
     placement_arguments,
 )
@@ -47,8 +46,6 @@ class LoadedModel:
     hidden_size: int
     device: torch.device
     """Where inputs go."""
-    layer_devices: tuple[torch.device, ...]
-    """Where each decoder layer computes, and so where its part of the KV cache belongs."""
     dtype: torch.dtype
     """Of activations, and so of the KV cache."""
     adapters: LoraAdapters
@@ -198,7 +195,6 @@ def _describe(
         vocabulary_size=tokenizer.vocabulary_size,
         hidden_size=int(base.config.get_text_config().hidden_size),
         device=placement.device,
-        layer_devices=layer_devices(base, placement.device),
         dtype=base.dtype,
         adapters=adapters,
         pooling=found.pooling,

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from tools.bench.engine import Measured, _ask_ours, prompts
-from tools.bench.engine_peers import ENVIRONMENTS, PEERS, ask_all
+from tools.bench.engine import Measured, ask_ours, ask_peer
+from tools.bench.engine_peers import ENVIRONMENTS, PEERS
 from tools.bench.processes import child, table
 
 NAME = "backends"
@@ -89,7 +89,7 @@ def _runners(options: argparse.Namespace, python: Path) -> dict[str, Runner]:
     runners: dict[str, Runner] = {}
     for kind in options.kinds.split(",") if options.kinds else KINDS[options.backend]:
         if options.backend == "vllm":
-            runners["vllm serve"] = partial(_peer, "vllm", counts, options.tokens)
+            runners["vllm serve"] = partial(ask_peer, "vllm", counts, options)
         else:
             raw_counts = [1] if options.backend in ONE_STREAM else counts
             runners[f"raw {options.backend} {kind}"] = partial(
@@ -99,7 +99,7 @@ def _runners(options: argparse.Namespace, python: Path) -> dict[str, Runner]:
             _ours, python, options.backend, kind, counts, options.tokens
         )
     for peer in options.peers.split(",") if options.peers else ():
-        runners[peer] = partial(_peer, peer, counts, options.tokens)
+        runners[peer] = partial(ask_peer, peer, counts, options)
     return runners
 
 
@@ -115,15 +115,7 @@ def _raw(python: Path, backend: str, kind: str, counts: list[int], tokens: int) 
 
 def _ours(python: Path, backend: str, kind: str, counts: list[int], tokens: int) -> Measured:
     with child(_role(python, "worker", backend, kind), quiet=True) as worker:
-        return asyncio.run(_ask_ours(worker.answer, counts, tokens))
-
-
-def _peer(name: str, counts: list[int], tokens: int) -> Measured:
-    from fastchat_grpc.models.embedded import embedded_model
-
-    with PEERS[name](embedded_model()) as stream:
-        stream("Hello", 8)
-        return {count: ask_all(stream, prompts(count, 1000 * n), tokens) for n, count in enumerate(counts)}
+        return asyncio.run(ask_ours(worker.answer, counts, tokens))
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def throughput(options: argparse.Namespace) -> dict[str, object]:
         f"fastchat_grpc {kind}": partial(_ours, kind, counts, options) for kind in options.ours.split(",")
     }
     for peer in [] if options.peers == "none" else options.peers.split(","):
-        measure = _generate if peer == "generate" else partial(_peer, peer)
+        measure = _generate if peer == "generate" else partial(ask_peer, peer)
         runners["transformers generate" if peer == "generate" else peer] = partial(measure, counts, options)
     rows: dict[str, Measured] = {}
     for _ in range(options.rounds):
@@ -99,10 +99,11 @@ def _print_throughput(rows: dict[str, Measured], counts: list[int]) -> None:
 
 def _ours(kind: str, counts: list[int], options: argparse.Namespace) -> Measured:
     with child(role(ROLE, "worker", kind)) as worker:
-        return asyncio.run(_ask_ours(worker.answer, counts, options.tokens))
+        return asyncio.run(ask_ours(worker.answer, counts, options.tokens))
 
 
-async def _ask_ours(address: str, counts: list[int], tokens: int) -> Measured:
+async def ask_ours(address: str, counts: list[int], tokens: int) -> Measured:
+    """Ask a worker of ours for each count of streams in turn."""
     from fastchat_grpc.client import AsyncClient
 
     async with AsyncClient(address) as client:
@@ -131,7 +132,8 @@ async def _stream(client: Any, prompt: str, tokens: int) -> tuple[int, float]:
     return received, first
 
 
-def _peer(name: str, counts: list[int], options: argparse.Namespace) -> Measured:
+def ask_peer(name: str, counts: list[int], options: argparse.Namespace) -> Measured:
+    """Start a peer, and ask it for each count of streams that it can serve in time."""
     from fastchat_grpc.models.embedded import embedded_model
 
     with PEERS[name](embedded_model()) as stream:

@@ -77,6 +77,15 @@ def test_a_fast_path_that_is_wrong_is_noticed_and_undone(monkeypatch):
         assert harness.run(ask(prompt(20)))[0].tokens() == expected
 
 
+@needs_kernels
+def test_a_wrong_step_through_all_layers_is_noticed_and_undone(monkeypatch):
+    decode = DecodeKernel.__call__
+    monkeypatch.setattr(DecodeKernel, "__call__", lambda self, x, *rest: -decode(self, x, *rest))
+    model = in_8_bits("llama")
+    runner_of(model)
+    assert not isinstance(model.model.layers[0].forward, FastLayer)
+
+
 def in_8_bits(name):
     """A small model whose layers need no padding."""
     sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -114,7 +123,9 @@ def test_a_layer_in_8_bits_is_two_calls_that_give_what_its_parts_give(name, rows
     together = logits()
     for layer in layers:
         layer._whole = None
-    assert torch.allclose(together, logits(), rtol=1e-4, atol=1e-4)
+    apart = logits()
+    # Not closer: where sums end in another last bit, an input may be rounded to another of its 8-bit levels.
+    assert (together - apart).norm() < 0.005 * apart.norm()
 
 
 @needs_kernels

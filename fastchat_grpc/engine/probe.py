@@ -1,0 +1,89 @@
+"""Checks, when a model is loaded, that it computes the same in packed steps as in transformers' own way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastchat_grpc.engine.attention import PagedStep, Prefill, Shape, Step, WholeStep, running, spread
+from fastchat_grpc.native.kernels import Kernels
+
+LENGTHS = 7, 5
+
+
+class Probe:
+    """Two short sequences packed, against each one alone, computed by transformers in its own way."""
+
+    def __init__(self, model: Any) -> None:
+        embedding = model.get_input_embeddings().weight
+        generator = torch.Generator().manual_seed(0)
+        pieces = [torch.randint(embedding.shape[0], (1, n), generator=generator) for n in LENGTHS]
+        self._model = model
+        self._device: torch.device = embedding.device
+        self._ids = torch.cat(pieces, dim=1)[0]
+        self._positions = torch.cat([torch.arange(n) for n in LENGTHS])
+        alone = [model(input_ids=ids.to(self._device), use_cache=False).logits[0] for ids in pieces]
+        self._expected = torch.cat(alone).float()
+        self.shapes: dict[int, Shape] = {}
+        """What each layer stores of a token, known after `passes`."""
+        self.error = float("inf")
+        """The relative error of the last check."""
+
+    def passes(self, tolerance: float) -> bool:
+        """Whether the packed model gives the same logits, up to a relative error."""
+        step = WholeStep(list(LENGTHS))
+        everything = torch.arange(len(self._ids))
+        logits = self._run(step, everything)
+        self.shapes = step.shapes
+        known = bool(step.shapes) and set(step.shapes) == set(range(len(step.shapes)))
+        return self._is_close(logits, everything, tolerance) and known
+
+    def decodes(self, tolerance: float, kernels: Kernels | None) -> bool:
+        """Whether the last tokens come out the same in a step of their own, over a cache of those before."""
+        count = len(self._ids)
+        shapes = [self.shapes[layer] for layer in range(len(self.shapes))]
+        keys = [torch.zeros(count, heads, k, dtype=t, device=d) for heads, k, _, t, d in shapes]
+        values = [torch.zeros(count, heads, v, dtype=t, device=d) for heads, _, v, t, d in shapes]
+        sequences = torch.split(torch.arange(count), list(LENGTHS))
+        lengths = torch.tensor(LENGTHS)
+        last = lengths.cumsum(0) - 1
+        before = torch.cat([places[:-1] for places in sequences])
+        begin = LENGTHS[0] - 1
+        prompts = PagedStep(
+            keys=keys,
+            values=values,
+            places=before,
+            contexts=torch.zeros(0, 0, dtype=torch.int64),
+            lengths=torch.zeros(0, dtype=torch.int64),
+            prefills=(Prefill(0, begin, sequences[0][:-1]), Prefill(begin, len(before), sequences[1][:-1])),
+            kernels=kernels,
+        )
+        singles = replace(
+            prompts,
+            places=last,
+            contexts=torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True),
+            lengths=lengths,
+            prefills=(),
+        )
+        self._run(spread(prompts), before)
+        return self._is_close(self._run(spread(singles), last), last, tolerance)
+
+    def _run(self, step: Step, places: torch.Tensor) -> torch.Tensor:
+        """Logits of the tokens at `places`."""
+        with running(step):
+            output = self._model(
+                input_ids=self._ids[places].to(self._device)[None],
+                position_ids=self._positions[places].to(self._device)[None],
+                use_cache=False,
+                logits_to_keep=np.arange(len(places)),
+            )
+        logits: torch.Tensor = output.logits[0].float()
+        return logits
+
+    def _is_close(self, logits: torch.Tensor, places: torch.Tensor, tolerance: float) -> bool:
+        expected = self._expected[places.to(self._expected.device)].to(logits.device)
+        self.error = float((logits - expected).norm() / expected.norm())
+        return self.error < tolerance
