@@ -212,6 +212,7 @@ class VllmBackend(ServedBackend):
 
     def _load(self) -> _Loaded:
         """Runs in a thread: loading takes a minute or more."""
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         settings = self._config.model
@@ -219,7 +220,11 @@ class VllmBackend(ServedBackend):
         arguments, adapters = engine_arguments(self._config, folder, self._options)
         try:
             with _without_keyboard_interrupts():
-                engine = AsyncLLM.from_engine_args(arguments, stat_loggers=[self._statistics.logger()])
+                engine = AsyncLLM.from_engine_args(
+                    arguments,
+                    usage_context=UsageContext.OPENAI_API_SERVER,  # batches as large as those of vLLM's own server
+                    stat_loggers=[self._statistics.logger()],
+                )
         except Exception as error:  # vLLM raises what its dozens of parts raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             raise ModelLoadError(f"vLLM cannot load {folder.path}: {reason}") from error
