@@ -8,7 +8,7 @@ ordinary padded batches.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -189,27 +189,33 @@ class PagedStep:
         return out
 
 
+@dataclass(frozen=True, slots=True)
 class SpreadStep:
     """A step of a model whose layers are on other devices than the step was made on, or on several."""
 
+    steps: dict[torch.device, PagedStep]
     singles: None = None
-
-    def __init__(self, step: PagedStep) -> None:
-        self._steps = {device: step.to(device) for device in _devices(step)}
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
     ) -> torch.Tensor:
-        return self._steps[query.device].attend(layer, query, key, value, scale, window)
+        return self.steps[query.device].attend(layer, query, key, value, scale, window)
 
 
 def spread(step: PagedStep) -> Step:
     """A step made on the CPU, for the devices of the model's layers."""
-    return step if _devices(step) == {step.places.device} else SpreadStep(step)
+    devices = {keys.device for keys in step.keys}
+    if devices == {step.places.device}:
+        return step
+    return SpreadStep({device: step.to(device) for device in devices})
 
 
-def _devices(step: PagedStep) -> set[torch.device]:
-    return {keys.device for keys in step.keys}
+def make_pools(shapes: Sequence[Shape], tokens: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Room for so many tokens' keys and values in each layer. Zeros: padding reads arbitrary places, and no
+    garbage may be NaN there."""
+    keys = [torch.zeros(tokens, heads, k, dtype=t, device=d) for heads, k, _, t, d in shapes]
+    values = [torch.zeros(tokens, heads, v, dtype=t, device=d) for heads, _, v, t, d in shapes]
+    return keys, values
 
 
 def _store(pool: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> None:

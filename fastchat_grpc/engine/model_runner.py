@@ -12,7 +12,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastchat_grpc.engine.attention import PACKED, CannotPack, PagedStep, Prefill, Shape, register, running, spread
+from fastchat_grpc.engine.attention import (
+    PACKED,
+    CannotPack,
+    PagedStep,
+    Prefill,
+    Shape,
+    make_pools,
+    register,
+    running,
+    spread,
+)
 from fastchat_grpc.engine.fast_cpu import speed_up
 from fastchat_grpc.engine.probe import Probe
 from fastchat_grpc.engine.request import Batch, Chunk, Sequence
@@ -67,14 +77,14 @@ class PackedRunner:
     def __init__(
         self,
         model: Any,
-        shapes: dict[int, Shape],
+        shapes: Rows[Shape],
         activate: Callable[[str], None],
         fast: bool,
     ) -> None:
         self._model = model
         self._activate = activate
         self._device: torch.device = model.get_input_embeddings().weight.device
-        self._shapes = [shapes[layer] for layer in range(len(shapes))]
+        self._shapes = shapes
         on_cpu = all(dtype == torch.float32 and device.type == "cpu" for *_, dtype, device in self._shapes)
         self._kernels = kernels() if on_cpu and fast else None
         self._keys: list[torch.Tensor] = []
@@ -89,10 +99,8 @@ class PackedRunner:
         return sizes
 
     def allocate(self, block_count: int) -> None:
-        """Make the cache. Zeros: padding reads arbitrary places, and no garbage may be NaN there."""
-        tokens = block_count * BLOCK_SIZE
-        self._keys = [torch.zeros(tokens, h, k, dtype=t, device=d) for h, k, _, t, d in self._shapes]
-        self._values = [torch.zeros(tokens, h, v, dtype=t, device=d) for h, _, v, t, d in self._shapes]
+        """Make the cache."""
+        self._keys, self._values = make_pools(self._shapes, block_count * BLOCK_SIZE)
 
     def run(self, batch: Batch) -> StepLogits:
         wanted = Wanted(batch)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastchat_grpc.engine.attention import PagedStep, Prefill, Shape, Step, WholeStep, running, spread
+from fastchat_grpc.engine.attention import PagedStep, Prefill, Shape, Step, WholeStep, make_pools, running, spread
 from fastchat_grpc.native.kernels import Kernels
 
 LENGTHS = 7, 5
@@ -27,7 +27,7 @@ class Probe:
         self._positions = torch.cat([torch.arange(n) for n in LENGTHS])
         alone = [model(input_ids=ids.to(self._device), use_cache=False).logits[0] for ids in pieces]
         self._expected = torch.cat(alone).float()
-        self.shapes: dict[int, Shape] = {}
+        self.shapes: list[Shape] = []
         """What each layer stores of a token, known after `passes`."""
         self.error = float("inf")
         """The relative error of the last check."""
@@ -37,16 +37,14 @@ class Probe:
         step = WholeStep(list(LENGTHS))
         everything = torch.arange(len(self._ids))
         logits = self._run(step, everything)
-        self.shapes = step.shapes
+        self.shapes = [step.shapes[layer] for layer in sorted(step.shapes)]
         known = bool(step.shapes) and set(step.shapes) == set(range(len(step.shapes)))
         return self._is_close(logits, everything, tolerance) and known
 
     def decodes(self, tolerance: float, kernels: Kernels | None) -> bool:
         """Whether the last tokens come out the same in a step of their own, over a cache of those before."""
         count = len(self._ids)
-        shapes = [self.shapes[layer] for layer in range(len(self.shapes))]
-        keys = [torch.zeros(count, heads, k, dtype=t, device=d) for heads, k, _, t, d in shapes]
-        values = [torch.zeros(count, heads, v, dtype=t, device=d) for heads, _, v, t, d in shapes]
+        keys, values = make_pools(self.shapes, count)
         sequences = torch.split(torch.arange(count), list(LENGTHS))
         lengths = torch.tensor(LENGTHS)
         last = lengths.cumsum(0) - 1
