@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -66,21 +66,46 @@ def _require(ok: bool, path: str, value: object, limit: str) -> None:
         raise InvalidArgument(path, f"must be {limit}, got {value}")
 
 
+def _require_token_ids(token_ids: Sequence[int], path: str) -> None:
+    """Raise for the first negative id. A prompt has up to millions of them: no text is made while all is well."""
+    if token_ids and min(token_ids) < 0:
+        i, token_id = next((i, token_id) for i, token_id in enumerate(token_ids) if token_id < 0)
+        raise InvalidArgument(f"{path}[{i}]", f"must be at least 0, got {token_id}")
+
+
 def _within(path: str, value: float, low: float, high: float) -> None:
     _require(math.isfinite(value) and low <= value <= high, path, value, f"from {low:g} to {high:g}")
 
 
+class Unset(float):
+    """A number that the caller has not chosen: the contract's default, which a model's own default may replace."""
+
+    __slots__ = ()
+
+
+class UnsetInt(int):
+    """As `Unset`, for a whole number."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How each next token is chosen."""
+    """How each next token is chosen.
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = -1
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    A field that nobody sets holds an `Unset` number, which computes as the contract's default and can be told
+    from the same number when it was asked for: `given` names what was. `filled` puts a model's own defaults in
+    the place of unset fields; a worker does that once (`worker.generation`), so a backend reads plain values and
+    only says what its model's defaults are (`ModelInfo.default_sampling`).
+    """
+
+    temperature: float = Unset(1.0)
+    top_p: float = Unset(1.0)
+    top_k: int = UnsetInt(-1)
+    min_p: float = Unset(0.0)
+    repetition_penalty: float = Unset(1.0)
+    presence_penalty: float = Unset(0.0)
+    frequency_penalty: float = Unset(0.0)
     seed: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
 
@@ -96,13 +121,59 @@ class SamplingParams:
         if self.seed is not None:
             _require(INT64_MIN <= self.seed <= INT64_MAX, "sampling.seed", self.seed, "a 64-bit integer")
         for token_id, bias in self.logit_bias.items():
-            _require(token_id >= 0, "sampling.logit_bias", f"token id {token_id}", "keyed by token ids of at least 0")
-            _within(f"sampling.logit_bias[{token_id}]", bias, -100, 100)
+            if token_id < 0 or not -100 <= bias <= 100:
+                _require(
+                    token_id >= 0, "sampling.logit_bias", f"token id {token_id}", "keyed by token ids of at least 0"
+                )
+                _within(f"sampling.logit_bias[{token_id}]", bias, -100, 100)
+
+    @property
+    def given(self) -> dict[str, float]:
+        """The numbers that were asked for, by field. (`seed` and `logit_bias` show by themselves if they were.)"""
+        return {name: value for name in _NUMBERS if not isinstance(value := getattr(self, name), Unset | UnsetInt)}
+
+    def filled(self, defaults: SamplingDefaults) -> SamplingParams:
+        """The same with a model's own defaults for what is unset."""
+        missing = {name: value for name, value in defaults.stated.items() if name not in self.given}
+        return replace(self, **missing) if missing else self
 
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
         return self.temperature < GREEDY_TEMPERATURE or self.top_p < GREEDY_TOP_P
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingDefaults:
+    """What a model's makers want where a caller chooses nothing (its generation_config.json). None: nothing."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+    def __post_init__(self) -> None:
+        SamplingParams(**self.stated)
+
+    @property
+    def stated(self) -> dict[str, Any]:
+        """Values by field, without those that say nothing."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+NO_DEFAULTS = SamplingDefaults()
+"""Of a model whose makers want nothing in particular."""
+_NUMBERS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,8 +208,7 @@ class StopConditions:
                 f"{len(stop)} characters",
                 f"1 to {MAX_STOP_LENGTH} characters long",
             )
-        for i, token_id in enumerate(self.stop_token_ids):
-            _require(token_id >= 0, f"stopping.stop_token_ids[{i}]", token_id, "at least 0")
+        _require_token_ids(self.stop_token_ids, "stopping.stop_token_ids")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,8 +253,7 @@ class TokenPrompt:
     def __post_init__(self) -> None:
         if not self.token_ids:
             raise InvalidArgument("prompt_token_ids", "must not be empty")
-        for i, token_id in enumerate(self.token_ids):
-            _require(token_id >= 0, f"prompt_token_ids.ids[{i}]", token_id, "at least 0")
+        _require_token_ids(self.token_ids, "prompt_token_ids.ids")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,6 +352,7 @@ class ResumedChoice:
 
     def __post_init__(self) -> None:
         _require(self.index >= 0, "resume.choices.index", self.index, "at least 0")
+        _require_token_ids(self.output_token_ids, "resume.choices.output_token_ids")
         _require(self.text_length >= 0, "resume.choices.text_length", self.text_length, "at least 0")
 
 
@@ -421,6 +491,8 @@ class EmbedRequest:
         for i, item in enumerate(self.inputs):
             if not item:
                 raise InvalidArgument(f"inputs[{i}]", "must not be empty")
+            if not isinstance(item, str):
+                _require_token_ids(item, f"inputs[{i}]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -442,6 +514,8 @@ class ModelInfo:
     backend: str = ""
     embedding_size: int = 0
     vocabulary_size: int = 0
+    default_sampling: SamplingDefaults = NO_DEFAULTS
+    """For the sampling fields that a request leaves unset. Known on the worker alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,7 @@ from fastchat_grpc.core import (
     GenerateRequest,
     GrammarKind,
     Image,
+    SamplingDefaults,
     TextPrompt,
     TokenPrompt,
 )
@@ -130,7 +131,7 @@ CHECKS: tuple[tuple[Feature, str, _Check], ...] = (
     (Feature.TOP_K, "sampling.top_k", lambda r: r.sampling.top_k > 0),
     (Feature.TOP_P, "sampling.top_p", lambda r: r.sampling.top_p < 1 and not r.sampling.greedy),
     (Feature.MIN_P, "sampling.min_p", lambda r: r.sampling.min_p > 0),
-    (Feature.REPETITION_PENALTY, "sampling.repetition_penalty", lambda r: r.sampling.repetition_penalty > 1),
+    (Feature.REPETITION_PENALTY, "sampling.repetition_penalty", lambda r: r.sampling.repetition_penalty != 1),
     (Feature.PRESENCE_PENALTY, "sampling.presence_penalty", lambda r: r.sampling.presence_penalty != 0),
     (Feature.FREQUENCY_PENALTY, "sampling.frequency_penalty", lambda r: r.sampling.frequency_penalty != 0),
     (Feature.LOGIT_BIAS, "sampling.logit_bias", lambda r: bool(r.sampling.logit_bias)),
@@ -165,6 +166,20 @@ def refuse_unsupported(request: GenerateRequest, traits: Traits) -> None:
         raise UnsupportedField(
             "output.logprobs", f"at most {traits.max_top_logprobs} alternatives are supported here, got {alternatives}"
         )
+
+
+_DEFAULTED = {
+    "top_p": Feature.TOP_P,
+    "top_k": Feature.TOP_K,
+    "min_p": Feature.MIN_P,
+    "repetition_penalty": Feature.REPETITION_PENALTY,
+}
+
+
+def supported_defaults(defaults: SamplingDefaults, traits: Traits) -> SamplingDefaults:
+    """A model's default sampling without what the backend refuses: nobody has asked for it."""
+    refused = {name: None for name, feature in _DEFAULTED.items() if feature in traits.refuses}
+    return replace(defaults, **refused) if refused else defaults
 
 
 def adapter_not_found(name: str, loaded: Mapping[str, object]) -> AdapterNotFound:

@@ -14,15 +14,23 @@ from types import MappingProxyType
 from typing import Any
 
 from fastchat_grpc.backends import driver
-from fastchat_grpc.backends.capabilities import TRAITS, Traits, adapter_not_found, refuse_unsupported
+from fastchat_grpc.backends.capabilities import (
+    TRAITS,
+    Traits,
+    adapter_not_found,
+    refuse_unsupported,
+    supported_defaults,
+)
 from fastchat_grpc.config import BackendConfig, ModelConfig
 from fastchat_grpc.core import (
+    NO_DEFAULTS,
     Capability,
     ChatPrompt,
     EmbedRequest,
     GenerateRequest,
     ModelInfo,
     Prompt,
+    SamplingDefaults,
 )
 from fastchat_grpc.errors import (
     ConfigError,
@@ -32,6 +40,7 @@ from fastchat_grpc.errors import (
     PromptTooLong,
     WorkerUnavailable,
 )
+from fastchat_grpc.models.generation_config import default_sampling, generation_config
 from fastchat_grpc.models.overrides import CHAT_TEMPLATES, override_for
 from fastchat_grpc.models.resolve import read_json, resolve
 from fastchat_grpc.text import prompt as prompts
@@ -52,6 +61,8 @@ class Served:
     embedding_size: int = 0
     traits: Traits | None = None
     """Where it can do more or less, as configured, than its backend declares."""
+    default_sampling: SamplingDefaults = NO_DEFAULTS
+    """The model's own (`ModelFolder.default_sampling`), which workers put where a request leaves a field unset."""
 
     def infos(self) -> tuple[ModelInfo, ...]:
         """The model under each of its names, and each adapter as a model of its own."""
@@ -66,6 +77,7 @@ class Served:
                 backend=self.backend,
                 embedding_size=self.embedding_size if Capability.EMBED in self.capabilities else 0,
                 vocabulary_size=self.tokenizer.vocabulary_size,
+                default_sampling=supported_defaults(self.default_sampling, self.traits or TRAITS[self.backend]),
             )
             for name, base in (*bases, *adapters)
         )
@@ -184,13 +196,17 @@ class ModelFolder:
         """The context length to serve: the model's, or less if asked. Raises ModelLoadError."""
         return limited_context(self.context_length or 2048, settings.context_length)
 
+    @property
+    def default_sampling(self) -> SamplingDefaults:
+        """What the model's makers want where a request chooses nothing; give it to `Served`."""
+        return default_sampling(generation_config(self.path))
+
     def _stated_vocabulary_size(self) -> int | None:
         size = (self.config.get("text_config") or self.config).get("vocab_size")
         return int(size) if size else None
 
     def _eos_token_ids(self) -> tuple[int, ...]:
-        file = self.path / "generation_config.json"
-        stated = read_json(file).get("eos_token_id") if file.is_file() else None
+        stated = generation_config(self.path).get("eos_token_id")
         if stated is None:
             stated = (self.config.get("text_config") or self.config).get("eos_token_id")
         if stated is None:

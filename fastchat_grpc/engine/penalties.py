@@ -15,30 +15,30 @@ if TYPE_CHECKING:
 
 
 def penalizes(sampling: SamplingParams) -> bool:
-    """Whether any penalty changes anything (FastChat's rule: repetition_penalty acts above 1.0)."""
-    return sampling.repetition_penalty > 1.0 or bool(sampling.presence_penalty) or bool(sampling.frequency_penalty)
+    """Whether any penalty changes anything. A repetition_penalty below 1.0 favours what was said."""
+    return sampling.repetition_penalty != 1.0 or bool(sampling.presence_penalty) or bool(sampling.frequency_penalty)
 
 
 class TokenCounts:
     """Distinct tokens of one sequence, and how often each is in its output. Grows with the sequence."""
 
     def __init__(self, prompt: Tokens[int]) -> None:
+        self._counted = len(prompt)
         distinct = list(dict.fromkeys(prompt))
         self._place = {token: place for place, token in enumerate(distinct)}
         self._ids = np.array(distinct + [0] * 64, dtype=np.int64)
         self._counts = np.zeros(len(self._ids), dtype=np.float32)
-        self._outputs = 0
 
-    def catch_up(self, output: Tokens[int]) -> None:
-        """Count the tokens of `output` that came since the last call."""
-        for token in output[self._outputs :]:
+    def catch_up(self, tokens: Tokens[int]) -> None:
+        """Count those of the sequence's tokens, prompt and output, that came since the last call."""
+        for token in tokens[self._counted :]:
             place = self._place.setdefault(token, len(self._place))
             if place == len(self._ids):
                 self._ids = np.concatenate((self._ids, np.zeros_like(self._ids)))
                 self._counts = np.concatenate((self._counts, np.zeros_like(self._counts)))
             self._ids[place] = token
             self._counts[place] += 1
-        self._outputs = len(output)
+        self._counted = len(tokens)
 
     @property
     def ids(self) -> NDArray[np.int64]:
@@ -70,7 +70,7 @@ def penalize(
     places = torch.from_numpy(flat).to(logits.device)
     occurrences = torch.from_numpy(np.concatenate([c.counts for c in counts])).to(logits.device)
     values = logits.view(-1)[places]
-    repetition = column([max(s.repetition_penalty, 1.0) for s in sampling])
+    repetition = column([s.repetition_penalty for s in sampling])
     values = torch.where(values > 0, values / repetition, values * repetition)
     values -= column([s.presence_penalty for s in sampling]) * (occurrences > 0)
     values -= column([s.frequency_penalty for s in sampling]) * occurrences

@@ -1,7 +1,8 @@
 """From logits to tokens: every row by its own request's parameters, all rows at once.
 
-The order, each part skipped where it changes nothing: grammar, logit bias, min_new_tokens, temperature,
-repetition penalty, presence and frequency penalties, top-p, top-k, min-p. (Hugging Face and vLLM put
+The order, each part skipped where it changes nothing: grammar, logit bias, min_new_tokens, repetition
+penalty, presence and frequency penalties, temperature, top-p, top-k, min-p. (Penalties before temperature, as in
+the OpenAI API, vLLM, SGLang and Hugging Face: they mean the same at any temperature. Hugging Face and vLLM put
 top-k before top-p.) The last three all keep the likeliest tokens, so they are found together from a
 partial sort. Greedy rows (`SamplingParams.greedy`) take the likeliest token after the penalties.
 """
@@ -70,11 +71,11 @@ class Sampler:
             logits[row, ids] += torch.tensor(list(bias.values()), device=logits.device)
         for row in rows.delayed:
             self._suppress_end(logits[row], sequences[row])
-        if rows.scaled:
-            logits /= rows.temperature
         if rows.penalized:
             counts = [_counts(sequences[row]) for row in rows.penalized]
             penalize(logits, rows.penalized, counts, [sequences[row].request.spec.sampling for row in rows.penalized])
+        if rows.scaled:
+            logits /= rows.temperature
 
     def _suppress_end(self, logits: torch.Tensor, sequence: Sequence) -> None:
         """Forbid what would end the output before min_new_tokens, unless a grammar allows nothing else."""
@@ -190,7 +191,7 @@ def _counts(sequence: Sequence) -> TokenCounts:
     if sequence.sampling_state is None:
         sequence.sampling_state = TokenCounts(sequence.request.prompt)
     counts: TokenCounts = sequence.sampling_state
-    counts.catch_up(sequence.tokens[sequence.prompt_length :])
+    counts.catch_up(sequence.tokens)
     return counts
 
 

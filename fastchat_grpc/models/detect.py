@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import enum
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastchat_grpc.config import ModelConfig
+from fastchat_grpc.core import NO_DEFAULTS, SamplingDefaults
 from fastchat_grpc.errors import ModelLoadError
+from fastchat_grpc.models.generation_config import default_sampling, generation_config
 from fastchat_grpc.models.overrides import CHAT_TEMPLATES, override_for
 from fastchat_grpc.models.resolve import read_json
 
@@ -67,6 +70,7 @@ class Detected:
     stop_tokens: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
     vocabulary_size: int | None = None
+    default_sampling: SamplingDefaults = NO_DEFAULTS
 
     @property
     def prefers_full_precision(self) -> bool:
@@ -80,6 +84,7 @@ def detect(source: Path, settings: ModelConfig) -> Detected:
     config = _read_config(source, folder, file_arguments, settings)
     kind = _kind(config, folder)
     override = override_for(str(getattr(config, "model_type", "")), settings.path)
+    stated = {} if file_arguments else generation_config(folder)
     return Detected(
         folder=str(folder),
         file_arguments=file_arguments,
@@ -94,8 +99,9 @@ def detect(source: Path, settings: ModelConfig) -> Detected:
         chat_template=_chat_template(settings.chat_template),
         default_chat_template=override.chat_template,
         stop_tokens=override.stop_tokens,
-        eos_token_ids=_eos_token_ids(folder, config, file_arguments),
+        eos_token_ids=_eos_token_ids(stated, config),
         vocabulary_size=getattr(config.get_text_config(), "vocab_size", None),
+        default_sampling=default_sampling(stated),
     )
 
 
@@ -224,11 +230,11 @@ def _pooling(folder: Path, config: Any, kind: ModelKind) -> Pooling:
     raise ModelLoadError(f"{file}: pooling {mode} is not supported; cls, mean and last token are")
 
 
-def _eos_token_ids(folder: Path, config: Any, file_arguments: dict[str, str]) -> tuple[int, ...]:
+def _eos_token_ids(stated: Mapping[str, Any], config: Any) -> tuple[int, ...]:
     """Ends of output by the generation configuration, else by the model's own, as transformers' generate has it."""
-    file = folder / "generation_config.json"
-    stated = read_json(file).get("eos_token_id") if file.is_file() and not file_arguments else None
-    eos = getattr(config.get_text_config(), "eos_token_id", None) if stated is None else stated
+    eos = stated.get("eos_token_id")
+    if eos is None:
+        eos = getattr(config.get_text_config(), "eos_token_id", None)
     if eos is None:
         return ()
     return tuple(int(i) for i in eos) if isinstance(eos, list | tuple) else (int(eos),)

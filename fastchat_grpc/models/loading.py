@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastchat_grpc.config import ModelConfig
-from fastchat_grpc.core import Capability, ModelInfo
+from fastchat_grpc.core import NO_DEFAULTS, Capability, ModelInfo, SamplingDefaults
 from fastchat_grpc.errors import ModelLoadError
 from fastchat_grpc.models.adapters import LoraAdapters, load_adapters
 from fastchat_grpc.models.detect import Detected, ModelKind, Pooling, detect, first_line
@@ -53,6 +53,7 @@ class LoadedModel:
     """How embeddings are made of the last hidden states."""
     quantization: str = ""
     """How weights are stored, such as "int8"; empty: as `dtype`."""
+    default_sampling: SamplingDefaults = NO_DEFAULTS
 
     @property
     def base(self) -> Any:
@@ -82,6 +83,7 @@ class LoadedModel:
                 backend="transformers",
                 embedding_size=self.hidden_size if Capability.EMBED in capabilities else 0,
                 vocabulary_size=self.vocabulary_size,
+                default_sampling=self.default_sampling,
             )
 
         return (*(info(name) for name in names), *(info(name, base) for name in self.adapters.names))
@@ -199,4 +201,5 @@ def _describe(
         adapters=adapters,
         pooling=found.pooling,
         quantization=quantization.method,
+        default_sampling=found.default_sampling,
     )

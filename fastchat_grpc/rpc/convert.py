@@ -102,20 +102,14 @@ def generate_request_from_pb(message: pb.GenerateRequest) -> GenerateRequest:
 
 
 def generate_request_to_pb(request: GenerateRequest) -> pb.GenerateRequest:
-    """Convert a GenerateRequest; every field is set explicitly where presence matters."""
+    """Convert a GenerateRequest."""
     sampling, stopping, output = request.sampling, request.stopping, request.output
     message = pb.GenerateRequest(
         model=request.model,
         sampling=pb.SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            repetition_penalty=sampling.repetition_penalty,
-            presence_penalty=sampling.presence_penalty,
-            frequency_penalty=sampling.frequency_penalty,
             seed=sampling.seed,
             logit_bias=dict(sampling.logit_bias),
+            **sampling.given,  # type: ignore[arg-type]  # unset stays unset, for the model's own defaults
         ),
         stopping=pb.StopConditions(
             max_new_tokens=stopping.max_new_tokens,

@@ -61,6 +61,6 @@ def echo(
 
 def check_token_ids(path: str, token_ids: Sequence[int], vocabulary_size: int) -> None:
     """Raise InvalidArgument for the first id outside the vocabulary."""
-    for token_id in token_ids:
-        if token_id >= vocabulary_size:
-            raise InvalidArgument(path, f"token id {token_id} is not below the vocabulary size of {vocabulary_size}")
+    if token_ids and max(token_ids) >= vocabulary_size:
+        token_id = next(token_id for token_id in token_ids if token_id >= vocabulary_size)
+        raise InvalidArgument(path, f"token id {token_id} is not below the vocabulary size of {vocabulary_size}")

@@ -63,7 +63,8 @@ class LocalGeneration:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Events of one request, as `Backend.generate`. Closing the generator frees its slot."""
-        request = replace(request, model=self.model(request.model).name)
+        model = self.model(request.model)
+        request = replace(request, model=model.name, sampling=request.sampling.filled(model.default_sampling))
         async with self._evictable(), self.admission.slot(request.priority):
             # Closed inside the slot: the engine lets go of the request before another takes its place.
             events = self._backend.generate(request)

@@ -50,12 +50,12 @@ def reference(logits: torch.Tensor, s: Sequence) -> torch.Tensor:
         scores = hf.MinNewTokensLengthLogitsProcessor(s.prompt_length, stopping.min_new_tokens, ends, device="cpu")(
             ids, scores
         )
-    if sampling.temperature >= 1e-5:
-        scores = hf.TemperatureLogitsWarper(float(sampling.temperature))(ids, scores)
-    if sampling.repetition_penalty > 1:
-        scores = hf.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(ids, scores)
+    if sampling.repetition_penalty != 1:
+        scores = hf.RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty))(ids, scores)
     for token in set(output):
         scores[0, token] -= sampling.presence_penalty + sampling.frequency_penalty * output.count(token)
+    if sampling.temperature >= 1e-5:
+        scores = hf.TemperatureLogitsWarper(float(sampling.temperature))(ids, scores)
     if sampling.greedy:
         return torch.nn.functional.one_hot(scores.argmax(-1), VOCABULARY)[0].double()
     if sampling.top_p < 1:
@@ -128,6 +128,7 @@ def test_any_mix_of_parameters_draws_what_transformers_processors_leave(rows, sp
         {"top_k": 40},
         {"min_p": 0.05},
         {"repetition_penalty": 1.5},
+        {"repetition_penalty": 0.6},
         {"presence_penalty": 1.5},
         {"frequency_penalty": -1.5},
         {"logit_bias": {3: 8.0, 4: -100.0}},
@@ -140,6 +141,14 @@ def test_each_processor_draws_what_transformers_has(sampling):
     output = [3, 3, 8, 9, 650]
     sequences = [sequence(SamplingParams(**sampling, seed=seed), [1, 2, 3, 699], output) for seed in range(ROWS)]
     assert check(torch.randn(1, VOCABULARY).expand(ROWS, -1) * 3, sequences) > ROWS // 2
+
+
+def test_penalties_mean_the_same_at_any_temperature():
+    """vLLM's order: logits 0, 2, 1.5, 0 less a presence penalty of 1 for token 1, over 0.2, leave that token 7.6 %."""
+    sampling = [SamplingParams(temperature=0.2, presence_penalty=1.0, seed=seed) for seed in range(4000)]
+    sequences = [sequence(params, [3], [1]) for params in sampling]
+    drawn = Sampler(frozenset()).sample(torch.tensor([[0.0, 2.0, 1.5, 0.0]]).repeat(4000, 1), sequences)
+    assert drawn.count(1) / 4000 == pytest.approx(0.0758, abs=0.02)
 
 
 def test_flat_logits_need_more_candidates_than_the_first_look_gives():

@@ -1,0 +1,114 @@
+"""What a model's makers recommend holds where a caller chooses nothing, and nowhere else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fastchat_grpc.backends.capabilities import Feature, Traits, supported_defaults
+from fastchat_grpc.core import (
+    Completion,
+    Event,
+    FinishReason,
+    GenerateRequest,
+    ModelInfo,
+    SamplingDefaults,
+    SamplingParams,
+    TextPrompt,
+    Usage,
+)
+from fastchat_grpc.models.generation_config import default_sampling, generation_config
+from fastchat_grpc.openai.completion_request import parse_completion
+from fastchat_grpc.rpc.convert import generate_request_from_pb, generate_request_to_pb
+from fastchat_grpc.v1 import generation_pb2 as pb
+from fastchat_grpc.worker.admission import Admission
+from fastchat_grpc.worker.generation import LocalGeneration
+
+QWEN = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05, "do_sample": True, "eos_token_id": 2}
+
+
+def test_a_number_that_was_asked_for_is_told_from_the_same_number_by_default():
+    assert SamplingParams().given == {}
+    assert SamplingParams(temperature=1.0, top_k=-1).given == {"temperature": 1.0, "top_k": -1}
+    assert SamplingParams() == SamplingParams(temperature=1.0)
+
+
+def test_defaults_fill_what_is_unset_and_nothing_else():
+    defaults = SamplingDefaults(temperature=0.7, top_p=0.8, top_k=20)
+    filled = SamplingParams(temperature=1.0, seed=3, presence_penalty=0.5).filled(defaults)
+    assert filled == SamplingParams(temperature=1.0, top_p=0.8, top_k=20, seed=3, presence_penalty=0.5)
+    assert SamplingParams().filled(SamplingDefaults()) == SamplingParams()
+
+
+def test_what_is_unset_stays_so_in_copies():
+    assert replace(SamplingParams(top_p=0.5), seed=1).given == {"top_p": 0.5}
+
+
+def test_what_is_unset_stays_so_over_the_wire():
+    request = GenerateRequest(prompt=TextPrompt("x"), sampling=SamplingParams(top_p=1.0, top_k=5))
+    message = generate_request_to_pb(request)
+    assert not message.sampling.HasField("temperature")
+    back = generate_request_from_pb(pb.GenerateRequest.FromString(message.SerializeToString()))
+    assert back.sampling.given == {"top_p": 1.0, "top_k": 5}
+
+
+def test_a_generation_config_gives_the_fields_that_vllm_takes_from_it(tmp_path):
+    assert default_sampling(generation_config(tmp_path)) == SamplingDefaults()
+    (tmp_path / "generation_config.json").write_text(json.dumps(QWEN))
+    assert default_sampling(generation_config(tmp_path)) == SamplingDefaults(
+        temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05
+    )
+
+
+@pytest.mark.parametrize("value", [-1, "warm", [], float("nan"), 1e400])
+def test_a_senseless_default_is_left_out_and_the_others_hold(value, caplog):
+    assert default_sampling({"temperature": value, "top_p": 0.9}) == SamplingDefaults(top_p=0.9)
+    assert "temperature is left out" in caplog.text
+
+
+def test_a_default_that_the_backend_cannot_honour_is_left_out():
+    traits = Traits(summary="", refuses={Feature.MIN_P: "no", Feature.TOP_K: "no"})
+    defaults = SamplingDefaults(temperature=0.7, top_k=20, min_p=0.1)
+    assert supported_defaults(defaults, traits) == SamplingDefaults(temperature=0.7)
+
+
+class Recorder:
+    """A backend that keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[GenerateRequest] = []
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        self.asked.append(request)
+        yield Completion(index=0, finish_reason=FinishReason.STOP, usage=Usage())
+
+
+def test_what_is_unset_stays_so_over_http():
+    body = {"model": "m", "prompt": "x", "temperature": 1, "top_p": None}
+    call = parse_completion(body, [ModelInfo(name="m", context_length=64)])
+    assert [generation.sampling.given for generation in call.generations] == [{"temperature": 1.0}]
+
+
+async def test_a_worker_fills_in_its_models_defaults_for_each_of_its_models():
+    backend: Any = Recorder()
+    generation = LocalGeneration(backend)
+    infos = [
+        ModelInfo(name="qwen", context_length=64, default_sampling=SamplingDefaults(temperature=0.7, top_k=20)),
+        ModelInfo(name="plain", context_length=64),
+    ]
+    generation.open(infos, Admission(max_running=1, max_waiting=1))
+    for model in ("qwen", "plain"):
+        for sampling in (SamplingParams(), SamplingParams(temperature=1.0)):
+            request = GenerateRequest(prompt=TextPrompt("x"), model=model, sampling=sampling)
+            async for _ in generation.generate(request):
+                pass
+    assert [(r.sampling.temperature, r.sampling.top_k) for r in backend.asked] == [
+        (0.7, 20),
+        (1.0, 20),
+        (1.0, -1),
+        (1.0, -1),
+    ]
