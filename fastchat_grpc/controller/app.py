@@ -28,7 +28,7 @@ from fastchat_grpc.rpc.server import RpcServer
 from fastchat_grpc.v1 import openai_pb2_grpc, registry_pb2_grpc
 
 if TYPE_CHECKING:
-    from fastchat_grpc.controller.bridge import Bridge
+    from fastchat_grpc.controller.envoy.services import EnvoyServices
 
 logger = logging.getLogger(__name__)
 
@@ -186,10 +186,10 @@ class ControllerApp:
         task.add_done_callback(self._tasks.discard)
 
 
-def _bridge(relay: Relay, keys: ApiKeys, join_token: JoinToken, config: ControllerConfig) -> Bridge | None:
+def _bridge(relay: Relay, keys: ApiKeys, join_token: JoinToken, config: ControllerConfig) -> EnvoyServices | None:
     """What a gateway asks of a controller; None where the protos of Envoy are not installed (extra `gateway`)."""
     if importlib.util.find_spec("envoy") is None or importlib.util.find_spec("envoy.service") is None:
         return None
-    from fastchat_grpc.controller.bridge import Bridge
+    from fastchat_grpc.controller.envoy.services import EnvoyServices
 
-    return Bridge(relay, keys, join_token, settle_s=2 * config.lease.heartbeat_interval_s)
+    return EnvoyServices(relay, keys, join_token, settle_s=2 * config.lease.heartbeat_interval_s)

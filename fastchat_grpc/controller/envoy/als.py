@@ -13,8 +13,8 @@ from envoy.data.accesslog.v3 import accesslog_pb2
 from envoy.service.accesslog.v3 import als_pb2, als_pb2_grpc
 
 from fastchat_grpc.config import join_address
+from fastchat_grpc.controller.envoy.tickets import Ticket, Tickets
 from fastchat_grpc.controller.registry import Registry
-from fastchat_grpc.controller.tickets import Ticket, Tickets
 from fastchat_grpc.rpc.bridge import TICKET_HEADER
 
 logger = logging.getLogger(__name__)

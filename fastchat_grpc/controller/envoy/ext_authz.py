@@ -27,10 +27,10 @@ from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 
 from fastchat_grpc.config import MAX_MESSAGE_BYTES, DispatchMethod
-from fastchat_grpc.controller.endpoints import Endpoints
+from fastchat_grpc.controller.envoy.eds import Endpoints
+from fastchat_grpc.controller.envoy.tickets import Tickets
 from fastchat_grpc.controller.fleet import Reservation
 from fastchat_grpc.controller.relay import AFFINITY_CHARACTERS, Relay
-from fastchat_grpc.controller.tickets import Tickets
 from fastchat_grpc.errors import FastChatError, InvalidArgument, NoLiveWorker
 from fastchat_grpc.openai.jsonio import parse_object
 from fastchat_grpc.rpc.api_keys import HEADERS, ApiKeys

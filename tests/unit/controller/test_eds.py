@@ -14,8 +14,8 @@ from envoy.config.endpoint.v3 import endpoint_pb2
 from envoy.service.discovery.v3 import discovery_pb2
 
 from fastchat_grpc.config import join_address, split_address
-from fastchat_grpc.controller import endpoints
-from fastchat_grpc.controller.endpoints import Endpoints
+from fastchat_grpc.controller.envoy import eds
+from fastchat_grpc.controller.envoy.eds import Endpoints
 from fastchat_grpc.controller.fleet import Worker, WorkerSpec
 from fastchat_grpc.controller.registry import Registry
 from fastchat_grpc.core import Load, ModelInfo
@@ -147,8 +147,8 @@ async def test_what_a_gateway_has_confirmed_is_what_it_can_be_sent_to(site: Site
 async def test_each_name_is_looked_up_once_however_many_batches_follow(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endpoints, "GATHER_S", 0.0)
-    monkeypatch.setattr(endpoints, "GATHER_PER_WORKER_S", 0.0)
+    monkeypatch.setattr(eds, "GATHER_S", 0.0)
+    monkeypatch.setattr(eds, "GATHER_PER_WORKER_S", 0.0)
     site.names = {f"host{i}": f"10.1.0.{i}" for i in range(40)}
     async with site.running() as told:
         site.ask("workers")
@@ -166,7 +166,7 @@ async def test_each_name_is_looked_up_once_however_many_batches_follow(
 async def test_names_are_looked_up_again_from_time_to_time_and_keep_what_they_had(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endpoints, "RESOLVE_S", 0.01)
+    monkeypatch.setattr(eds, "RESOLVE_S", 0.01)
     site.names = {"here": "10.1.0.1"}
     worker = site.add(1, "here:5")
     async with site.running() as told:

@@ -10,22 +10,22 @@ from envoy.service.accesslog.v3 import als_pb2_grpc
 from envoy.service.auth.v3 import external_auth_pb2_grpc
 from envoy.service.endpoint.v3 import eds_pb2_grpc
 
-from fastchat_grpc.controller import completions, endpoints, picker
-from fastchat_grpc.controller.completions import Completions
-from fastchat_grpc.controller.endpoints import Endpoints
-from fastchat_grpc.controller.picker import Picker
+from fastchat_grpc.controller.envoy import als, eds, ext_authz
+from fastchat_grpc.controller.envoy.als import Completions
+from fastchat_grpc.controller.envoy.eds import Endpoints
+from fastchat_grpc.controller.envoy.ext_authz import Picker
+from fastchat_grpc.controller.envoy.tickets import Tickets
 from fastchat_grpc.controller.relay import Relay
-from fastchat_grpc.controller.tickets import Tickets
 from fastchat_grpc.rpc.api_keys import ApiKeys
 from fastchat_grpc.rpc.security import JoinToken
 
 Service = tuple[str, Callable[[grpc.aio.Server], None]]
 
-ENVOY_METHODS = tuple(f"/{module.SERVICE_NAME}/" for module in (picker, endpoints, completions))
+ENVOY_METHODS = tuple(f"/{module.SERVICE_NAME}/" for module in (ext_authz, eds, als))
 """Prefixes of the methods that gateways call: they show the join token, not an API key."""
 
 
-class Bridge:
+class EnvoyServices:
     """The parts, wired. Serve `services`, `run` it beside the server, `close` it at the end.
 
     Args:
@@ -47,15 +47,15 @@ class Bridge:
         """Full names, and the functions that add them to a server."""
         return [
             (
-                picker.SERVICE_NAME,
+                ext_authz.SERVICE_NAME,
                 lambda server: external_auth_pb2_grpc.add_AuthorizationServicer_to_server(self.picker, server),
             ),
             (
-                endpoints.SERVICE_NAME,
+                eds.SERVICE_NAME,
                 lambda server: eds_pb2_grpc.add_EndpointDiscoveryServiceServicer_to_server(self.endpoints, server),
             ),
             (
-                completions.SERVICE_NAME,
+                als.SERVICE_NAME,
                 lambda server: als_pb2_grpc.add_AccessLogServiceServicer_to_server(self.completions, server),
             ),
         ]

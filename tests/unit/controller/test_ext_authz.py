@@ -12,12 +12,12 @@ from envoy.service.auth.v3 import external_auth_pb2 as auth
 from google.api.httpbody_pb2 import HttpBody
 
 from fastchat_grpc.config import ApiKeyConfig, DispatchMethod, FailoverConfig
-from fastchat_grpc.controller.bridge import Bridge
 from fastchat_grpc.controller.dispatch import Dispatcher
+from fastchat_grpc.controller.envoy.services import EnvoyServices
+from fastchat_grpc.controller.envoy.tickets import LIFETIME_S, Tickets
 from fastchat_grpc.controller.fleet import WorkerSpec
 from fastchat_grpc.controller.registry import Registry
 from fastchat_grpc.controller.relay import Relay
-from fastchat_grpc.controller.tickets import LIFETIME_S, Tickets
 from fastchat_grpc.core import Load, ModelInfo
 from fastchat_grpc.rpc.api_keys import ApiKeys
 from fastchat_grpc.rpc.bridge import PLACES_KEY, TICKET_HEADER
@@ -44,7 +44,7 @@ class Site:
         self.registry = Registry()
         self.dispatcher = Dispatcher(self.registry, method)
         relay = Relay(self.dispatcher, ChannelPool(None, max_message_bytes=2**20), FailoverConfig())
-        self.bridge = Bridge(relay, ApiKeys(keys), JoinToken(None), settle_s=0.0)
+        self.bridge = EnvoyServices(relay, ApiKeys(keys), JoinToken(None), settle_s=0.0)
 
     def add(self, number: int, model: str = "m", weight: float = 1.0, load: Load = FREE) -> Any:
         spec = WorkerSpec(
