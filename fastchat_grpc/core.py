@@ -59,6 +59,11 @@ class Capability(enum.Enum):
     STRUCTURED_OUTPUT = "structured_output"
     LOGPROBS = "logprobs"
     RESUME = "resume"
+    """Continues what another worker began: from the same tokens, with random numbers of its own."""
+    SEEDED_RESUME = "seeded_resume"
+    """A resumed generation draws the same random numbers as an undisturbed one of the same seed."""
+    STATEFUL_RESUME = "stateful_resume"
+    """Continues where the next token depends on the whole output so far: output penalties and grammars."""
 
 
 def _require(ok: bool, path: str, value: object, limit: str) -> None:

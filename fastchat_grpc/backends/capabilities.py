@@ -61,6 +61,8 @@ class Feature(enum.Enum):
     RESUME = "resume"
     RESUME_STATE = "resume with output penalties or a grammar"
     """Continues where penalties or a grammar depend on what another worker has made."""
+    RESUME_SEED = "resume with a seed"
+    """Draws the same random numbers as if nothing had happened: they go by the seed and the token's place alone."""
     EMBED = "embeddings"
     EMBED_OPTIONS = "raw or truncated embeddings"
     TOKEN_IDS = "output token ids"
@@ -113,6 +115,10 @@ class Traits:
             found.add(Capability.LOGPROBS)
         if self.supports(Feature.RESUME):
             found.add(Capability.RESUME)
+            if self.supports(Feature.RESUME_SEED):
+                found.add(Capability.SEEDED_RESUME)
+            if self.supports(Feature.RESUME_STATE):
+                found.add(Capability.STATEFUL_RESUME)
         if self.supports(Feature.IMAGES):
             found.add(Capability.VISION)
         if self.supports(Feature.JSON_SCHEMA):
@@ -148,6 +154,7 @@ CHECKS: tuple[tuple[Feature, str, _Check], ...] = (
     (Feature.LORA, "lora_adapter", lambda r: bool(r.lora_adapter)),
     (Feature.RESUME, "resume", lambda r: r.resume is not None),
     (Feature.RESUME_STATE, "resume", lambda r: _resumes_state(r)),
+    (Feature.RESUME_SEED, "resume", lambda r: _resumes_seed(r)),
 )
 """How a request asks for a feature, and the field to name when it is refused. Grammars are checked by kind."""
 
@@ -195,12 +202,21 @@ def _has_images(request: GenerateRequest) -> bool:
     return any(isinstance(part, Image) for content in contents if not isinstance(content, str) for part in content)
 
 
+def _continues(request: GenerateRequest) -> bool:
+    """Whether choices go on that have output already."""
+    return any(choice.output_token_ids and not choice.finished for choice in request.resume or ())
+
+
 def _resumes_state(request: GenerateRequest) -> bool:
     """Whether choices go on whose next token depends on how their output so far was made."""
-    if not any(choice.output_token_ids and not choice.finished for choice in request.resume or ()):
-        return False
     sampling = request.sampling
-    return bool(sampling.presence_penalty or sampling.frequency_penalty or request.grammar is not None)
+    penalized = bool(sampling.presence_penalty or sampling.frequency_penalty)
+    return _continues(request) and (penalized or request.grammar is not None)
+
+
+def _resumes_seed(request: GenerateRequest) -> bool:
+    """Whether choices go on whose next token depends on how many random numbers were drawn."""
+    return _continues(request) and request.sampling.seed is not None and not request.sampling.greedy
 
 
 def _is_importable(module: str) -> bool:
@@ -249,6 +265,7 @@ TRAITS: Mapping[str, Traits] = MappingProxyType(
                 Feature.PROMPT_LOGPROBS: "prefix caching leaves them out; start with --backend-option prefix_cache=off",
                 Feature.LARK: "OpenVINO GenAI takes JSON schemas and regular expressions, not Lark grammars",
                 Feature.RESUME_STATE: "OpenVINO GenAI cannot continue where output penalties or a grammar left off",
+                Feature.RESUME_SEED: "OpenVINO GenAI cannot continue the random numbers of a seed in the middle",
                 Feature.EMBED: "OpenVINO GenAI's pipeline gives no hidden states",
             },
         ),
@@ -261,6 +278,7 @@ TRAITS: Mapping[str, Traits] = MappingProxyType(
             refuses={
                 Feature.IMAGES: "images are not supported by this backend",
                 Feature.RESUME_STATE: "vLLM cannot continue penalties of the output, or a grammar, in the middle",
+                Feature.RESUME_SEED: "vLLM cannot continue the random numbers of a seed in the middle",
             },
         ),
         "llama_cpp": Traits(
@@ -304,6 +322,7 @@ TRAITS: Mapping[str, Traits] = MappingProxyType(
                 Feature.PROMPT_LOGPROBS: "LightLLM streams no log probabilities of prompts",
                 Feature.LORA: "this backend takes no adapters",
                 Feature.RESUME_STATE: "LightLLM cannot continue penalties of the output in the middle",
+                Feature.RESUME_SEED: "LightLLM has no seeds",
                 Feature.EMBED: "LightLLM has no embeddings",
             },
         ),
@@ -345,7 +364,10 @@ TRAITS: Mapping[str, Traits] = MappingProxyType(
                     (Feature.LOGPROBS, Feature.TOP_LOGPROBS, Feature.PROMPT_LOGPROBS, Feature.TOKEN_IDS),
                     "the OpenAI API names no token ids",
                 ),
-                **dict.fromkeys((Feature.RESUME, Feature.RESUME_STATE), "the OpenAI API cannot continue an output"),
+                **dict.fromkeys(
+                    (Feature.RESUME, Feature.RESUME_STATE, Feature.RESUME_SEED),
+                    "the OpenAI API cannot continue an output",
+                ),
                 Feature.LARK: "the OpenAI API takes no Lark grammars",
                 Feature.EMBED: "start with --backend-option embeddings=on where the server makes them",
                 Feature.EMBED_OPTIONS: "the OpenAI API has no such field",

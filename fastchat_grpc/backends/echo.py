@@ -65,7 +65,15 @@ class EchoBackend:
         self._processed_tokens = 0
 
     async def start(self) -> Sequence[ModelInfo]:
-        capabilities = {Capability.GENERATE, Capability.CHAT, Capability.EMBED, Capability.LOGPROBS, Capability.RESUME}
+        capabilities = {
+            Capability.GENERATE,
+            Capability.CHAT,
+            Capability.EMBED,
+            Capability.LOGPROBS,
+            Capability.RESUME,
+            Capability.SEEDED_RESUME,
+            Capability.STATEFUL_RESUME,
+        }
         return [
             ModelInfo(
                 name=name,

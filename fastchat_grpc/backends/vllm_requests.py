@@ -98,15 +98,12 @@ class Statistics:
 
 
 def check_limits(request: GenerateRequest) -> None:
-    """Refuse what vLLM would refuse, under the names of our fields, and what it cannot continue."""
+    """Refuse what vLLM would refuse, under the names of our fields."""
     sampling = request.sampling
     if sampling.temperature > MAX_TEMPERATURE:
         raise UnsupportedField(
             "sampling.temperature", f"vLLM allows at most {MAX_TEMPERATURE:g}, got {sampling.temperature:g}"
         )
-    continued = any(choice.output_token_ids and not choice.finished for choice in request.resume or ())
-    if continued and sampling.seed is not None and not sampling.greedy:
-        raise UnsupportedField("resume", "vLLM cannot continue the random numbers of a seed in the middle")
 
 
 def _structured_outputs(grammar: Grammar | None) -> Any:

@@ -132,7 +132,12 @@ def _block_count(runner: ModelRunner, loaded: LoadedModel, settings: EngineConfi
 def _capabilities(loaded: LoadedModel) -> frozenset[Capability]:
     can = set(loaded.capabilities)
     if Capability.GENERATE in can:
-        can |= {Capability.LOGPROBS, Capability.RESUME}
+        can |= {
+            Capability.LOGPROBS,
+            Capability.RESUME,
+            Capability.SEEDED_RESUME,  # its random numbers go by the token's place (engine/rng.py)
+            Capability.STATEFUL_RESUME,
+        }
         if GrammarCompiler.available() and loaded.tokenizer.eos_token_ids:
             can.add(Capability.STRUCTURED_OUTPUT)
     return frozenset(can)

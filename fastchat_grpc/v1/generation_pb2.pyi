@@ -22,6 +22,8 @@ class Capability(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CAPABILITY_STRUCTURED_OUTPUT: _ClassVar[Capability]
     CAPABILITY_LOGPROBS: _ClassVar[Capability]
     CAPABILITY_RESUME: _ClassVar[Capability]
+    CAPABILITY_SEEDED_RESUME: _ClassVar[Capability]
+    CAPABILITY_STATEFUL_RESUME: _ClassVar[Capability]
 
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -45,6 +47,8 @@ CAPABILITY_VISION: Capability
 CAPABILITY_STRUCTURED_OUTPUT: Capability
 CAPABILITY_LOGPROBS: Capability
 CAPABILITY_RESUME: Capability
+CAPABILITY_SEEDED_RESUME: Capability
+CAPABILITY_STATEFUL_RESUME: Capability
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason

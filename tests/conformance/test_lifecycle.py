@@ -95,6 +95,7 @@ async def test_the_model_says_what_the_backend_declares(harness: Harness) -> Non
     assert Capability.GENERATE in info.capabilities
     assert (Capability.LOGPROBS in info.capabilities) == harness.supports(Feature.LOGPROBS)
     assert (Capability.RESUME in info.capabilities) == harness.supports(Feature.RESUME)
+    assert (Capability.STATEFUL_RESUME in info.capabilities) == harness.supports(Feature.RESUME_STATE)
 
 
 async def test_embeddings_are_unit_vectors_that_depend_on_their_input_alone(harness: Harness) -> None:

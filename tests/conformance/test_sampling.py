@@ -12,6 +12,7 @@ import pytest
 
 from fastchat_grpc.backends.capabilities import GRAMMARS, Feature
 from fastchat_grpc.core import (
+    Capability,
     ChatMessage,
     FinishReason,
     GenerateRequest,
@@ -69,6 +70,7 @@ ASKING: dict[Feature, GenerateRequest] = {
     Feature.LORA: request(lora_adapter="missing"),
     Feature.RESUME: request(resume=(ResumedChoice(index=0, output_token_ids=(5,)),)),
     Feature.RESUME_STATE: request(presence_penalty=1.0, resume=(ResumedChoice(index=0, output_token_ids=(5,)),)),
+    Feature.RESUME_SEED: request(seed=1, temperature=1.0, resume=(ResumedChoice(index=0, output_token_ids=(5,)),)),
 }
 """A request for each feature."""
 
@@ -306,6 +308,20 @@ async def test_a_generation_is_resumed_without_a_seam(harness: Harness) -> None:
         assert known + resumed.token_ids == whole.token_ids
         assert resumed.first.tokens == whole.first.tokens
         assert resumed.first.prompt_tokens == whole.first.prompt_tokens
+
+
+async def test_a_seeded_sample_goes_on_with_the_random_numbers_it_would_have_had(harness: Harness) -> None:
+    if Capability.SEEDED_RESUME not in harness.info.capabilities:
+        pytest.skip("its random numbers go by more than the seed and the place; see the refusals")
+    fields = {"max_new_tokens": 16, "seed": 5, **lively(harness)}
+    whole = await harness.ask(**fields)
+    for cut in (1, 9):
+        known = whole.token_ids[:cut]
+        prefix = await _text_of_output(harness, known)
+        resumed = await harness.ask(
+            resume=(ResumedChoice(index=0, output_token_ids=tuple(known), text_length=len(prefix)),), **fields
+        )
+        assert known + resumed.token_ids == whole.token_ids
 
 
 async def test_a_finished_choice_is_not_resumed(harness: Harness) -> None:
