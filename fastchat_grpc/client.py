@@ -19,6 +19,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, fields
+from time import monotonic
 from types import TracebackType
 from typing import Any, Self, TypedDict, TypeVar, Unpack
 
@@ -48,9 +49,9 @@ from fastchat_grpc.core import (
 )
 from fastchat_grpc.errors import InvalidArgument
 from fastchat_grpc.rpc import convert
-from fastchat_grpc.rpc.addresses import AddressBook, AddressRouter, Start
-from fastchat_grpc.rpc.failover import Failover
-from fastchat_grpc.rpc.progress import PARSED, Progress
+from fastchat_grpc.rpc.addresses import AddressBook, Addresses
+from fastchat_grpc.rpc.failover import Call, Failover
+from fastchat_grpc.rpc.resume import PARSED, resume_request
 from fastchat_grpc.rpc.security import bearer
 from fastchat_grpc.v1 import generation_pb2, registry_pb2
 from fastchat_grpc.v1.generation_pb2_grpc import GenerationServiceStub as GenerationStub
@@ -202,11 +203,14 @@ class AsyncClient:
         """Events of a generation. Closing the iterator, or breaking out of it, cancels the generation."""
         message = convert.generate_request_to_pb(request)
 
-        def start(channel: grpc.aio.Channel, progress: Progress[Any], timeout_s: float | None) -> Any:
-            attempt = progress.request(resumable=True, seeded=len(self._addresses) > 1)
+        def start(channel: grpc.aio.Channel, call: Call[Any], timeout_s: float | None) -> Any:
+            state = call.state
+            attempt = resume_request(message, state.snapshot()) if state is not None and state.started else message
             return GenerationStub(channel).Generate(attempt, timeout=timeout_s, metadata=self._metadata)
 
-        async with aclosing(self._failover.generate(message, self._router(start), PARSED)) as events:
+        servers: Addresses[generation_pb2.GenerateResponse] = Addresses(self._addresses, start)
+        generation = self._failover.generate(message, servers, PARSED, self._deadline())
+        async with aclosing(generation) as events:
             async for event in events:
                 yield convert.event_from_pb(event)
 
@@ -288,8 +292,8 @@ class AsyncClient:
         response = await self._call(ControllerStub, "DrainWorker", request, bearer(join_token) or self._metadata)
         return int(response.running_count)
 
-    def _router(self, start: Start) -> AddressRouter[Any]:
-        return AddressRouter(self._addresses, start, self._timeout_s, self._failover.config.wait_s)
+    def _deadline(self) -> float | None:
+        return None if self._timeout_s is None else monotonic() + self._timeout_s
 
     async def _call(
         self,
@@ -300,10 +304,11 @@ class AsyncClient:
     ) -> Any:
         shown = self._metadata if metadata is None else metadata
 
-        def start(channel: grpc.aio.Channel, progress: Progress[Any], timeout_s: float | None) -> Any:
+        def start(channel: grpc.aio.Channel, call: Call[Any], timeout_s: float | None) -> Any:
             return getattr(stub(channel), method)(request, timeout=timeout_s, metadata=shown)
 
-        return await self._failover.call(self._router(start))
+        servers: Addresses[Any] = Addresses(self._addresses, start)
+        return await self._failover.call(servers, self._deadline())
 
 
 def _collect(deltas: Sequence[Delta], completion: Completion) -> Choice:

@@ -150,6 +150,12 @@ class WorkerUnavailable(FastChatError):
     reason = "WORKER_UNAVAILABLE"
 
 
+class NotResumable(WorkerUnavailable):
+    """A stream lost its worker, and none of those left can go on with it; the message says why."""
+
+    reason = "NOT_RESUMABLE"
+
+
 class FailoverExhausted(FastChatError):
     """So many workers failed on this request that it is not tried on yet another: it may be what breaks them."""
 

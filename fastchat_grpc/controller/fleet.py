@@ -91,6 +91,7 @@ class Worker:
         "picks",
         "probe_ends",
         "probing",
+        "recovered_at",
         "removed",
         "reserved",
         "score",
@@ -110,6 +111,7 @@ class Worker:
         self.load = load
         self.terms = terms
         self.heartbeat_at = now
+        self.recovered_at = now  # time of the last evidence of life
         self.deadline = now + terms.time_to_live_s
         self.timer_at = -math.inf  # no lease timer
         self.suspect = False

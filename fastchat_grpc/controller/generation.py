@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
+from contextvars import ContextVar
 from time import monotonic
 from typing import Any
 
@@ -13,7 +14,7 @@ import grpc
 from google.api.httpbody_pb2 import HttpBody
 
 from fastchat_grpc import __version__
-from fastchat_grpc.controller.relay import Errand, Relay, forwarded
+from fastchat_grpc.controller.relay import NOBODY, Caller, Relay, forwarded, naming
 from fastchat_grpc.controller.servicer import fleet_models
 from fastchat_grpc.core import (
     EmbedRequest,
@@ -34,6 +35,34 @@ Context = grpc.aio.ServicerContext[Any, Any]
 SERVICE = "fastchat_grpc.v1.GenerationService"
 IDLE_LOOK_S = 0.02
 DETOKENIZE = "/fastchat_grpc.v1.OpenAIService/Detokenize"
+
+CALLER: ContextVar[Caller] = ContextVar("CALLER", default=NOBODY)
+"""Whose call this is, for services that reach the fleet through the GenerationPort: its methods have no context."""
+
+
+def caller_of(context: Context) -> Caller:
+    """Deadline and metadata that a relayed call has of its caller's. Raises RelayLoop."""
+    left_s = context.time_remaining()
+    return Caller(
+        deadline=None if left_s is None else monotonic() + left_s,
+        metadata=forwarded(context.invocation_metadata()),
+    )
+
+
+class OnBehalf:
+    """A servicer whose calls keep deadline and metadata of their callers on the way to the worker."""
+
+    def __init__(self, servicer: Any) -> None:
+        self._servicer = servicer
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._servicer, name)
+
+        def called(request: Any, context: Context) -> Any:
+            CALLER.set(caller_of(context))  # each call has a task, and so a context, of its own
+            return method(request, context)
+
+        return called
 
 
 class RelayedGeneration:
@@ -60,24 +89,24 @@ class RelayedGeneration:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Events of one generation, as `Backend.generate`."""
+        self.check()
         message = convert.generate_request_to_pb(request)
-        message.model = self.resolve(request.model)
-        errand = Errand(model=message.model, key=self._relay.affinity_key(message))
-        async with aclosing(self._relay.generate(message, errand)) as items:
+        async with aclosing(self._relay.generate(message, CALLER.get())) as items:
             async for item in items:
                 yield convert.event_from_pb(pb.GenerateResponse.FromString(item))
 
     async def embed(self, request: EmbedRequest) -> EmbedResult:
         """Embed each input."""
+        self.check()
         message = convert.embed_request_to_pb(request)
-        message.model = self.resolve(request.model)
-        raw = await self._relay.call(f"/{SERVICE}/Embed", message.SerializeToString(), Errand(model=message.model))
+        raw = await self._relay.call(f"/{SERVICE}/Embed", message.model, naming(message), CALLER.get())
         return convert.embed_result_from_pb(pb.EmbedResponse.FromString(raw))
 
     async def tokenize(self, model: str, prompt: Prompt) -> Sequence[int]:
         """Token ids of a prompt."""
         asked = convert.generate_request_to_pb(GenerateRequest(prompt=prompt))
-        message = pb.CountTokensRequest(model=self.resolve(model), include_token_ids=True)
+        self.check()
+        message = pb.CountTokensRequest(model=model, include_token_ids=True)
         match asked.WhichOneof("input"):
             case "prompt":
                 message.prompt = asked.prompt
@@ -85,18 +114,18 @@ class RelayedGeneration:
                 message.chat.CopyFrom(asked.chat)
             case _:
                 return list(asked.prompt_token_ids.ids)
-        raw = await self._relay.call(
-            f"/{SERVICE}/CountTokens", message.SerializeToString(), Errand(model=message.model)
-        )
+        raw = await self._relay.call(f"/{SERVICE}/CountTokens", model, naming(message), CALLER.get())
         return list(pb.CountTokensResponse.FromString(raw).token_ids)
 
     async def detokenize(self, model: str, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens included. Asks the worker's OpenAIService, which alone offers it."""
-        model = self.resolve(model)
-        body = HttpBody(
-            content_type="application/json", data=json.dumps({"model": model, "tokens": list(token_ids)}).encode()
-        )
-        raw = await self._relay.call(DETOKENIZE, body.SerializeToString(), Errand(model=model))
+        self.check()
+
+        def named(name: str) -> bytes:
+            data = json.dumps({"model": name, "tokens": list(token_ids)}).encode()
+            return bytes(HttpBody(content_type="application/json", data=data).SerializeToString())
+
+        raw = await self._relay.call(DETOKENIZE, model, named, CALLER.get())
         return str(json.loads(HttpBody.FromString(raw).data)["prompt"])
 
     def models(self) -> Sequence[ModelInfo]:
@@ -120,11 +149,10 @@ class RelayedGeneration:
         """Weight of all workers together."""
         return sum(worker.weight for worker in self._registry.workers())
 
-    def resolve(self, model: str) -> str:
-        """The full name of a model. Raises Draining after `close`, and as `Registry.pool`."""
+    def check(self) -> None:
+        """Raise Draining after `close`."""
         if self.draining:
             raise Draining("this controller is shutting down and takes no new requests")
-        return self._registry.pool(model)[0]
 
 
 def _sum_state(states: Sequence[WorkerState]) -> WorkerState:
@@ -156,8 +184,8 @@ class GenerationServicer:
         server.add_registered_method_handlers(SERVICE, handlers)
 
     def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[bytes]:
-        request.model = self._generation.resolve(request.model)
-        return self._relay.generate(request, self._errand(request.model, context, self._relay.affinity_key(request)))
+        self._generation.check()
+        return self._relay.generate(request, caller_of(context))
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:
         worker_id, instance_id = self._generation.identity
@@ -172,20 +200,8 @@ class GenerationServicer:
 
     def _relayed(self, name: str, kind: Any) -> Any:
         async def relayed(raw: bytes, context: Context) -> bytes:
+            self._generation.check()
             request = kind.FromString(raw)
-            model = self._generation.resolve(request.model)
-            if not request.model:
-                request.model = model
-                raw = request.SerializeToString()
-            return await self._relay.call(f"/{SERVICE}/{name}", raw, self._errand(model, context))
+            return await self._relay.call(f"/{SERVICE}/{name}", request.model, naming(request), caller_of(context))
 
         return relayed
-
-    def _errand(self, model: str, context: Context, key: str = "") -> Errand:
-        left_s = context.time_remaining()
-        return Errand(
-            model=model,
-            key=key,
-            deadline=None if left_s is None else monotonic() + left_s,
-            metadata=forwarded(context.invocation_metadata()),
-        )

@@ -242,6 +242,8 @@ class Registry:
         """Tell whether the controller's own connection to the worker stands."""
         if worker.unreachable is reachable:
             worker.unreachable = not reachable
+            if reachable:
+                worker.recovered_at = self._clock()
             self._settle(worker)
 
     # ------------------------------------------------------------------------------- readers
@@ -307,7 +309,7 @@ class Registry:
         now = self._clock()
         stalled = load.state is not worker.load.state and load.state.value == "degraded"
         worker.load = load
-        worker.heartbeat_at = now
+        worker.heartbeat_at = worker.recovered_at = now
         worker.suspect = False
         worker.terms = self.terms
         worker.deadline = now + worker.terms.time_to_live_s

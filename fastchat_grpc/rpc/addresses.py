@@ -1,30 +1,30 @@
-"""Several addresses of one service, for a client: the router of its failover.
+"""Several addresses of one service, for a client: the servers of its failover.
 
 The addresses are those of controllers, or of workers; any of them will do. A call goes to the address
-that answered last, and when that fails to the others in turn. Unlike a worker that a relay picked, an
-address may be tried again: what is lost behind it comes back, or others are picked there.
+that answered last, and when that fails to the others in turn. An address that was lost is tried again after
+a pause: what is behind it comes back, or others are picked there.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from time import monotonic
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import grpc
 
 from fastchat_grpc.config import TlsConfig, split_address
-from fastchat_grpc.errors import ClientClosed, DeadlineExceeded, FastChatError, NoLiveWorker
+from fastchat_grpc.errors import ClientClosed, FastChatError, NoLiveWorker
 from fastchat_grpc.rpc.channels import open_channel
-from fastchat_grpc.rpc.progress import Progress
+from fastchat_grpc.rpc.failover import Attempt, Call, Nobody
+from fastchat_grpc.rpc.plan import Outlook
 from fastchat_grpc.rpc.retry import Verdict
 
 MIN_PAUSE_S = 0.1
 MAX_PAUSE_S = 2.0
 
 T = TypeVar("T")
-Start = Callable[[grpc.aio.Channel, Progress[Any], float | None], Any]
+Start = Callable[[grpc.aio.Channel, Call[Any], float | None], Any]
 """Starts a call on a channel, with a timeout in seconds."""
 
 
@@ -59,78 +59,62 @@ class AddressBook:
         await asyncio.gather(*(channel.close() for channel in self._channels.values()))
 
 
-class AddressRouter(Generic[T]):
-    """The router of one call, streaming or not, for `Failover` with the PARSED codec.
+class Addresses(Generic[T]):
+    """The servers of one call, streaming or not, for `Failover` with the PARSED codec.
 
     Args:
         book: the addresses.
         start: starts the call.
-        timeout_s: the caller's deadline, from now.
-        wait_s: how long to go on when every address is lost.
     """
 
-    def __init__(self, book: AddressBook, start: Start, timeout_s: float | None, wait_s: float) -> None:
+    def __init__(self, book: AddressBook, start: Start) -> None:
         self._book = book
         self._start = start
-        self._deadline = None if timeout_s is None else monotonic() + timeout_s
-        self._patience_s = wait_s
         self._pause_s = MIN_PAUSE_S
         self._round = book.order()
-        self._lost: list[str] = []
-        self._current = ""
+        self._next_round: list[str] = []
         self._error: FastChatError = NoLiveWorker("there is no server to ask")
 
-    async def next(self, progress: Progress[Any], last: Verdict | None) -> _Attempt[T]:
-        """The call at the next address. Raises the last attempt's error where there is none."""
-        if last is Verdict.LOST:
-            self._lost.append(self._current)
+    def pick(self, call: Call[T]) -> _Attempt[T]:
+        """The call at the next address. Raises Nobody when the round is over."""
         if not self._round:
-            await self._next_round()
-        self._current = self._round.pop(0)
-        return _Attempt(self, self._start(self._book.channel(self._current), progress, self._remaining_s()))
+            # Those that were lost, leave or start may be back later; the others have said no.
+            raise Nobody(Outlook.COMING if self._next_round else Outlook.CLOSED, self._error)
+        address = self._round.pop(0)
+        running = self._start(self._book.channel(address), call, call.remaining_s())
+        return _Attempt(self, address, running, started=call.started)
 
-    def answered(self) -> None:
-        """The present attempt has had its first event."""
-        self._book.answered(self._current)
-
-    def failed(self, error: FastChatError) -> None:
-        """The present attempt has ended with an error."""
-        self._error = error
-
-    async def _next_round(self) -> None:
-        """Wait a little, then try again those that were lost; the others have said no."""
-        if not self._lost or self._patience_s <= 0:
-            raise self._error
-        pause_s = min(self._pause_s, self._patience_s, self._remaining_s() or self._pause_s)
-        await asyncio.sleep(pause_s)
-        self._patience_s -= pause_s
+    async def wait(self, call: Call[T], timeout_s: float) -> None:
+        """Pause, then begin the next round."""
+        await asyncio.sleep(min(self._pause_s, timeout_s))
         self._pause_s = min(2 * self._pause_s, MAX_PAUSE_S)
-        self._round, self._lost = self._lost, []
+        self._round, self._next_round = self._next_round, []
 
-    def _remaining_s(self) -> float | None:
-        if self._deadline is None:
-            return None
-        left_s = self._deadline - monotonic()
-        if left_s <= 0:
-            raise DeadlineExceeded("the deadline passed before a server could answer")
-        return left_s
+    def answered(self, address: str) -> None:
+        """An address has answered."""
+        self._book.answered(address)
+
+    def failed(self, address: str, error: FastChatError, verdict: Verdict, *, started: bool) -> None:
+        """An attempt at an address has ended with an error."""
+        self._error = error
+        full = started and verdict is Verdict.FULL  # a generation that has begun waits for room
+        if full or verdict in (Verdict.LOST, Verdict.LEAVING, Verdict.STARTING):
+            self._next_round.append(address)
 
 
-class _Attempt(Generic[T]):
-    def __init__(self, router: AddressRouter[T], call: Any) -> None:
-        self._router = router
-        self._call = call
-        self.read: Callable[[], Awaitable[Any]] = call.read if hasattr(call, "read") else lambda: call
+class _Attempt(Attempt[T]):
+    def __init__(self, addresses: Addresses[T], address: str, call: Any, *, started: bool) -> None:
+        super().__init__(call)
+        self._addresses = addresses
+        self._address = address
+        self._started = started
 
     def cancelled(self) -> FastChatError:
         return ClientClosed("the client was closed during the call")
 
     def answered(self) -> None:
-        self._router.answered()
+        self._addresses.answered(self._address)
 
     def failed(self, error: FastChatError, verdict: Verdict) -> FastChatError:
-        self._router.failed(error)
+        self._addresses.failed(self._address, error, verdict, started=self._started)
         return error
-
-    def close(self) -> None:
-        self._call.cancel()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from time import monotonic
 
 from fastchat_grpc.config import FailoverConfig
-from fastchat_grpc.errors import Code, FailoverExhausted, FastChatError
+from fastchat_grpc.errors import Code, FastChatError
 
 BUDGET_WINDOW_S = 10.0
 
@@ -19,23 +19,45 @@ class Verdict(enum.Enum):
     """The request is at fault, or its time is over: it fails anywhere."""
     LOST = "lost"
     """The server went away or could not be reached."""
-    REFUSED = "refused"
-    """The server is full, draining, starting, or has no worker: another may do."""
+    LEAVING = "leaving"
+    """The server is draining: it goes away in good order."""
+    STARTING = "starting"
+    """The server has just started and does not know or serve enough yet."""
+    FULL = "full"
+    """The server has no room."""
+    EMPTY = "empty"
+    """The server is a controller that has no worker for it."""
+    UNABLE = "unable"
+    """The server cannot go on with what another began; another may be able to."""
 
 
-_REFUSALS = frozenset({"QUEUE_FULL", "DRAINING", "STARTING", "NO_LIVE_WORKER"})
+_REFUSALS = {
+    "QUEUE_FULL": Verdict.FULL,
+    "DRAINING": Verdict.LEAVING,
+    "STARTING": Verdict.STARTING,
+    "NO_LIVE_WORKER": Verdict.EMPTY,
+}
+_FINAL = frozenset({"FAILOVER_EXHAUSTED", "NOT_RESUMABLE"})
+_INABILITIES = frozenset({Code.INVALID_ARGUMENT, Code.NOT_FOUND, Code.UNIMPLEMENTED})
 
 
-def judge(error: FastChatError) -> Verdict:
+def judge(error: FastChatError, *, resumed: bool = False) -> Verdict:
     """Whether an attempt that ended with `error` may be made elsewhere.
 
     RESOURCE_EXHAUSTED is retried only where the reason is our own QUEUE_FULL: grpc answers with the
     same code to messages that are too large, which no other server will take either.
+
+    Args:
+        resumed: the attempt went on with what another server began. That server took the request, so
+            that a refusal of its fields now is this server's inability.
     """
-    if error.reason in _REFUSALS:
-        return Verdict.REFUSED
-    if error.reason == FailoverExhausted.reason:
+    refusal = _REFUSALS.get(error.reason)
+    if refusal is not None:
+        return refusal
+    if error.reason in _FINAL:
         return Verdict.FINAL
+    if resumed and error.code in _INABILITIES:
+        return Verdict.UNABLE
     # A server that stops cancels what is left; a caller's own cancel never comes here as an error.
     if error.code in (Code.UNAVAILABLE, Code.CANCELLED):
         return Verdict.LOST

@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fastchat_grpc import errors
 from fastchat_grpc.client import AsyncClient
-from fastchat_grpc.config import ConfigError, DispatchMethod, LeaseConfig
+from fastchat_grpc.config import ConfigError, DispatchMethod, FailoverConfig, LeaseConfig
 from fastchat_grpc.controller.app import ControllerApp
 from fastchat_grpc.core import Completion, Delta, PromptEcho
 from fastchat_grpc.rpc.channels import open_channel
@@ -397,7 +397,11 @@ class TestLife:
             await stopping
 
     async def test_stopping_lets_streams_end_and_refuses_new_ones(self, start_worker: StartWorker) -> None:
-        async with running_controller(drain_timeout_s=30.0) as controller, AsyncClient(controller.address) as client:
+        impatient = FailoverConfig(wait_s=0)  # others wait until there is another controller at the address
+        async with (
+            running_controller(drain_timeout_s=30.0) as controller,
+            AsyncClient(controller.address, failover=impatient) as client,
+        ):
             await start_worker(controllers=(controller.address,), options={"delay_ms": "20"})
             await joined(controller, 1)
             async with aclosing(client.generate("abcdefghijklmnopqrst")) as events:

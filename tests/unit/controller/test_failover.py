@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 from dataclasses import dataclass, field
+from time import monotonic
 
 import grpc
 import pytest
 from grpc_status import rpc_status
 
 from fastchat_grpc.config import FailoverConfig
+from fastchat_grpc.core import Capability
 from fastchat_grpc.errors import (
     BackendFailed,
     Code,
@@ -19,12 +23,17 @@ from fastchat_grpc.errors import (
     InvalidArgument,
     ModelNotFound,
     NoLiveWorker,
+    NotResumable,
+    NotSupported,
     OutOfMemory,
     QueueFull,
+    Starting,
+    UnsupportedField,
     WorkerUnavailable,
 )
-from fastchat_grpc.rpc.failover import EOF, Failover
-from fastchat_grpc.rpc.progress import PARSED, RAW, UNREAD, Progress
+from fastchat_grpc.rpc.failover import EOF, Attempt, Call, Failover, Nobody
+from fastchat_grpc.rpc.plan import Outlook
+from fastchat_grpc.rpc.resume import PARSED, RAW, UNREAD, ResumeState, SpareSeed, obstacle, resume_needs, resume_request
 from fastchat_grpc.rpc.retry import RetryBudget, Verdict, judge
 from fastchat_grpc.rpc.status import error_to_status
 from fastchat_grpc.v1 import generation_pb2 as pb
@@ -41,20 +50,26 @@ def end(index: int = 0) -> pb.GenerateResponse:
     return pb.GenerateResponse(completion=pb.Completion(index=index, finish_reason=pb.FINISH_REASON_STOP))
 
 
+FULLY = frozenset({Capability.RESUME, Capability.SEEDED_RESUME, Capability.STATEFUL_RESUME})
+
+
 @dataclass
 class Server:
     """What a server will say, then how it fails (None: it does not)."""
 
     events: list[pb.GenerateResponse] = field(default_factory=list)
     error: FastChatError | None = None
-    resumable: bool = True
+    can: frozenset[Capability] = FULLY
     asked: pb.GenerateRequest | None = None
     verdict: Verdict | None = None
     answered: int = 0
+    succeeded: int = 0
     closed: int = 0
 
 
-class Attempt:
+class FakeCall:
+    """A call of grpc.aio."""
+
     def __init__(self, server: Server) -> None:
         self.server = server
         self.left = list(server.events)
@@ -66,18 +81,24 @@ class Attempt:
             raise status_of(self.server.error)
         return EOF
 
-    def cancelled(self) -> FastChatError:
-        raise AssertionError("nobody cancels here")
+    def cancel(self) -> None:
+        self.server.closed += 1
+
+
+class FakeAttempt(Attempt[pb.GenerateResponse]):
+    def __init__(self, server: Server) -> None:
+        super().__init__(FakeCall(server))
+        self.server = server
 
     def answered(self) -> None:
         self.server.answered += 1
 
+    def succeeded(self) -> None:
+        self.server.succeeded += 1
+
     def failed(self, error: FastChatError, verdict: Verdict) -> FastChatError:
         self.server.verdict = verdict
         return error
-
-    def close(self) -> None:
-        self.server.closed += 1
 
 
 def status_of(error: FastChatError) -> grpc.aio.AioRpcError:
@@ -88,21 +109,39 @@ def status_of(error: FastChatError) -> grpc.aio.AioRpcError:
     )
 
 
-class Router:
+class Fleet:
     """Offers servers in order, then none."""
 
-    def __init__(self, *servers: Server) -> None:
-        self.servers = servers
+    def __init__(self, request: pb.GenerateRequest, *servers: Server, outlook: Outlook = Outlook.CLOSED) -> None:
+        self.request = request
+        self.servers = list(servers)
+        self.outlook = outlook
+        self.arriving: list[Server] = []
         self.used = 0
+        self.waits = 0
+        self.seed = SpareSeed(random.Random())
 
-    async def next(self, progress: Progress[pb.GenerateResponse], last: Verdict | None) -> Attempt:
+    def pick(self, call: Call[pb.GenerateResponse]) -> FakeAttempt:
         if self.used == len(self.servers):
-            raise NoLiveWorker("none left")
+            raise Nobody(self.outlook, NoLiveWorker("none left"))
         server = self.servers[self.used]
         self.used += 1
-        server.asked = pb.GenerateRequest()
-        server.asked.CopyFrom(progress.request(resumable=server.resumable))
-        return Attempt(server)
+        state = call.state
+        if state is not None and not state.started:
+            state.begins_where(obstacle(self.request, server.can))
+        server.asked = resume_request(
+            self.request,
+            state.snapshot() if state is not None and state.started else None,
+            seed=self.seed.for_server(self.request, server.can),
+        )
+        return FakeAttempt(server)
+
+    async def wait(self, call: Call[pb.GenerateResponse], timeout_s: float) -> None:
+        self.waits += 1
+        if self.arriving:
+            self.servers.append(self.arriving.pop(0))
+        else:
+            await asyncio.sleep(timeout_s)
 
 
 async def run(
@@ -110,8 +149,10 @@ async def run(
 ) -> list[pb.GenerateResponse]:
     failover = failover or Failover(FailoverConfig(**config))  # type: ignore[arg-type]
     request = request or pb.GenerateRequest(prompt="p")
-    events = [event async for event in failover.generate(request, Router(*servers), PARSED)]
+    before = request.SerializeToString(deterministic=True)
+    events = [event async for event in failover.generate(request, Fleet(request, *servers), PARSED)]
     assert all(server.closed == (server.asked is not None) for server in servers)
+    assert request.SerializeToString(deterministic=True) == before, "the caller's message was changed"
     return events
 
 
@@ -224,14 +265,14 @@ class TestAfterTheFirstEvent:
 
     async def test_an_output_beyond_the_cache_breaks_with_its_server(self) -> None:
         spare = Server([end()])
-        with pytest.raises(WorkerUnavailable):
+        with pytest.raises(NotResumable, match="more than the 2 tokens"):
             await run(Server([delta("x", 1, 2), delta("y", 3)], LOST), spare, max_cached_tokens=2)
         assert spare.asked is None
 
     async def test_a_server_that_cannot_be_resumed_is_not(self) -> None:
         spare = Server([end()])
-        with pytest.raises(WorkerUnavailable):
-            await run(Server([delta("x", 1)], LOST, resumable=False), spare)
+        with pytest.raises(NotResumable, match="gone; its model cannot be continued"):
+            await run(Server([delta("x", 1)], LOST, can=frozenset()), spare)
         assert spare.asked is None
 
     async def test_a_full_server_is_passed_over_when_resuming(self) -> None:
@@ -258,16 +299,24 @@ class TestAfterTheFirstEvent:
         assert timings.time_to_first_token.ToNanoseconds() <= timings.total.ToNanoseconds()
 
 
+def sampled(**sampling: float) -> pb.GenerateRequest:
+    request = pb.GenerateRequest(prompt="p")
+    request.sampling.SetInParent()
+    for name, value in sampling.items():
+        setattr(request.sampling, name, value)
+    return request
+
+
+def seed_of(server: Server) -> int | None:
+    assert server.asked is not None
+    return server.asked.sampling.seed if server.asked.sampling.HasField("seed") else None
+
+
 class TestSeeds:
-    async def seed(self, *, resumable: bool = True, **sampling: float) -> int | None:
-        request = pb.GenerateRequest(prompt="p")
-        request.sampling.SetInParent()
-        for name, value in sampling.items():
-            setattr(request.sampling, name, value)
-        server = Server([end()], resumable=resumable)
-        await run(server, request=request)
-        assert server.asked is not None
-        return server.asked.sampling.seed if server.asked.sampling.HasField("seed") else None
+    async def seed(self, can: frozenset[Capability] = FULLY, **sampling: float) -> int | None:
+        server = Server([end()], can=can)
+        await run(server, request=sampled(**sampling))
+        return seed_of(server)
 
     async def test_one_is_given_where_sampling_is_random(self) -> None:
         assert await self.seed() is not None
@@ -280,33 +329,150 @@ class TestSeeds:
         assert await self.seed(temperature=0.0) is None
         assert await self.seed(top_p=0.0) is None
 
-    async def test_a_server_that_cannot_resume_gets_none(self) -> None:
-        assert await self.seed(resumable=False) is None
+    @pytest.mark.parametrize("can", [frozenset(), {Capability.RESUME}, {Capability.SEEDED_RESUME}])
+    async def test_a_server_that_cannot_make_use_of_it_gets_none(self, can: frozenset[Capability]) -> None:
+        assert await self.seed(frozenset(can)) is None
 
     async def test_every_attempt_has_the_same(self) -> None:
         servers = [Server(error=LOST), Server([delta("x", 1)], LOST), Server([end()])]
-        await run(*servers)
-        assert len({server.asked.sampling.seed for server in servers if server.asked}) == 1
+        await run(*servers, request=sampled())
+        assert len({seed_of(server) for server in servers}) == 1
+
+    async def test_it_is_not_sent_where_a_stream_goes_on_without(self) -> None:
+        first, second = Server([delta("x", 1)], LOST), Server([end()], can=frozenset({Capability.RESUME}))
+        await run(first, second, request=sampled())
+        assert seed_of(first) is not None
+        assert seed_of(second) is None
+
+    async def test_a_seeded_stream_ends_with_a_server_that_cannot_continue_its_numbers(self) -> None:
+        spare = Server([end()])
+        with pytest.raises(NotResumable, match="random numbers of a seed"):
+            await run(Server([delta("x", 1)], LOST, can=frozenset({Capability.RESUME})), spare, request=sampled(seed=1))
+        assert spare.asked is None
+
+
+class TestNeeds:
+    """What a server must be able to do to go on with a request; named by what vLLM, SGLang and others cannot."""
+
+    @pytest.mark.parametrize(
+        ("request_", "more"),
+        [
+            (sampled(), set()),
+            (sampled(seed=1), {Capability.SEEDED_RESUME}),
+            (sampled(seed=1, temperature=0.0), set()),
+            (sampled(presence_penalty=0.5), {Capability.STATEFUL_RESUME}),
+            (sampled(frequency_penalty=-0.5), {Capability.STATEFUL_RESUME}),
+            (sampled(repetition_penalty=1.5), set()),  # counts prompt and output alike: it sees both anywhere
+            (
+                pb.GenerateRequest(prompt="p", structured_output=pb.StructuredOutput(json_object=pb.JsonObject())),
+                {Capability.STATEFUL_RESUME},
+            ),
+        ],
+    )
+    def test_they_follow_from_the_request(self, request_: pb.GenerateRequest, more: set[Capability]) -> None:
+        assert resume_needs(request_) == {Capability.RESUME, *more}
+
+    def test_before_the_first_token_any_that_resumes_will_do(self) -> None:
+        assert resume_needs(sampled(seed=1, presence_penalty=1), continues=False) == {Capability.RESUME}
+
+
+class TestWaiting:
+    def fleet(self, first: Server, *arriving: Server, outlook: Outlook = Outlook.OPEN) -> Fleet:
+        fleet = Fleet(pb.GenerateRequest(prompt="p"), first, outlook=outlook)
+        fleet.arriving = list(arriving)
+        return fleet
+
+    async def ask(self, fleet: Fleet, wait_s: float = 0.05) -> list[pb.GenerateResponse]:
+        failover = Failover(FailoverConfig(wait_s=wait_s))
+        return [event async for event in failover.generate(fleet.request, fleet, PARSED)]
+
+    @pytest.mark.parametrize("error", [LOST, Draining("bye"), FULL, NoLiveWorker("of a child")])
+    async def test_a_stream_that_has_begun_waits_whatever_ended_it(self, error: FastChatError) -> None:
+        fleet = self.fleet(Server([delta("a", 1)], error), Server([delta("b", 2), end()]))
+        assert text(await self.ask(fleet)) == "ab"
+
+    async def test_fullness_and_drains_do_not_use_resumes_up(self) -> None:
+        fleet = self.fleet(Server([delta("a", 1)], LOST), *(Server(error=e) for e in [FULL, Draining("x")] * 10))
+        fleet.arriving.append(Server([delta("b", 2), end()]))
+        assert text(await self.ask(fleet)) == "ab"
+
+    async def test_each_outage_has_its_own_patience(self) -> None:
+        failover = Failover(FailoverConfig(wait_s=0.3))
+        fleet = self.fleet(Server([delta("a", 1)], LOST))
+        patient = 0.0
+
+        async def wait(call: Call[pb.GenerateResponse], timeout_s: float) -> None:
+            nonlocal patient
+            patient = timeout_s
+            await asyncio.sleep(0.1)
+            last = len(fleet.servers) == 4
+            fleet.servers.append(Server([delta("b", 2), end()]) if last else Server([delta("a", 1)], LOST))
+
+        fleet.wait = wait  # type: ignore[method-assign]
+        assert text([event async for event in failover.generate(fleet.request, fleet, PARSED)]) == "aaaab"
+        assert patient == 0.3
+
+    async def test_the_error_says_what_broke_and_that_nobody_came(self) -> None:
+        fleet = self.fleet(Server([delta("a", 1)], LOST))
+        with pytest.raises(NoLiveWorker, match=r"the stream broke \(gone\), .* none left"):
+            await self.ask(fleet)
+
+    async def test_the_error_says_why_a_stream_cannot_go_on(self) -> None:
+        unable = Server(error=UnsupportedField("resume", "penalties cannot be continued"))
+        with pytest.raises(NotResumable, match=r"broke \(gone\), .* penalties cannot be continued"):
+            await run(Server([delta("a", 1)], LOST), unable)
+
+    async def test_a_server_that_cannot_go_on_is_passed_over(self) -> None:
+        unable = Server(error=UnsupportedField("resume", "penalties cannot be continued"))
+        assert text(await run(Server([delta("a", 1)], LOST), unable, Server([delta("b", 2), end()]))) == "ab"
+
+    async def test_a_waiting_call_is_under_way(self) -> None:
+        failover = Failover(FailoverConfig(wait_s=30))
+        fleet = self.fleet(Server([delta("a", 1)], LOST))
+        events = failover.generate(fleet.request, fleet, PARSED)
+        await anext(events)
+        waiting = asyncio.ensure_future(anext(events))
+        while not fleet.waits:
+            await asyncio.sleep(0)
+        assert failover.running == 1
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        assert failover.running == 0
+
+    async def test_the_deadline_ends_the_wait(self) -> None:
+        failover = Failover(FailoverConfig(wait_s=30))
+        fleet = self.fleet(Server([delta("a", 1)], LOST))
+        with pytest.raises(DeadlineExceeded):
+            async for _ in failover.generate(fleet.request, fleet, PARSED, monotonic() + 0.05):
+                pass
 
 
 class TestCalls:
     async def test_a_unary_call_moves_on_and_returns_the_first_answer(self) -> None:
         failover = Failover(FailoverConfig())
-        router = Router(Server(error=LOST), Server([delta("answer", 1)]))
-        assert (await failover.call(router)).delta.text == "answer"
+        fleet = Fleet(pb.GenerateRequest(), Server(error=LOST), good := Server([delta("answer", 1)]))
+        assert (await failover.call(fleet)).delta.text == "answer"
+        assert good.succeeded == 1
 
     async def test_a_unary_call_fails_with_a_final_error(self) -> None:
         failover = Failover(FailoverConfig())
         with pytest.raises(InvalidArgument):
-            await failover.call(Router(Server(error=InvalidArgument("f", "bad")), Server([end()])))
+            await failover.call(Fleet(pb.GenerateRequest(), Server(error=InvalidArgument("f", "bad")), Server([end()])))
 
 
 async def test_closing_a_generation_closes_its_attempt() -> None:
     server = Server([delta("a", 1), delta("b", 2), end()])
-    events = Failover(FailoverConfig()).generate(pb.GenerateRequest(prompt="p"), Router(server), PARSED)
+    request = pb.GenerateRequest(prompt="p")
+    events = Failover(FailoverConfig()).generate(request, Fleet(request, server), PARSED)
     await anext(events)
     await events.aclose()
-    assert server.closed == 1
+    assert (server.closed, server.succeeded) == (1, 0)
+
+
+async def test_a_worker_succeeds_with_its_completion_not_with_its_first_token() -> None:
+    broken, good = Server([delta("a", 1)], LOST), Server([delta("b", 2), end()])
+    await run(broken, good)
+    assert (broken.answered, broken.succeeded, good.succeeded) == (1, 0, 1)
 
 
 def test_the_budget_refills_with_time() -> None:
@@ -329,27 +495,36 @@ def transport(code: Code, message: str) -> FastChatError:
         (transport(Code.UNKNOWN, "Stream removed"), Verdict.LOST),
         (transport(Code.CANCELLED, "Cancelling all calls"), Verdict.LOST),
         (transport(Code.INTERNAL, "bug"), Verdict.FINAL),
-        (NoLiveWorker("of a child"), Verdict.REFUSED),
+        (NoLiveWorker("of a child"), Verdict.EMPTY),
+        (Starting("of a child"), Verdict.STARTING),
+        (Draining("bye"), Verdict.LEAVING),
+        (FULL, Verdict.FULL),
         (FailoverExhausted("of a child"), Verdict.FINAL),
+        (NotResumable("of a child"), Verdict.FINAL),
     ],
 )
 def test_errors_are_judged_by_whose_fault_they_are(error: FastChatError, verdict: Verdict) -> None:
     assert judge(error) is verdict
 
 
-class TestProgress:
+@pytest.mark.parametrize("error", [InvalidArgument("f", "x"), ModelNotFound("x"), NotSupported("x")])
+def test_a_refusal_to_go_on_is_the_servers_inability(error: FastChatError) -> None:
+    assert judge(error) is Verdict.FINAL
+    assert judge(error, resumed=True) is Verdict.UNABLE
+
+
+class TestResumeState:
     """Raw events are kept as they came and read late; nobody may notice."""
 
-    def progress(self, limit: int = 10_000, n: int = 1) -> Progress[bytes]:
-        return Progress(pb.GenerateRequest(prompt="p", output=pb.OutputOptions(n=n)), RAW, limit)
+    def progress(self, limit: int = 10_000, n: int = 1) -> ResumeState[bytes]:
+        return ResumeState(pb.GenerateRequest(prompt="p", output=pb.OutputOptions(n=n)), RAW, limit)
 
     @pytest.mark.parametrize("count", [1, UNREAD - 1, UNREAD, 3 * UNREAD + 1])
     def test_raw_events_add_up_whenever_they_are_read(self, count: int) -> None:
         progress = self.progress()
-        progress.request(resumable=True)
         for i in range(count):
             progress.observe(delta("\u00e9\U0001f98a", i).SerializeToString())
-        (choice,) = progress.request(resumable=True).resume.choices
+        (choice,) = progress.snapshot().choices
         assert list(choice.output_token_ids) == list(range(count))
         assert choice.text_length == 2 * count
 
@@ -364,6 +539,20 @@ class TestProgress:
         progress = self.progress(limit=UNREAD)
         for i in range(10 * UNREAD):
             progress.observe(delta("x", i).SerializeToString())
-        assert not progress.resumable
+        assert progress.obstacle
         assert len(progress._unread) == 0
+
+    def test_large_events_are_read_soon(self) -> None:
+        progress = self.progress()
+        top = [pb.TopLogprob(token_id=i, token="x" * 50) for i in range(20)]
+        large = pb.GenerateResponse(delta=pb.Delta(token_ids=[1], logprobs=[pb.TokenLogprob(token_id=1, top=top)]))
+        for _ in range(UNREAD - 1):
+            progress.observe(large.SerializeToString())
+        assert sum(map(len, progress._unread)) < 32_768 + len(large.SerializeToString())
+
+    def test_what_is_forgotten_is_not_kept(self) -> None:
+        progress = self.progress(limit=UNREAD)
+        for i in range(10 * UNREAD):
+            progress.observe(delta("x", i).SerializeToString())
+        assert progress.obstacle
         assert not progress._choices

@@ -1,0 +1,304 @@
+"""The workers that may take one relayed call: who fits, who was tried, and what becomes of an attempt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from fastchat_grpc.controller.fleet import Change, ChangeKind, Reservation, Tier, Worker
+from fastchat_grpc.core import Capability, ModelInfo, WorkerState
+from fastchat_grpc.errors import (
+    AdapterNotFound,
+    Code,
+    FastChatError,
+    ModelNotFound,
+    NoLiveWorker,
+    NotResumable,
+    QueueFull,
+    Starting,
+    WorkerUnavailable,
+)
+from fastchat_grpc.rpc.failover import Attempt, Call, Nobody
+from fastchat_grpc.rpc.plan import Outlook
+from fastchat_grpc.rpc.pool import PooledChannel
+from fastchat_grpc.rpc.retry import Verdict
+
+if TYPE_CHECKING:
+    from fastchat_grpc.controller.relay import Relay
+
+_FAULTS = frozenset({Code.INTERNAL, Code.UNKNOWN, Code.DATA_LOSS})
+_IN_USE = math.inf
+"""When an attempt failed that still runs, or at a worker that cannot do it at all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What a worker of the model must have to take a call, or to go on with it. Empty: anything will do."""
+
+    adapter: str = ""
+    """A LoRA adapter that it has loaded."""
+    needs: frozenset[Capability] = frozenset()
+    fingerprint: str = ""
+    """Identity of weights and tokenizer; a worker that does not know its own is taken by the model's name."""
+    backend: str = ""
+    """Only the same backend draws the same random numbers."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether every worker of the model will do."""
+        return not (self.adapter or self.needs or self.fingerprint or self.backend)
+
+    def fits(self, worker: Worker, model: str) -> bool:
+        """Whether a worker has it."""
+        info = worker.model(model)
+        if info is None or not self.needs <= info.capabilities:
+            return False
+        if self.backend and info.backend != self.backend:
+            return False
+        known: str = getattr(info, "fingerprint", "")
+        if self.fingerprint and known and known != self.fingerprint:
+            return False
+        return not self.adapter or _holds(worker, self.adapter)
+
+
+def _holds(worker: Worker, adapter: str) -> bool:
+    info = worker.model(adapter)
+    return info is not None and bool(info.base_model)
+
+
+Open = Callable[[PooledChannel, ModelInfo, Call[bytes]], Any]
+"""Starts the call on a channel, to a worker that serves the model like this."""
+
+
+class Candidates:
+    """The workers of one relayed call: the `Servers` of its failover.
+
+    A worker is picked once. When nobody untried is left, one that failed may be asked again if it has given
+    a sign of life since: a heartbeat, or a connection that stands again.
+
+    Args:
+        model: as the caller named it; empty for the only one.
+        key: what prefix_affinity groups by.
+        wants: what a worker must have now; asked at each pick.
+        open: starts the call.
+    """
+
+    def __init__(self, relay: Relay, model: str, key: str, wants: Callable[[Call[bytes]], Wanted], open: Open) -> None:
+        self._relay = relay
+        self._registry = relay.dispatcher.registry
+        self._model = model
+        self._key = key
+        self._wants = wants
+        self._open = open
+        self._tried: dict[str, float] = {}  # instance id to the time of the failure
+        self._full: set[str] = set()
+        self.origin: ModelInfo | None = None
+        """The model as the worker serves it that began the generation."""
+
+    def pick(self, call: Call[bytes]) -> Attempt[bytes]:
+        """See Servers."""
+        wanted = self._wants(call)
+        try:
+            reservation = self._reserve(wanted, lambda: attempt.move())
+        except (NoLiveWorker, Starting) as error:
+            raise self._nobody(wanted, error) from None
+        self._tried[reservation.instance_id] = _IN_USE
+        channel = self._relay.pool.get(reservation.address)
+        try:
+            info = reservation.worker.model(self._model)
+            assert info is not None, "it was found by this name"
+            if not call.started:
+                self.origin = info
+            attempt = WorkerAttempt(self._relay, self, call, reservation, channel, self._open(channel, info, call))
+        except BaseException:
+            reservation.release()
+            raise
+        return attempt
+
+    async def wait(self, call: Call[bytes], timeout_s: float) -> None:
+        """See Servers."""
+        wanted = self._wants(call)
+        await self._relay.wait_for_room(self._model, timeout_s, lambda worker: self._eligible(worker, wanted))
+        for instance_id in self._full:  # there may be room now
+            self._tried.pop(instance_id, None)
+        self._full.clear()
+
+    def others(self, call: Call[bytes]) -> bool:
+        """Whether a worker in good order could go on with the call now."""
+        wanted = self._wants(call)
+        return any(self._eligible(worker, wanted) for worker in self._members() if worker.tier is Tier.READY)
+
+    def failed(self, instance_id: str, verdict: Verdict) -> None:
+        """An attempt has ended with an error."""
+        if verdict is not Verdict.UNABLE:
+            self._tried[instance_id] = monotonic()
+        if verdict is Verdict.FULL:
+            self._full.add(instance_id)
+
+    def _eligible(self, worker: Worker, wanted: Wanted) -> bool:
+        instance_id = worker.spec.instance_id
+        fresh = instance_id in self._full or self._tried.get(instance_id, -math.inf) < worker.recovered_at
+        return fresh and wanted.fits(worker, self._model)
+
+    def _members(self) -> Iterable[Worker]:
+        try:
+            return self._registry.pool(self._model)[1].members
+        except FastChatError:
+            return ()
+
+    def _reserve(self, wanted: Wanted, on_trouble: Callable[[], None]) -> Reservation:
+        """A worker that was not tried; else one that is back. Raises as `Dispatcher.pick`, and AdapterNotFound."""
+        if wanted.adapter:
+            self._check_adapter(wanted.adapter)
+        self._model, pool = self._registry.pool(self._model)
+        unfit = set() if wanted.plain else {w.spec.instance_id for w in pool.members if not wanted.fits(w, self._model)}
+        dispatcher, closed = self._relay.dispatcher, {*self._tried, *unfit}
+        try:
+            return dispatcher.pick(self._model, self._key, closed, None, on_trouble)
+        except NoLiveWorker:
+            tried = [worker for worker in pool.members if worker.spec.instance_id in self._tried]
+            back = {worker.spec.instance_id for worker in tried if self._eligible(worker, wanted)}
+            if not back:
+                raise
+            return dispatcher.pick(self._model, self._key, closed - back, None, on_trouble)
+
+    def _check_adapter(self, adapter: str) -> None:
+        """Find the model of an adapter where the caller names none. Raises AdapterNotFound, and as `Registry.pool`."""
+        try:
+            _, pool = self._registry.pool(adapter)
+        except ModelNotFound:
+            raise AdapterNotFound(f"lora_adapter: no worker has loaded an adapter {adapter[:128]!r}") from None
+        if not self._model:
+            infos = (worker.model(adapter) for worker in pool.members)
+            self._model = next((info.base_model for info in infos if info is not None), "")
+
+    def _nobody(self, wanted: Wanted, error: FastChatError) -> Nobody:
+        if isinstance(error, Starting) or self._registry.recovering(self._model):
+            return Nobody(Outlook.COMING, error)
+        if wanted.needs and not self._capable(wanted):
+            lacking = ", ".join(sorted(capability.value for capability in wanted.needs))
+            why = f"no worker of model {self._model!r} can: such a request needs a backend that is capable of {lacking}"
+            return Nobody(Outlook.CLOSED, NotResumable(why, metadata={"model": self._model[:128]}))
+        return Nobody(Outlook.OPEN, error)
+
+    def _capable(self, wanted: Wanted) -> bool:
+        """Whether a worker that could do it is, or was, there: then one may come."""
+        if self.origin is None or wanted.needs <= self.origin.capabilities:
+            return True
+        return any(wanted.fits(worker, self._model) for worker in self._members())
+
+
+class WorkerAttempt(Attempt[bytes]):
+    """One call to one worker, and the reservation that goes with it."""
+
+    def __init__(
+        self,
+        relay: Relay,
+        candidates: Candidates,
+        call: Call[bytes],
+        reservation: Reservation,
+        channel: PooledChannel,
+        running: Any,
+    ) -> None:
+        super().__init__(running)
+        self._relay = relay
+        self._candidates = candidates
+        self._owner = call
+        self._reservation = reservation
+        self._channel = channel
+        self._moved = False
+        channel.calls += 1
+
+    @property
+    def worker(self) -> Worker:
+        """Who was asked."""
+        return self._reservation.worker
+
+    @property
+    def in_trouble(self) -> bool:
+        """Whether the worker is gone, or makes no progress."""
+        return self.worker.removed is not None or self.worker.load.state is WorkerState.DEGRADED
+
+    def cancelled(self) -> FastChatError:
+        """See Attempt."""
+        return WorkerUnavailable("it gave no sign of life" if self._moved else "its channel was closed")
+
+    def failed(self, error: FastChatError, verdict: Verdict) -> FastChatError:
+        """See Attempt."""
+        self._account(error, verdict)
+        self._candidates.failed(self._reservation.instance_id, verdict)
+        if type(error) is not WorkerUnavailable:
+            return error
+        spec = self.worker.spec  # an error of the transport does not say whose it is
+        return WorkerUnavailable(f"worker {spec.worker_id} at {spec.address}: {error.message}")
+
+    def succeeded(self) -> None:
+        """See Attempt."""
+        self._reservation.succeeded()
+
+    def close(self) -> None:
+        """See Attempt."""
+        super().close()
+        self._relay.stranded.discard(self)
+        self._channel.calls -= 1
+        self._channel.used_at = monotonic()
+        self._reservation.release()
+
+    def move(self) -> None:
+        """The worker has expired, was replaced, or makes no progress: end the call if it can go on elsewhere.
+
+        Where nobody could take it, it stays: its worker may recover. It is moved when somebody comes.
+        """
+        state = self._owner.state
+        if self._moved or self._reservation.released or (state is not None and state.started and state.obstacle):
+            return
+        if self._candidates.others(self._owner):
+            self._moved = True
+            self._call.cancel()
+        else:
+            self._relay.stranded.add(self)
+
+    def _account(self, error: FastChatError, verdict: Verdict) -> None:
+        """What the error says of the worker."""
+        if self._moved or verdict in (Verdict.EMPTY, Verdict.UNABLE):
+            return
+        if verdict is Verdict.LOST:
+            self._reservation.suspect()
+            self._reservation.failed()
+        elif isinstance(error, QueueFull):
+            self._relay.dispatcher.registry.full(self.worker)
+        elif verdict in (Verdict.LEAVING, Verdict.STARTING):
+            self._reservation.suspect()
+        elif error.code in _FAULTS:
+            self._reservation.failed()
+
+
+class Stranded:
+    """Attempts at workers in trouble that nobody else could take so far, by model. Moved when somebody comes."""
+
+    def __init__(self) -> None:
+        self._attempts: dict[WorkerAttempt, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._attempts)
+
+    def add(self, attempt: WorkerAttempt) -> None:
+        """Move it later."""
+        self._attempts[attempt] = None
+
+    def discard(self, attempt: WorkerAttempt) -> None:
+        """It has ended."""
+        self._attempts.pop(attempt, None)
+
+    def on_change(self, change: Change) -> None:
+        """A change of the registry."""
+        if not self._attempts or change.kind not in (ChangeKind.ADDED, ChangeKind.STATE):
+            return
+        if change.worker.tier is not Tier.READY:
+            return
+        for attempt in list(self._attempts):
+            if attempt.in_trouble:
+                attempt.move()

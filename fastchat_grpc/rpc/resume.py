@@ -1,0 +1,255 @@
+"""What the caller has of a generation, and the request with which another server goes on from there."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Callable, Collection, Iterable
+from typing import Generic, TypeVar
+
+from fastchat_grpc.core import GREEDY_TEMPERATURE, GREEDY_TOP_P, Capability
+from fastchat_grpc.v1 import generation_pb2 as pb
+
+T = TypeVar("T")
+
+UNREAD = 256
+"""Events that are kept as they came. Most generations end before one must be read."""
+UNREAD_BYTES = 32_768
+"""And so many bytes of them: an event with many log probabilities is large, its token ids are not."""
+
+
+class Codec(Generic[T]):
+    """How events are read, where they must be, and written, where they were changed.
+
+    Args:
+        decode: from an event to its message.
+        encode: and back.
+        completes: whether an event is a Completion; called for every event, so it should be quick.
+        size: bytes that an event holds; called for every event.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[T], pb.GenerateResponse],
+        encode: Callable[[pb.GenerateResponse], T],
+        completes: Callable[[T], bool],
+        size: Callable[[T], int],
+    ) -> None:
+        self.decode = decode
+        self.encode = encode
+        self.completes = completes
+        self.size = size
+
+
+_COMPLETION_TAG = bytes([pb.GenerateResponse.COMPLETION_FIELD_NUMBER << 3 | 2])
+
+
+def _completes(event: bytes) -> bool:
+    # A GenerateResponse holds one field, so that the first byte tells which event it is.
+    return event[:1] == _COMPLETION_TAG
+
+
+PARSED: Codec[pb.GenerateResponse] = Codec(
+    lambda event: event, lambda event: event, lambda event: event.HasField("completion"), lambda event: event.ByteSize()
+)
+RAW: Codec[bytes] = Codec(pb.GenerateResponse.FromString, pb.GenerateResponse.SerializeToString, _completes, len)
+
+
+def sampled(request: pb.GenerateRequest) -> bool:
+    """Whether tokens are drawn: random numbers matter."""
+    sampling = request.sampling
+    return not (
+        (sampling.HasField("temperature") and sampling.temperature < GREEDY_TEMPERATURE)
+        or (sampling.HasField("top_p") and sampling.top_p < GREEDY_TOP_P)
+    )
+
+
+def continues(resume: pb.Resume) -> bool:
+    """Whether a choice goes on that has output already."""
+    return any(choice.output_token_ids and not choice.finished for choice in resume.choices)
+
+
+def resume_needs(request: pb.GenerateRequest, *, continues: bool = True) -> frozenset[Capability]:
+    """What a server must be able to do to go on with a request.
+
+    The request's own seed asks for more than the same distribution: with other random numbers the text would
+    not be the one that the seed stands for.
+
+    Args:
+        continues: whether a choice has output already that it must go on from.
+    """
+    needs = {Capability.RESUME}
+    if continues:
+        sampling = request.sampling
+        if sampling.HasField("seed") and sampled(request):
+            needs.add(Capability.SEEDED_RESUME)
+        if sampling.presence_penalty or sampling.frequency_penalty or request.HasField("structured_output"):
+            needs.add(Capability.STATEFUL_RESUME)
+    return frozenset(needs)
+
+
+def obstacle(request: pb.GenerateRequest, capabilities: Collection[Capability]) -> str:
+    """Why a generation that begins at a server with these capabilities could not go on elsewhere; empty: it can."""
+    if Capability.RESUME not in capabilities:
+        return "its model cannot be continued by another worker"
+    if request.sampling.HasField("seed") and sampled(request) and Capability.SEEDED_RESUME not in capabilities:
+        return "its model cannot continue the random numbers of a seed"
+    return ""
+
+
+class _Choice:
+    __slots__ = ("finished", "text_length", "token_ids")
+
+    def __init__(self) -> None:
+        self.token_ids = array("i")
+        self.text_length = 0
+        self.finished = False
+
+
+class ResumeState(Generic[T]):
+    """What the caller has of one generation. `observe` every event that is passed on; changes no request.
+
+    Args:
+        request: the request as the caller sent it; it may itself be a resumed one.
+        codec: how events are read.
+        max_tokens: output tokens kept; beyond them the generation cannot be resumed.
+        enabled: False: nothing is kept, it cannot be resumed.
+    """
+
+    def __init__(self, request: pb.GenerateRequest, codec: Codec[T], max_tokens: int, *, enabled: bool = True) -> None:
+        self._codec = codec
+        self._max_tokens = self._room = max_tokens
+        self._choices: dict[int, _Choice] = {}
+        self._unread: list[T] = []
+        self._unread_bytes = 0
+        self._keeping = enabled
+        self._obstacle = "" if enabled else "resuming is turned off"
+        self._where_it_began = ""
+        self._unfinished = request.output.n if request.output.HasField("n") else 1
+        self.started = False
+        """Whether the caller has seen an event."""
+        for choice in request.resume.choices:
+            self._take(choice.index, choice.output_token_ids, choice.text_length)
+            if choice.finished:
+                self._unfinished -= 1
+                self._finish(choice.index)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every choice has ended."""
+        return self._unfinished <= 0
+
+    @property
+    def obstacle(self) -> str:
+        """Why another server cannot go on from here; empty: it can."""
+        self._read()
+        return self._obstacle or self._where_it_began
+
+    @property
+    def continues(self) -> bool:
+        """Whether a choice has output that the next server must go on from."""
+        self._read()
+        return any(choice.token_ids for choice in self._choices.values())
+
+    def begins_where(self, obstacle: str) -> None:
+        """An attempt begins at a server; `obstacle` tells why no other could go on with it, if so."""
+        self._where_it_began = obstacle
+
+    def give_up(self, reason: str) -> None:
+        """Keep nothing more."""
+        self._obstacle = self._obstacle or reason
+        self._keeping = False
+        self._choices.clear()
+        self._unread.clear()
+
+    def observe(self, event: T) -> None:
+        """Take note of an event on its way to the caller."""
+        self.started = True
+        if self._codec.completes(event):
+            self._unfinished -= 1
+        if self._keeping and not self._where_it_began:
+            self._unread.append(event)
+            self._unread_bytes += self._codec.size(event)
+            if len(self._unread) >= UNREAD or self._unread_bytes >= UNREAD_BYTES:
+                self._read()
+
+    def snapshot(self) -> pb.Resume:
+        """What the next server needs to know."""
+        self._read()
+        resume = pb.Resume()
+        for index, choice in sorted(self._choices.items()):
+            entry = resume.choices.add(index=index, text_length=choice.text_length, finished=choice.finished)
+            if not choice.finished:
+                entry.output_token_ids.extend(choice.token_ids)
+        return resume
+
+    def _read(self) -> None:
+        """Turn what was kept as it came into what a server needs to know."""
+        events, self._unread, self._unread_bytes = self._unread, [], 0
+        for item in events:
+            event = self._codec.decode(item)
+            if event.HasField("delta"):
+                delta = event.delta
+                self._take(delta.index, delta.token_ids, len(delta.text))
+            elif event.HasField("completion"):
+                self._finish(event.completion.index)
+
+    def _take(self, index: int, token_ids: Iterable[int], text_length: int) -> None:
+        if not self._keeping:
+            return
+        choice = self._choices.setdefault(index, _Choice())
+        before = len(choice.token_ids)
+        choice.token_ids.extend(token_ids)
+        choice.text_length += text_length
+        self._room -= len(choice.token_ids) - before
+        if self._room < 0:
+            self.give_up(f"its output has more than the {self._max_tokens} tokens that are kept")
+
+    def _finish(self, index: int) -> None:
+        if self._keeping:
+            choice = self._choices.setdefault(index, _Choice())
+            choice.finished = True
+            self._room += len(choice.token_ids)
+            choice.token_ids = array("i")
+
+
+class SpareSeed:
+    """A seed for a request that has none, so that whoever goes on with it draws as the first would have.
+
+    It goes to servers alone that can make use of it: others may refuse seeds, or are slow with them.
+    """
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self._seed: int | None = None
+
+    def for_server(self, request: pb.GenerateRequest, capabilities: Collection[Capability]) -> int | None:
+        """The seed to send, always the same; None: none is wanted."""
+        heeded = Capability.RESUME in capabilities and Capability.SEEDED_RESUME in capabilities
+        if not heeded or request.sampling.HasField("seed") or not sampled(request):
+            return None
+        if self._seed is None:
+            self._seed = self._rng.getrandbits(63)
+        return self._seed
+
+
+def resume_request(
+    request: pb.GenerateRequest, resume: pb.Resume | None, *, model: str = "", seed: int | None = None
+) -> pb.GenerateRequest:
+    """A copy of the request for the next attempt.
+
+    Args:
+        resume: what the caller has already; None: nothing of this call.
+        model: the model's full name; empty: as the caller wrote it.
+        seed: for a request without one.
+    """
+    attempt = pb.GenerateRequest()
+    attempt.CopyFrom(request)
+    if model:
+        attempt.model = model
+    if seed is not None:
+        attempt.sampling.seed = seed
+    if resume is not None:
+        attempt.resume.SetInParent()  # present even when empty: the prompt is not echoed again
+        attempt.resume.CopyFrom(resume)
+    return attempt
