@@ -16,6 +16,7 @@ from fastchat_grpc.rpc.registration import Registration
 from fastchat_grpc.rpc.registrations import Registrations
 from fastchat_grpc.rpc.security import bearer
 from fastchat_grpc.rpc.server import RpcServer
+from fastchat_grpc.rpc.supervise import Supervisor
 from fastchat_grpc.v1 import generation_pb2_grpc, openai_pb2_grpc
 from fastchat_grpc.v1 import registry_pb2 as pb
 from fastchat_grpc.worker.admission import Admission
@@ -52,7 +53,7 @@ class WorkerApp:
         self.instance_id = uuid.uuid4().hex
         self._server: RpcServer | None = None
         self._registrations = Registrations(config.controller_addresses, self._registration)
-        self._tasks: list[asyncio.Task[None]] = []
+        self._supervisor = Supervisor()
 
     @property
     def address(self) -> str:
@@ -80,15 +81,14 @@ class WorkerApp:
         await self._server.set_serving(True)
         served = ", ".join(f"{model.name} ({model.backend})" for model in models)
         logger.info("worker %s serves %s", self.worker_id, served)
-        self._tasks = [asyncio.create_task(self._registrations.run()), asyncio.create_task(self._monitor.run())]
+        self._supervisor.spawn("registrations", self._registrations.run)
+        self._supervisor.spawn("monitor", self._monitor.run)
 
     async def stop(self) -> None:
         """Drain, then free everything. What still runs when the time is over ends with UNAVAILABLE."""
         if self._server is not None:
             await self._drain(self._server)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._supervisor.close()
         if self._server is not None:
             await self._server.stop(grace_s=1.0)
         await self._backend.close()

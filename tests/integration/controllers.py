@@ -33,7 +33,7 @@ def silence(worker: WorkerApp) -> None:
     for registration, task in worker._registrations._running.values():
         registration._lease = None  # nothing to deregister
         task.cancel()
-    for task in worker._tasks:
+    for task in list(worker._supervisor._tasks.values()):
         task.cancel()
 
 
