@@ -92,8 +92,11 @@ class LeaseConfig:
     heartbeat_interval_s: float = 2.0
     max_heartbeats_per_s: float = 1000.0
     """Above this rate, interval and time to live grow with the fleet, in proportion."""
+    max_workers: int = 100_000
+    """More are refused: whoever may register must not be able to fill the controller's memory."""
 
     def __post_init__(self) -> None:
+        _require(self.max_workers >= 1, f"max workers must be at least 1, got {self.max_workers}")
         _require(
             self.heartbeat_interval_s > 0, f"heartbeat interval must be above 0 s, got {self.heartbeat_interval_s:g}"
         )

@@ -129,6 +129,13 @@ class InstanceReplaced(FastChatError):
     reason = "INSTANCE_REPLACED"
 
 
+class FleetFull(FastChatError):
+    """The controller holds as many workers as it may."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "FLEET_FULL"
+
+
 class RelayLoop(FastChatError):
     """Controllers relay to each other in a circle."""
 
@@ -164,7 +171,7 @@ class FailoverExhausted(FastChatError):
 
 
 class Starting(FastChatError):
-    """The server is loading its model; try elsewhere, or later."""
+    """The server is loading its model, or does not know its fleet yet; try elsewhere, or later."""
 
     code = Code.UNAVAILABLE
     reason = "STARTING"

@@ -7,8 +7,8 @@ import contextlib
 import importlib.util
 import logging
 import uuid
-from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -21,10 +21,12 @@ from fastchat_grpc.controller.registry import Registry
 from fastchat_grpc.controller.relay import Relay
 from fastchat_grpc.controller.servicer import ControllerServicer
 from fastchat_grpc.openai.servicer import OpenAIServicer
+from fastchat_grpc.rpc import descriptors
 from fastchat_grpc.rpc.api_keys import ApiKeys, admission
 from fastchat_grpc.rpc.pool import ChannelPool
 from fastchat_grpc.rpc.security import AllowedNetworks, JoinToken
 from fastchat_grpc.rpc.server import RpcServer
+from fastchat_grpc.rpc.supervise import Supervisor
 from fastchat_grpc.v1 import openai_pb2_grpc, registry_pb2_grpc
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ logger = logging.getLogger(__name__)
 TICK_S = 0.25
 """Leases are looked at this often; a heartbeat or a pick looks, too."""
 STOP_GRACE_S = 1.0
+DESCRIPTORS_PER_WORKER = 2
+"""Its own connection, and the one to it."""
 
 
 KEYLESS_METHODS = (
@@ -83,7 +87,11 @@ class ControllerApp:
         )
         self._server = RpcServer(config.listen, self._services(), admission(self.keys, KEYLESS_METHODS))
         self._parents: Parents | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._supervisor = Supervisor(self._on_health)
+        self._well = True  # what the supervisor says
+        self._draining = False
+        self._serving = False  # what health says
+        self._descriptor_limit = descriptors.UNLIMITED
         self._started = False
 
     @property
@@ -97,28 +105,28 @@ class ControllerApp:
 
     async def start(self) -> None:
         """Listen, then register with parents. Raises ConfigError."""
+        self._descriptor_limit = descriptors.raise_limit()
         await self._server.start()
         self._started = True
         address = self._config.advertised_address or self.address
         self.generation.identity = (self._config.worker_id or address, uuid.uuid4().hex)
         self.registry.subscribe(self._on_change)
-        self._spawn(self._tick())
-        self._spawn(self.pool.run())
+        spawn = self._supervisor.spawn
+        spawn("looking at leases", self._tick)
+        spawn("looking at channels", self.pool.run)
         if self.bridge is not None:
-            self._spawn(self.bridge.run())
+            spawn("endpoint discovery", self.bridge.run)
         if self._config.parent_addresses:
             self._parents = Parents(self._config, self.registry, self.generation, address, self._drain_ordered)
-            self._spawn(self._parents.run())
-        await self._server.set_serving(True)
+            spawn("registration with parents", self._parents.run)
+        await self._tell_health()
         logger.info("controller listens on %s", self.address)
 
     async def stop(self) -> None:
         """Refuse new requests, let those under way end, then free everything."""
         if self._started:
             await self._drain()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._supervisor.close()
         self._servicer.close()
         if self.bridge is not None:
             self.bridge.close()
@@ -144,7 +152,8 @@ class ControllerApp:
         ]
 
     async def _drain(self) -> None:
-        await self._server.set_serving(False)
+        self._draining = True
+        await self._tell_health()
         self.generation.close()
         if self._parents is not None:
             self._parents.push()
@@ -156,6 +165,18 @@ class ControllerApp:
         while True:
             await asyncio.sleep(TICK_S)
             self.registry.expire()
+            await self._tell_health()
+
+    async def _on_health(self, well: bool) -> None:
+        self._well = well
+        await self._tell_health()
+
+    async def _tell_health(self) -> None:
+        """Tell health checks whether requests had better come here: not to a controller that knows nobody yet."""
+        serving = self._well and not self._draining and self.registry.serving
+        if serving is not self._serving:
+            self._serving = serving
+            await self._server.set_serving(serving)
 
     def _on_change(self, change: Change) -> None:
         worker = change.worker
@@ -163,15 +184,27 @@ class ControllerApp:
             logger.info("worker %s registered at %s", worker.spec.worker_id, worker.spec.address)
             # Another process may have been there before: its channel may still wait to connect again.
             self.pool.forget(worker.spec.address)
+            self._look_at_descriptors()
         elif change.kind is ChangeKind.REMOVED and change.removal is not None:
             level = logging.INFO if change.removal is Removal.DEREGISTERED else logging.WARNING
             logger.log(level, "worker %s left: %s", worker.spec.worker_id, change.removal.value)
             if change.removal is not Removal.REPLACED:
                 self.pool.forget(worker.spec.address)
 
-    def _on_reachable(self, address: str, reachable: bool) -> None:
+    def _on_reachable(self, address: str, reachable: bool | None) -> None:
         for worker in self.registry.at(address):
             self.registry.set_reachable(worker, reachable)
+
+    def _look_at_descriptors(self) -> None:
+        """Say once when the fleet comes near the limit of open descriptors."""
+        if len(self.registry) * DESCRIPTORS_PER_WORKER > 0.8 * self._descriptor_limit:
+            logger.warning(
+                "%d workers take about %d descriptors each, and this process may open %d: raise the limit (ulimit -n)",
+                len(self.registry),
+                DESCRIPTORS_PER_WORKER,
+                self._descriptor_limit,
+            )
+            self._descriptor_limit = descriptors.UNLIMITED
 
     def _drain_ordered(self, timeout_s: float | None) -> None:
         if timeout_s is not None:
@@ -179,11 +212,6 @@ class ControllerApp:
         if not self._stop.is_set():
             logger.info("a parent asked this controller to drain")
             self._stop.set()
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 def _bridge(relay: Relay, keys: ApiKeys, join_token: JoinToken, config: ControllerConfig) -> EnvoyServices | None:

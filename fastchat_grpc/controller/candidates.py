@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from fastchat_grpc.controller.fleet import Change, ChangeKind, Reservation, Tier, Worker
+from fastchat_grpc.controller.dispatch import PickRequest
+from fastchat_grpc.controller.fleet import Change, ChangeKind, Reservation, Worker
+from fastchat_grpc.controller.health import Tier
 from fastchat_grpc.core import Capability, ModelInfo, WorkerState
 from fastchat_grpc.errors import (
     AdapterNotFound,
@@ -157,13 +159,14 @@ class Candidates:
         unfit = set() if wanted.plain else {w.spec.instance_id for w in pool.members if not wanted.fits(w, self._model)}
         dispatcher, closed = self._relay.dispatcher, {*self._tried, *unfit}
         try:
-            return dispatcher.pick(self._model, self._key, closed, None, on_trouble)
+            return dispatcher.pick(PickRequest(model=self._model, key=self._key, excluded=closed), on_trouble)
         except NoLiveWorker:
             tried = [worker for worker in pool.members if worker.spec.instance_id in self._tried]
             back = {worker.spec.instance_id for worker in tried if self._eligible(worker, wanted)}
             if not back:
                 raise
-            return dispatcher.pick(self._model, self._key, closed - back, None, on_trouble)
+            wanted_again = PickRequest(model=self._model, key=self._key, excluded=closed - back)
+            return dispatcher.pick(wanted_again, on_trouble)
 
     def _check_adapter(self, adapter: str) -> None:
         """Find the model of an adapter where the caller names none. Raises AdapterNotFound, and as `Registry.pool`."""

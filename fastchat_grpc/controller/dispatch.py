@@ -3,75 +3,117 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from operator import attrgetter
-from typing import TypeVar
 
 from fastchat_grpc.config import DispatchMethod
-from fastchat_grpc.controller.fleet import Reservation, Worker
+from fastchat_grpc.controller.fleet import Replicas, Reservation, Worker
+from fastchat_grpc.controller.health import Tier
+from fastchat_grpc.controller.index import Candidates
 from fastchat_grpc.controller.pools import Pool
 from fastchat_grpc.controller.registry import Registry
 from fastchat_grpc.core import Capability
-from fastchat_grpc.errors import NoLiveWorker
+from fastchat_grpc.errors import AdapterNotFound, ModelNotFound, NoLiveWorker
 
 AFFINITY_SLACK = 1.25
 """prefix_affinity passes a worker over that is this much above the mean load (bounded-load hashing)."""
-
-TRIES = 3
-"""shortest_queue looks so often for one of several equals by chance, before it lists them all."""
 
 PRIME = 2**31 - 1
 """Multiplying by a key's hash modulo a prime ranks the workers anew for each key. Small numbers are quick."""
 
 _score = attrgetter("score")
-_weight = attrgetter("weight")
 
-Policy = Callable[[Sequence[Worker], str, random.Random], Worker]
+Fits = Callable[[Worker], bool]
+Policy = Callable[[Candidates[Worker], str, random.Random], Worker | None]
 
 
-def shortest_queue(candidates: Sequence[Worker], key: str, rng: random.Random) -> Worker:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PickRequest:
+    """What a request asks of the worker that gets it.
+
+    Attributes:
+        model: name of the model; empty for the only one.
+        adapter: name of a LoRA adapter of that model, where the request names one apart from the model.
+        key: what prefix_affinity groups by.
+        needs: what the worker's model must be able to do.
+        fingerprint: identity of weights and tokenizer; a worker that does not know its own is taken by the name.
+        excluded: worker ids or instance ids not to pick.
+        tried: instance ids at which this request has failed, and when, by the registry's clock. One of them
+            is picked only where nobody else is left, and if it has shown a sign of life since.
+    """
+
+    model: str = ""
+    adapter: str = ""
+    key: str = ""
+    needs: frozenset[Capability] = frozenset()
+    fingerprint: str = ""
+    excluded: Collection[str] = ()
+    tried: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def pool(self) -> str:
+        """Name of the pool whose workers can take it: adapters have pools of their own."""
+        return self.adapter or self.model
+
+    def suits(self, replicas: Replicas) -> bool:
+        """Whether workers with these models can take it, by what they serve."""
+        if self.adapter and self.adapter not in replicas.models:
+            return False
+        return replicas.serves(self.model, self.needs, self.fingerprint)
+
+    def accepts(self, worker: Worker) -> bool:
+        """Whether it may go to a worker, who may have been tried but has come back since."""
+        suits = worker.replicas is not None and self.suits(worker.replicas)
+        return suits and self._not_excluded(worker) and self._not_failed_since(worker)
+
+    def filters(self) -> list[Fits | None]:
+        """What candidates must meet: at first, and where nobody does, then."""
+        if not self.tried:
+            return [self._not_excluded if self.excluded else None]
+        return [self._untried, lambda worker: self._not_excluded(worker) and self._not_failed_since(worker)]
+
+    def _untried(self, worker: Worker) -> bool:
+        return worker.spec.instance_id not in self.tried and self._not_excluded(worker)
+
+    def _not_excluded(self, worker: Worker) -> bool:
+        return worker.spec.instance_id not in self.excluded and worker.spec.worker_id not in self.excluded
+
+    def _not_failed_since(self, worker: Worker) -> bool:
+        failed_at = self.tried.get(worker.spec.instance_id)
+        return failed_at is None or worker.recovered_at > failed_at
+
+
+def shortest_queue(candidates: Candidates[Worker], key: str, rng: random.Random) -> Worker | None:
     """The worker with the shortest queue over weight; among equals, any."""
-    scores = list(map(_score, candidates))
-    lowest = min(scores)
-    count = len(scores)
-    # Where many are equal, as in a fleet that is idle, one of them is found at once by trying; and trying
-    # favours none of them.
-    for _ in range(TRIES):
-        place = int(rng.random() * count)
-        if scores[place] == lowest:
-            return candidates[place]
-    return candidates[rng.choice([place for place, score in enumerate(scores) if score == lowest])]
+    return candidates.shortest(rng)
 
 
-def lottery(candidates: Sequence[Worker], key: str, rng: random.Random) -> Worker:
+def lottery(candidates: Candidates[Worker], key: str, rng: random.Random) -> Worker | None:
     """Any worker, with a chance in proportion to its weight."""
-    return rng.choices(candidates, weights=list(map(_weight, candidates)))[0]
+    return candidates.weighed(rng)
 
 
-def power_of_two(candidates: Sequence[Worker], key: str, rng: random.Random) -> Worker:
+def power_of_two(candidates: Candidates[Worker], key: str, rng: random.Random) -> Worker | None:
     """The shorter queue of two workers taken at random: O(1) (Mitzenmacher, 2001)."""
-    count = len(candidates)
-    if count == 1:
-        return candidates[0]
-    first = int(rng.random() * count)
-    second = int(rng.random() * (count - 1))
-    second += second >= first
-    a, b = candidates[first], candidates[second]
-    return a if a.score < b.score or (a.score == b.score and rng.random() < 0.5) else b
+    return candidates.shorter_of_two(rng)
 
 
-def prefix_affinity(candidates: Sequence[Worker], key: str, rng: random.Random) -> Worker:
+def prefix_affinity(candidates: Candidates[Worker], key: str, rng: random.Random) -> Worker | None:
     """The same worker for the same key, while its load is not far above the mean.
 
     Rendezvous hashing, so that controllers agree without talking and a worker that leaves moves only
     its own keys; with bounded loads (Mirrokni et al., 2018). Without a key: shortest_queue.
     """
     if not key:
-        return shortest_queue(candidates, key, rng)
-    mean = sum(map(_score, candidates)) / len(candidates)
+        return candidates.shortest(rng)
+    listed = candidates.all()
+    if not listed:
+        return None
+    mean = sum(map(_score, listed)) / len(listed)
     bound = AFFINITY_SLACK * (mean + 1)
-    fitting = [worker for worker in candidates if worker.score <= bound] or candidates
+    fitting = [worker for worker in listed if worker.score <= bound] or listed
     salt = int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big") % PRIME or 1
     ranks = [worker.affinity * salt % PRIME for worker in fitting]
     return fitting[ranks.index(max(ranks))]
@@ -84,11 +126,9 @@ POLICIES: dict[DispatchMethod, Policy] = {
     DispatchMethod.PREFIX_AFFINITY: prefix_affinity,
 }
 
-T = TypeVar("T")
-
 
 class Dispatcher:
-    """Picks workers by one policy. Used by the relay, by GetWorkerAddress and by the gateway's picker."""
+    """Picks workers by one policy. Used by the relay, by PickWorker and by the gateway's picker."""
 
     def __init__(
         self,
@@ -101,59 +141,48 @@ class Dispatcher:
         self._policy = POLICIES[method]
         self._rng = rng or random.Random()
 
-    def choose(
-        self, model: str, key: str = "", excluded: Collection[str] = (), needs: Capability | None = None
-    ) -> tuple[str, Worker]:
-        """The model's name and a worker for one request of it, without a reservation.
-
-        Args:
-            model: name of the model; empty for the only one.
-            key: what prefix_affinity groups by.
-            excluded: worker ids or instance ids not to pick.
-            needs: what the worker must be able to do.
+    def choose(self, request: PickRequest) -> tuple[str, Worker]:
+        """The name of the model and a worker for one request of it, without a reservation.
 
         Raises:
-            ModelNotFound, NoLiveWorker, InvalidArgument: as `Registry.pool`; NoLiveWorker also where
-            every live worker is excluded, draining, suspect or failing.
+            Starting, ModelNotFound, NoLiveWorker, InvalidArgument: as `Registry.pool`; NoLiveWorker also
+            where every live worker is excluded, draining, suspect or failing.
+            AdapterNotFound: the model is known, but no worker has the adapter.
         """
-        name, pool = self.registry.pool(model)
-        candidates = self.candidates(pool, name, excluded, needs)
-        if not candidates:
-            raise NoLiveWorker(
-                f"none of the {len(pool.members)} workers of model {name!r} can take a request now",
-                metadata={"model": name},
-            )
-        return name, self._policy(candidates, key, self._rng)
+        name, pool = self._find(request)
+        suits = None
+        if request.needs or request.fingerprint or request.adapter:
+            suits = (request if request.model else replace(request, model=name)).suits
+        for fits in request.filters():
+            for tier in (Tier.READY, Tier.DEGRADED):
+                indexes = pool.indexes(tier, suits)
+                if indexes:
+                    worker = self._policy(Candidates(indexes, fits), request.key, self._rng)
+                    if worker is not None:
+                        return name, worker
+        raise NoLiveWorker(
+            f"none of the {pool.count} workers of model {name!r} can take a request now", metadata={"model": name}
+        )
 
-    def pick(
-        self,
-        model: str,
-        key: str = "",
-        excluded: Collection[str] = (),
-        needs: Capability | None = None,
-        on_trouble: Callable[[], None] | None = None,
-    ) -> Reservation:
-        """Choose a worker and count the request as its load; arguments and errors as `choose`.
+    def pick(self, request: PickRequest, on_trouble: Callable[[], None] | None = None) -> Reservation:
+        """Choose a worker and count the request as its load; errors as `choose`.
 
         The caller must `release` the reservation on every exit.
+
+        Args:
+            on_trouble: as `Registry.reserve`; given by those who carry the request themselves.
         """
-        _, worker = self.choose(model, key, excluded, needs)
+        _, worker = self.choose(request)
         return self.registry.reserve(worker, on_trouble)
 
-    def candidates(
-        self, pool: Pool, model: str, excluded: Collection[str] = (), needs: Capability | None = None
-    ) -> Sequence[Worker]:
-        """The workers of a pool that may be picked: the READY ones or, where there is none, the DEGRADED."""
-        for tier in (pool.ready.items, pool.degraded.items):
-            found: Sequence[Worker] = tier
-            if excluded or needs is not None:
-                found = [
-                    worker
-                    for worker in tier
-                    if worker.spec.instance_id not in excluded
-                    and worker.spec.worker_id not in excluded
-                    and (needs is None or worker.can(model, needs))
-                ]
-            if found:
-                return found
-        return ()
+    def _find(self, request: PickRequest) -> tuple[str, Pool]:
+        if not request.adapter:
+            return self.registry.pool(request.model)
+        name, _ = self.registry.pool(request.model)
+        try:
+            _, pool = self.registry.pool(request.adapter)
+        except ModelNotFound:
+            raise AdapterNotFound(
+                f"no worker of model {name!r} has an adapter {request.adapter[:128]!r}", metadata={"model": name}
+            ) from None
+        return name, pool

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from fastchat_grpc.controller.breaker import Breaker, BreakerState
-from fastchat_grpc.core import Capability, Load, ModelInfo, WorkerState
-
-if TYPE_CHECKING:
-    from fastchat_grpc.controller.registry import Registry
+from fastchat_grpc.controller.health import Health, Tier
+from fastchat_grpc.controller.index import ScoreIndex
+from fastchat_grpc.controller.ledger import Ledger
+from fastchat_grpc.core import Capability, Load, ModelInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,21 +37,6 @@ class LeaseTerms:
     heartbeat_interval_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Drain:
-    """An order to drain; `timeout_s` None: the worker's own drain timeout."""
-
-    timeout_s: float | None
-
-
-class Tier(Enum):
-    """Whether a worker is picked: at all, only where no READY one is left, or by choice."""
-
-    NONE = 0
-    DEGRADED = 1
-    READY = 2
-
-
 class ChangeKind(Enum):
     """What happened to a worker. LOAD: nothing but its figures; it is by far the most frequent."""
 
@@ -73,72 +56,70 @@ class Removal(Enum):
 
 
 class Worker:
-    """A live worker, owned and changed by the registry alone.
+    """A live worker, owned and changed by the registry alone: its lease, its health and its ledger.
 
-    Attributes that readers may use: `spec`, `load`, `lease_id`, `heartbeat_at`, `suspect`, `drain`,
-    `tier`, `removed` (None while it is registered), `reserved_count`, `score`, `weight`, `affinity`.
+    Attributes that readers may use: `spec`, `health`, `ledger`, `lease_id`, `terms`, `heartbeat_at`, `tier`,
+    `removed` (None while it is registered), `score`, `weight`, `affinity`, and the properties.
     """
 
     __slots__ = (
         "affinity",
-        "breaker",
         "deadline",
-        "drain",
+        "health",
         "heartbeat_at",
+        "index",
         "lease_id",
-        "load",
-        "others",
-        "picks",
-        "probe_ends",
-        "probing",
-        "recovered_at",
+        "ledger",
+        "place",
+        "rank",
         "removed",
-        "reserved",
+        "replicas",
         "score",
         "spec",
-        "suspect",
         "terms",
         "tier",
         "timer_at",
-        "unreachable",
         "watched",
         "weight",
     )
 
-    def __init__(self, spec: WorkerSpec, lease_id: str, load: Load, now: float, terms: LeaseTerms) -> None:
+    def __init__(
+        self, spec: WorkerSpec, lease_id: str, terms: LeaseTerms, health: Health, ledger: Ledger, now: float
+    ) -> None:
         self.spec = spec
         self.lease_id = lease_id
-        self.load = load
         self.terms = terms
+        self.health = health
+        self.ledger = ledger
         self.heartbeat_at = now
-        self.recovered_at = now  # time of the last evidence of life
         self.deadline = now + terms.time_to_live_s
         self.timer_at = -math.inf  # no lease timer
-        self.suspect = False
-        self.unreachable = False
-        self.drain: Drain | None = None
-        self.breaker: Breaker | None = None
-        self.probing = False
-        self.probe_ends = 0.0
         self.removed: Removal | None = None
-        self.tier = Tier.NONE
+        self.watched: set[Reservation] | None = None  # reservations that want to hear of trouble
         self.weight = spec.weight
         self.affinity = int.from_bytes(blake2b(spec.worker_id.encode(), digest_size=7).digest(), "big") % (2**31 - 1)
-        self.reserved = 0
-        self.picks: deque[float] | None = None  # times of picks whose end nobody tells us
-        self.others = load.queue_length
-        self.watched: set[Reservation] | None = None  # reservations that want to hear of trouble
-        self.score = 0.0
-        self.update_score()
+        # Where dispatch finds it: its tier and score as they are indexed, and its places in the index.
+        self.tier = Tier.NONE
+        self.score = ledger.score
+        self.replicas: Replicas | None = None
+        self.index: ScoreIndex[Worker] | None = None
+        self.place = 0
+        self.rank = 0
+
+    @property
+    def load(self) -> Load:
+        """Its figures, as it last reported them."""
+        return self.ledger.load
 
     @property
     def reserved_count(self) -> int:
         """Requests that this controller has sent there and that have not ended, as far as it knows."""
-        return self.reserved + (len(self.picks) if self.picks else 0)
+        return self.ledger.reserved
 
-    def update_score(self) -> None:
-        """Queue length as best known, over weight: others' requests as last reported, ours as they are."""
-        self.score = (self.others + self.reserved + (len(self.picks) if self.picks else 0)) / self.weight
+    @property
+    def recovered_at(self) -> float:
+        """Time of the last evidence of life, by the registry's clock."""
+        return self.health.recovered_at
 
     def model(self, name: str) -> ModelInfo | None:
         """The model of that name, if it is served here."""
@@ -152,21 +133,36 @@ class Worker:
         info = self.model(model)
         return info is not None and capability in info.capabilities
 
-    def natural_tier(self) -> Tier:
-        """The tier that follows from everything known of the worker."""
-        if self.removed is not None or self.drain is not None or self.suspect or self.unreachable:
-            return Tier.NONE
-        if self.breaker is not None:
-            if self.breaker.state is BreakerState.OPEN:
-                return Tier.NONE
-            if self.breaker.state is BreakerState.HALF_OPEN and self.probing:
-                return Tier.NONE
-        match self.load.state:
-            case WorkerState.SERVING:
-                return Tier.READY
-            case WorkerState.DEGRADED:
-                return Tier.DEGRADED
-        return Tier.NONE
+
+class Replicas:
+    """Workers that serve exactly the same models. What one of them can do, all can."""
+
+    __slots__ = ("degraded", "key", "listed", "members", "models", "ready")
+
+    def __init__(self, key: frozenset[ModelInfo], models: Sequence[ModelInfo]) -> None:
+        self.key = key
+        self.listed = tuple(models)
+        self.models = {model.name: model for model in models}
+        self.members: dict[Worker, None] = {}
+        self.ready: ScoreIndex[Worker] = ScoreIndex()
+        self.degraded: ScoreIndex[Worker] = ScoreIndex()
+
+    def index(self, tier: Tier) -> ScoreIndex[Worker] | None:
+        """The members of a tier that can be picked."""
+        return self.ready if tier is Tier.READY else self.degraded if tier is Tier.DEGRADED else None
+
+    def as_in(self, models: Sequence[ModelInfo]) -> tuple[ModelInfo, ...]:
+        """The models of here in the order of equal ones."""
+        found = tuple([self.models[model.name] for model in models])
+        return self.listed if found == self.listed else found
+
+    def serves(self, model: str, needs: frozenset[Capability], fingerprint: str = "") -> bool:
+        """Whether a model is served here with all capabilities that are needed, and not with other weights."""
+        info = self.models.get(model)
+        if info is None or not needs <= info.capabilities:
+            return False
+        known: str = getattr(info, "fingerprint", "")
+        return not fingerprint or not known or known == fingerprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,20 +174,34 @@ class Change:
     removal: Removal | None = None
 
 
+class Keeper(Protocol):
+    """Who keeps the books on reservations: the registry."""
+
+    def release(self, reservation: Reservation) -> None: ...
+    def succeeded(self, reservation: Reservation) -> None: ...
+    def failed(self, worker: Worker) -> None: ...
+    def suspect(self, worker: Worker) -> None: ...
+
+
 class Reservation:
     """A picked worker, counted as its load until `release`. Release it on every exit; twice is harmless.
 
     Args:
         on_trouble: called once at most, when the worker has expired, was replaced or does not progress:
             what runs there had better go on elsewhere. Not called when it leaves in good order.
+        mark: what the worker's ledger gave for it.
+        probe: whether it is the one request that a half-open breaker lets through.
     """
 
-    __slots__ = ("_on_trouble", "_registry", "probe", "released", "worker")
+    __slots__ = ("_keeper", "_on_trouble", "mark", "probe", "released", "worker")
 
-    def __init__(self, registry: Registry, worker: Worker, on_trouble: Callable[[], None] | None, probe: bool) -> None:
-        self._registry = registry
+    def __init__(
+        self, keeper: Keeper, worker: Worker, on_trouble: Callable[[], None] | None, mark: int, probe: bool
+    ) -> None:
+        self._keeper = keeper
         self._on_trouble = on_trouble
         self.worker = worker
+        self.mark = mark
         self.probe = probe
         self.released = False
 
@@ -209,27 +219,22 @@ class Reservation:
         """The request has ended there."""
         if not self.released:
             self.released = True
-            self._registry.release(self)
+            self._keeper.release(self)
 
     def succeeded(self) -> None:
-        """The worker answered: tell its breaker."""
-        self._registry.succeeded(self.worker)
+        """The request has run to its good end: tell the worker's breaker. A first token is no end."""
+        self._keeper.succeeded(self)
 
     def failed(self) -> None:
         """The request failed through the worker's fault: tell its breaker."""
-        self._registry.failed(self.worker)
+        self._keeper.failed(self.worker)
 
     def suspect(self) -> None:
         """Send nothing more there until the worker's next heartbeat."""
-        self._registry.suspect(self.worker)
+        self._keeper.suspect(self.worker)
 
     def trouble(self) -> None:
         """Called by the registry."""
         if self._on_trouble is not None and not self.released:
             callback, self._on_trouble = self._on_trouble, None
             callback()
-
-    @property
-    def watches(self) -> bool:
-        """Whether somebody wants to hear of trouble."""
-        return self._on_trouble is not None

@@ -15,7 +15,6 @@ from google.api.httpbody_pb2 import HttpBody
 
 from fastchat_grpc import __version__
 from fastchat_grpc.controller.relay import NOBODY, Caller, Relay, forwarded, naming
-from fastchat_grpc.controller.servicer import fleet_models
 from fastchat_grpc.core import (
     EmbedRequest,
     EmbedResult,
@@ -130,7 +129,7 @@ class RelayedGeneration:
 
     def models(self) -> Sequence[ModelInfo]:
         """The models of the live workers."""
-        return [model for model, _ in fleet_models(self._registry)]
+        return [model for model, _ in self._registry.catalogue()]
 
     def load(self) -> Load:
         """Load of all workers together."""

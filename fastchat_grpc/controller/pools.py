@@ -1,63 +1,89 @@
-"""Workers by model, in the tiers that dispatch picks from."""
+"""Workers by model: replicas of the same models together, in the tiers that dispatch picks from."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-from fastchat_grpc.controller.fleet import Tier, Worker
-from fastchat_grpc.errors import InvalidArgument, ModelNotFound, NoLiveWorker
+from fastchat_grpc.controller.fleet import Replicas, Worker
+from fastchat_grpc.controller.health import Tier
+from fastchat_grpc.controller.index import ScoreIndex
+from fastchat_grpc.core import ModelInfo
+from fastchat_grpc.errors import InvalidArgument, ModelNotFound, NoLiveWorker, Starting
 
-REMEMBERED = 10_000
+REMEMBERED = 200_000
 """Names that are remembered of what has gone; the oldest are forgotten first."""
+STARTING_RETRY_S = 1.0
 
 
-class IndexedSet:
-    """Workers in a list, for random access, with removal in constant time."""
+class FleetModel(NamedTuple):
+    """A model as the fleet serves it: what a caller can count on with any worker, and how many there are."""
 
-    __slots__ = ("_index", "items")
-
-    def __init__(self) -> None:
-        self.items: list[Worker] = []
-        self._index: dict[Worker, int] = {}
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def add(self, worker: Worker) -> None:
-        if worker not in self._index:
-            self._index[worker] = len(self.items)
-            self.items.append(worker)
-
-    def discard(self, worker: Worker) -> None:
-        place = self._index.pop(worker, None)
-        if place is None:
-            return
-        last = self.items.pop()
-        if last is not worker:
-            self.items[place] = last
-            self._index[last] = place
+    info: ModelInfo
+    worker_count: int
 
 
 class Pool:
     """The workers of one model."""
 
-    __slots__ = ("degraded", "members", "ready")
+    __slots__ = ("_info", "count", "name", "replicas")
 
-    def __init__(self) -> None:
-        self.members: dict[Worker, None] = {}
-        self.ready = IndexedSet()
-        self.degraded = IndexedSet()
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.replicas: list[Replicas] = []
+        self.count = 0
+        """Live workers."""
+        self._info: ModelInfo | None = None
 
-    def place(self, worker: Worker, tier: Tier) -> None:
-        """Move a member to where its tier puts it."""
-        self.members[worker] = None
-        (self.ready.add if tier is Tier.READY else self.ready.discard)(worker)
-        (self.degraded.add if tier is Tier.DEGRADED else self.degraded.discard)(worker)
+    @property
+    def members(self) -> list[Worker]:
+        """All workers, in no order."""
+        return [worker for replicas in self.replicas for worker in replicas.members]
 
-    def remove(self, worker: Worker) -> None:
-        self.members.pop(worker, None)
-        self.ready.discard(worker)
-        self.degraded.discard(worker)
+    @property
+    def info(self) -> ModelInfo:
+        """The model as any of the workers serves it."""
+        if self._info is None:
+            self._info = merge_models([replicas.models[self.name] for replicas in self.replicas])
+        return self._info
+
+    @property
+    def pickable(self) -> bool:
+        """Whether there is a worker that can be picked."""
+        return any(replicas.ready.items or replicas.degraded.items for replicas in self.replicas)
+
+    @property
+    def recovering(self) -> bool:
+        """Whether there is a worker whose next sign of life may make it pickable."""
+        return any(
+            worker.health.recovering
+            for replicas in self.replicas
+            if len(replicas.members) > len(replicas.ready) + len(replicas.degraded)
+            for worker in replicas.members
+        )
+
+    def tier(self, tier: Tier) -> list[Worker]:
+        """The workers of a tier that can be picked, in no order."""
+        return [worker for index in self.indexes(tier) for worker in index.items]
+
+    def indexes(self, tier: Tier, suits: Callable[[Replicas], bool] | None = None) -> list[ScoreIndex[Worker]]:
+        """The workers of a tier that can be picked, in their indexes; of those replicas alone that suit."""
+        found = []
+        for replicas in self.replicas:
+            index = replicas.ready if tier is Tier.READY else replicas.degraded
+            if index.items and (suits is None or suits(replicas)):
+                found.append(index)
+        return found
+
+    def add(self, replicas: Replicas) -> None:
+        self.replicas.append(replicas)
+        self._info = None
+
+    def remove(self, replicas: Replicas) -> None:
+        self.replicas.remove(replicas)
+        self._info = None
 
 
 class Recent:
@@ -83,55 +109,137 @@ class Pools:
 
     def __init__(self) -> None:
         self._pools: dict[str, Pool] = {}
-        self._known = Recent()
+        self._replicas: dict[frozenset[ModelInfo], Replicas] = {}
+        self._gone = Recent()
+        self._names: list[str] | None = None
+        self._catalogue: Sequence[FleetModel] | None = None
 
     def join(self, worker: Worker) -> None:
-        """Put a worker into the pools of its models, by its tier."""
-        for model in worker.spec.models:
-            self._pools.setdefault(model.name, Pool()).place(worker, worker.tier)
-            self._known.add(model.name)
+        """Put a worker beside its replicas, by its tier."""
+        key = frozenset(worker.spec.models)
+        replicas = self._replicas.get(key)
+        if replicas is None:
+            replicas = self._replicas[key] = Replicas(key, worker.spec.models)
+            for name in replicas.models:
+                self._pool(name).add(replicas)
+        for name in replicas.models:
+            self._pools[name].count += 1
+        self._catalogue = None
+        replicas.members[worker] = None
+        worker.replicas = replicas
+        # Equal descriptions are held once: ten thousand workers serve fifty models.
+        worker.spec = dataclasses.replace(worker.spec, models=replicas.as_in(worker.spec.models))
+        self.place(worker)
 
     def place(self, worker: Worker) -> None:
         """Move a member to where its tier now puts it."""
-        for model in worker.spec.models:
-            self._pools[model.name].place(worker, worker.tier)
+        assert worker.replicas is not None
+        index = worker.replicas.index(worker.tier)
+        if index is worker.index:
+            return
+        if worker.index is not None:
+            worker.index.discard(worker)
+        if index is not None:
+            index.add(worker)
 
     def leave(self, worker: Worker) -> None:
         """Take a worker out of all of its pools."""
-        for model in worker.spec.models:
-            pool = self._pools[model.name]
-            pool.remove(worker)
-            if not pool.members:
-                del self._pools[model.name]
+        replicas = worker.replicas
+        assert replicas is not None
+        if worker.index is not None:
+            worker.index.discard(worker)
+        del replicas.members[worker]
+        for name in replicas.models:
+            self._pools[name].count -= 1
+        self._catalogue = None
+        if not replicas.members:
+            self._end(replicas)
 
     def get(self, model: str) -> Pool | None:
         """The pool of a model; None where no live worker serves it."""
         return self._pools.get(model)
 
-    def names(self) -> list[str]:
-        """The models of live workers, in order."""
-        return sorted(self._pools)
+    def names(self) -> Sequence[str]:
+        """The models of live workers, in order. Not to be changed."""
+        if self._names is None:
+            self._names = sorted(self._pools)
+        return self._names
 
-    def find(self, model: str) -> tuple[str, Pool]:
+    def catalogue(self) -> Sequence[FleetModel]:
+        """The models of live workers, by name. Made anew only when workers have come or gone."""
+        if self._catalogue is None:
+            pools = self._pools
+            self._catalogue = tuple(
+                [FleetModel(pool.info, pool.count) for pool in map(pools.__getitem__, self.names())]
+            )
+        return self._catalogue
+
+    def find(self, model: str, young: bool = False) -> tuple[str, Pool]:
         """Name and pool of a model; an empty name means the only model of the fleet.
 
+        Args:
+            young: whether workers of before may not have come back yet.
+
         Raises:
+            Starting: it is not known, which means nothing yet.
             ModelNotFound: no worker has served it.
             NoLiveWorker: it is known, but no worker is registered for it.
             InvalidArgument: the name is empty and the fleet has several models.
         """
-        if not model:
+        if not model and self._pools:
             model = self._only()
         pool = self._pools.get(model)
         if pool is not None:
             return model, pool
-        if model in self._known:
-            raise NoLiveWorker(f"model {model!r} has no live worker now", metadata={"model": model})
-        raise ModelNotFound(f"no worker has served a model {model[:128]!r}", metadata={"model": model[:128]})
+        metadata = {"model": model[:128]}
+        if model in self._gone:
+            raise NoLiveWorker(f"model {model[:128]!r} has no live worker now", metadata=metadata)
+        if young:
+            raise Starting(
+                "the controller has just started and does not know its fleet yet",
+                metadata=metadata,
+                retry_after_s=STARTING_RETRY_S,
+            )
+        if not model:
+            raise NoLiveWorker("no worker is registered")
+        raise ModelNotFound(f"no worker has served a model {model[:128]!r}", metadata=metadata)
 
     def _only(self) -> str:
-        if len(self._pools) == 1:
-            return next(iter(self._pools))
-        if self._pools:
+        if len(self._pools) > 1:
             raise InvalidArgument("model", f"the fleet serves {len(self._pools)} models; name one (see ListModels)")
-        raise NoLiveWorker("no worker is registered")
+        return next(iter(self._pools))
+
+    def _pool(self, name: str) -> Pool:
+        pool = self._pools.get(name)
+        if pool is None:
+            pool = self._pools[name] = Pool(name)
+            self._names = None
+        return pool
+
+    def _end(self, replicas: Replicas) -> None:
+        """The last of some replicas has left."""
+        del self._replicas[replicas.key]
+        for name in replicas.models:
+            pool = self._pools[name]
+            pool.remove(replicas)
+            if not pool.replicas:
+                del self._pools[name]
+                self._names = None
+                self._gone.add(name)
+
+
+def merge_models(models: Sequence[ModelInfo]) -> ModelInfo:
+    """One description of a model that several workers serve: what a caller can count on with any of them."""
+    distinct = list(dict.fromkeys(models))
+    first = distinct[0]
+    if len(distinct) == 1:
+        return first
+    return ModelInfo(
+        name=first.name,
+        context_length=min(model.context_length for model in distinct),
+        capabilities=frozenset.intersection(*(model.capabilities for model in distinct)),
+        base_model=first.base_model,
+        backend=",".join(sorted({model.backend for model in distinct})),
+        embedding_size=first.embedding_size if len({model.embedding_size for model in distinct}) == 1 else 0,
+        vocabulary_size=first.vocabulary_size if len({model.vocabulary_size for model in distinct}) == 1 else 0,
+    )

@@ -11,35 +11,22 @@ import itertools
 import math
 import secrets
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from time import monotonic
 
 from fastchat_grpc.config import BreakerConfig, LeaseConfig
-from fastchat_grpc.controller.breaker import Breaker, BreakerState
-from fastchat_grpc.controller.fleet import (
-    Change,
-    ChangeKind,
-    Drain,
-    LeaseTerms,
-    Removal,
-    Reservation,
-    Tier,
-    Worker,
-    WorkerSpec,
-)
-from fastchat_grpc.controller.pools import REMEMBERED, Pool, Pools, Recent
-from fastchat_grpc.core import Load, ModelInfo
-from fastchat_grpc.errors import (
-    InstanceReplaced,
-    LeaseNotFound,
-    WorkerNotFound,
-)
+from fastchat_grpc.controller.fleet import Change, ChangeKind, LeaseTerms, Removal, Reservation, Worker, WorkerSpec
+from fastchat_grpc.controller.health import Drain, Health, Tier
+from fastchat_grpc.controller.leases import Leases
+from fastchat_grpc.controller.ledger import Ledger, sane
+from fastchat_grpc.controller.pools import FleetModel, Pool, Pools, Recent
+from fastchat_grpc.controller.room import Room
+from fastchat_grpc.core import Load, WorkerState
+from fastchat_grpc.errors import FleetFull, InstanceReplaced, LeaseNotFound, WorkerNotFound
 
-SETTLE_S = 0.25
-"""A pick this old shows in the worker's own figures."""
-STALL_S = 1.0
-"""A gap between two looks at the clock that is this long was the controller's own: nobody expires for it."""
+QUIET_S = 0.25
+"""A young controller that has workers, and has not heard of a new one for this long, may be sent requests."""
 
 DEFAULT_LEASE = LeaseConfig()
 DEFAULT_BREAKER = BreakerConfig()
@@ -48,7 +35,7 @@ Listener = Callable[[Change], None]
 
 
 class Registry:
-    """Workers by id and by lease, and a pool of candidates per model.
+    """Workers by id, by lease and by address, and a pool of candidates per model.
 
     Args:
         lease: interval and time to live, and the rate of heartbeats above which they are scaled up.
@@ -69,17 +56,38 @@ class Registry:
         self._clock = clock
         self._new_id = new_id
         self._workers: dict[str, Worker] = {}
+        self._ordered: Sequence[Worker] | None = None
         self._leases: dict[str, Worker] = {}
+        self._by_address: dict[str, dict[Worker, None]] = {}
         self._pools = Pools()
         self._replaced = Recent()
-        self._interned: dict[ModelInfo, ModelInfo] = {}
         self._timers: list[tuple[float, int, Worker]] = []
         self._timer_ids = itertools.count()
         self._listeners: dict[int, Listener] = {}
         self._listener_ids = itertools.count()
-        self._looked_at = clock()
-        self._grace_until = 0.0
-        self.terms = LeaseTerms(lease.time_to_live_s, lease.heartbeat_interval_s)
+        self._policy = Leases(lease, clock())
+        self._joined_at = -math.inf
+        self.room = Room()
+        """Requests that wait for a worker."""
+
+    @property
+    def terms(self) -> LeaseTerms:
+        """What a lease gets now."""
+        return self._policy.terms
+
+    @property
+    def settled(self) -> bool:
+        """Whether the registry is old enough to know what there is: until then, what it lacks may yet come."""
+        return self._clock() >= self._policy.settles_at
+
+    @property
+    def serving(self) -> bool:
+        """Whether requests had better come here: it has settled, or has workers and no more come just now."""
+        return self.settled or (bool(self._workers) and self._clock() - self._joined_at >= QUIET_S)
+
+    def settle(self) -> None:
+        """The fleet is known to be whole: what is not here does not exist."""
+        self._policy.settles_at = self._clock()
 
     # ------------------------------------------------------------------------------- leases
 
@@ -88,28 +96,28 @@ class Registry:
 
         Raises:
             InstanceReplaced: a newer instance has taken this one's place before.
+            FleetFull: there are as many workers as the registry holds.
         """
         self.expire()
+        load = sane(load)
+        spec = replace(spec, labels={sys.intern(k): sys.intern(v) for k, v in spec.labels.items()})
         worker = self._workers.get(spec.worker_id)
-        if worker is not None and worker.spec.instance_id != spec.instance_id and spec.instance_id in self._replaced:
-            raise InstanceReplaced(
-                f"worker {spec.worker_id!r} was taken over by a newer process; "
-                "two workers must not share a worker id (set --worker-id)"
-            )
-        spec = self._intern(spec)
         if worker is not None and worker.spec.instance_id == spec.instance_id:
             return self._renew(worker, spec, load)
         if worker is not None:
+            if spec.instance_id in self._replaced:
+                raise InstanceReplaced(
+                    f"worker {spec.worker_id!r} was taken over by a newer process; "
+                    "two workers must not share a worker id (set --worker-id)"
+                )
             self._replaced.add(worker.spec.instance_id)
             self._remove(worker, Removal.REPLACED)
-        worker = Worker(spec, self._new_id(), load, self._clock(), self._terms_for(len(self._workers) + 1))
-        self._workers[spec.worker_id] = worker
-        self._leases[worker.lease_id] = worker
-        self._join(worker)
-        if spec.check_heartbeat:
-            self._set_lease_timer(worker)
-        self._notify(Change(ChangeKind.ADDED, worker))
-        return worker
+        elif len(self._workers) >= self._config.max_workers:
+            raise FleetFull(
+                f"the controller holds {len(self._workers)} workers and takes no more (see max_workers)",
+                metadata={"max_workers": str(self._config.max_workers)},
+            )
+        return self._add(spec, load)
 
     def heartbeat(self, lease_id: str, load: Load) -> Worker:
         """Renew a lease. Raises LeaseNotFound if it is unknown, expired or replaced."""
@@ -117,7 +125,7 @@ class Registry:
         worker = self._leases.get(lease_id)
         if worker is None:
             raise LeaseNotFound("the lease is unknown or has expired; register again")
-        self._report(worker, load)
+        self._report(worker, sane(load))
         return worker
 
     def deregister(self, lease_id: str) -> None:
@@ -134,17 +142,14 @@ class Registry:
     def drain(self, worker_id: str, timeout_s: float | None) -> Worker:
         """Stop new work on a worker; its heartbeats tell it to drain. Raises WorkerNotFound."""
         worker = self.worker(worker_id)
-        worker.drain = Drain(timeout_s)
+        worker.health.drain = Drain(timeout_s)
         self._settle(worker)
         return worker
 
     def expire(self) -> None:
         """Act on every timer that is due: remove expired leases, end cooldowns. Cheap when none is."""
         now = self._clock()
-        if now - self._looked_at > STALL_S:
-            # The process was stopped or starved; heartbeats wait in its sockets. Read them first.
-            self._grace_until = now + self.terms.heartbeat_interval_s * 1.5
-        self._looked_at = now
+        self._policy.look(now)
         timers = self._timers
         while timers and timers[0][0] <= now:
             when, _, worker = heapq.heappop(timers)
@@ -156,13 +161,20 @@ class Registry:
     def pool(self, model: str) -> tuple[str, Pool]:
         """Name and pool of a model, and errors, as `Pools.find`."""
         self.expire()
-        return self._pools.find(model)
+        return self._pools.find(model, young=not self.settled)
 
     def reserve(self, worker: Worker, on_trouble: Callable[[], None] | None = None) -> Reservation:
-        """Count one request as load of a worker until it is released."""
-        reservation = Reservation(self, worker, on_trouble, probe=self._begin_probe(worker))
-        worker.reserved += 1
-        worker.update_score()
+        """Count one request as load of a worker until it is released.
+
+        Args:
+            on_trouble: given by those who carry the request themselves, and so are sure to see its end.
+        """
+        probe = worker.health.begin_probe()
+        if probe:
+            self._settle(worker)
+        mark = worker.ledger.reserve(carried=on_trouble is not None)
+        self._rescore(worker)
+        reservation = Reservation(self, worker, on_trouble, mark, probe)
         if on_trouble is not None:
             if worker.watched is None:
                 worker.watched = set()
@@ -172,79 +184,74 @@ class Registry:
     def release(self, reservation: Reservation) -> None:
         """End a reservation; called by `Reservation.release` alone."""
         worker = reservation.worker
-        worker.reserved -= 1
-        worker.update_score()
+        worker.ledger.release(reservation.mark)
+        self._rescore(worker)
         if worker.watched is not None:
             worker.watched.discard(reservation)
-        if reservation.probe and worker.probing:
-            worker.probing = False  # it ended without a verdict: another may probe
-            self._settle(worker)
+        if reservation.probe and worker.health.end_probe():
+            self._settle(worker)  # it ended without a verdict: another may probe
+        self.room.freed(worker)
 
     def count_pick(self, worker: Worker) -> None:
         """Count a pick whose end nobody will tell, until the worker's figures show it."""
         now = self._clock()
-        if worker.picks is None:
-            worker.picks = deque()
         if not worker.spec.check_heartbeat:
-            self._forget_picks(worker, now - worker.terms.heartbeat_interval_s)
-        worker.picks.append(now)
-        worker.update_score()
-        if self._begin_probe(worker):
-            worker.probe_ends = now + self._breaker_config.cooldown_s
-            self._set_timer(worker, worker.probe_ends)
+            worker.ledger.forget_picks(now - worker.terms.heartbeat_interval_s)
+        worker.ledger.picked(now)
+        self._rescore(worker)
+        probe_ends = now + self._breaker_config.cooldown_s
+        if worker.health.begin_probe(probe_ends):
+            self._set_timer(worker, probe_ends)
+            self._settle(worker)
 
-    def succeeded(self, worker: Worker) -> None:
-        """A worker answered a request."""
-        breaker = worker.breaker
-        if breaker is not None:
-            was = breaker.state
-            breaker.success(self._clock())
-            if breaker.state is not was:
-                worker.probing = False
-                self._settle(worker)
+    def succeeded(self, reservation: Reservation) -> None:
+        """A request has run to its end; called by `Reservation.succeeded` alone."""
+        if reservation.worker.health.succeeded(self._clock(), probe=reservation.probe):
+            self._settle(reservation.worker)
 
     def failed(self, worker: Worker) -> None:
         """A request failed through a worker's fault."""
-        if worker.removed is not None:
-            return
-        if worker.breaker is None:
-            worker.breaker = Breaker(self._breaker_config)
-        worker.breaker.failure(self._clock())
-        if worker.breaker.state is BreakerState.OPEN:
-            worker.probing = False
-            self._set_timer(worker, worker.breaker.ready_at)
-            self._settle(worker)
+        if worker.removed is None:
+            probe_at = worker.health.failed(self._clock())
+            if probe_at is not None:
+                self._set_timer(worker, probe_at)
+                self._settle(worker)
 
     def suspect(self, worker: Worker) -> None:
         """A dispatch failed: nothing more goes there until the next heartbeat."""
-        worker.suspect = True
+        until = math.inf
         if not worker.spec.check_heartbeat:  # no heartbeat will clear it; time does
-            worker.deadline = self._clock() + worker.terms.time_to_live_s
-            self._set_timer(worker, worker.deadline)
+            until = self._clock() + worker.terms.time_to_live_s
+            self._set_timer(worker, until)
+        worker.health.suspected(until)
         self._settle(worker)
 
     def full(self, worker: Worker) -> None:
         """A worker refused a request because its queue is full: believe that until its next heartbeat."""
-        load = worker.load
-        worker.others = max(worker.others, load.max_running + load.max_waiting - worker.reserved)
-        worker.update_score()
+        until = self._clock() + worker.terms.heartbeat_interval_s
+        if worker.ledger.full(until):
+            self._set_timer(worker, until)
+        self._rescore(worker)
 
     def recovering(self, model: str) -> bool:
         """Whether a worker of a model may be back at its next heartbeat."""
         pool = self._pools.get(model)
-        return pool is not None and any(worker.suspect or worker.unreachable for worker in pool.members)
+        return pool is not None and pool.recovering
 
-    def at(self, address: str) -> Sequence[Worker]:
+    def at(self, address: str) -> Collection[Worker]:
         """The live workers that advertise an address."""
-        return [worker for worker in self._workers.values() if worker.spec.address == address]
+        return tuple(self._by_address.get(address, ()))
 
-    def set_reachable(self, worker: Worker, reachable: bool) -> None:
-        """Tell whether the controller's own connection to the worker stands."""
-        if worker.unreachable is reachable:
-            worker.unreachable = not reachable
-            if reachable:
-                worker.recovered_at = self._clock()
-            self._settle(worker)
+    def set_reachable(self, worker: Worker, reachable: bool | None) -> None:
+        """Tell whether the controller's own connection to the worker stands; None: nobody watches it any more."""
+        now, health = self._clock(), worker.health
+        if reachable:
+            health.connected(now)
+        elif reachable is None:
+            health.unwatched()
+        else:
+            health.lost_connection(now)
+        self._settle(worker)
 
     # ------------------------------------------------------------------------------- readers
 
@@ -262,16 +269,24 @@ class Registry:
         return worker
 
     def workers(self, model: str = "") -> Sequence[Worker]:
-        """The live workers, ordered by id; with a model, those that serve it."""
+        """The live workers, ordered by id; with a model, those that serve it. Not to be changed."""
         self.expire()
-        pool = self._pools.get(model)
-        found: Iterable[Worker] = self._workers.values() if not model else pool.members if pool is not None else ()
-        return sorted(found, key=lambda worker: worker.spec.worker_id)
+        if model:
+            pool = self._pools.get(model)
+            return sorted(pool.members, key=_worker_id) if pool is not None else ()
+        if self._ordered is None:
+            self._ordered = sorted(self._workers.values(), key=_worker_id)
+        return self._ordered
 
     def models(self) -> Sequence[str]:
         """Names of the models that live workers serve, in order."""
         self.expire()
         return self._pools.names()
+
+    def catalogue(self) -> Sequence[FleetModel]:
+        """The models that live workers serve, by name, and how many workers serve each."""
+        self.expire()
+        return self._pools.catalogue()
 
     def heartbeat_age_s(self, worker: Worker) -> float:
         """Seconds since a worker's last heartbeat."""
@@ -292,13 +307,30 @@ class Registry:
 
     # ------------------------------------------------------------------------------- inside
 
+    def _add(self, spec: WorkerSpec, load: Load) -> Worker:
+        now = self._clock()
+        self._joined_at = now
+        self._policy.joined(now, len(self._workers) + 1)
+        health = Health(load.state, now, self._breaker_config)
+        worker = Worker(spec, self._new_id(), self.terms, health, Ledger(load, spec.weight, now), now)
+        self._workers[spec.worker_id] = worker
+        self._leases[worker.lease_id] = worker
+        self._join(worker)
+        if spec.check_heartbeat:
+            self._set_lease_timer(worker, now)
+        self._notify(Change(ChangeKind.ADDED, worker))
+        self.room.freed(worker)
+        return worker
+
     def _renew(self, worker: Worker, spec: WorkerSpec, load: Load) -> Worker:
         """The same process registers again: perhaps its models changed, perhaps an answer was lost."""
         del self._leases[worker.lease_id]
         worker.lease_id = self._new_id()
         self._leases[worker.lease_id] = worker
-        self._pools.leave(worker)
+        self._leave(worker)
         worker.spec, worker.weight = spec, spec.weight
+        worker.ledger.reweigh(spec.weight)
+        worker.score = worker.ledger.score
         self._join(worker)
         self._report(worker, load)
         self._notify(Change(ChangeKind.STATE, worker))
@@ -307,41 +339,49 @@ class Registry:
     def _report(self, worker: Worker, load: Load) -> None:
         """Take a worker's figures, and with them its word that it lives."""
         now = self._clock()
-        stalled = load.state is not worker.load.state and load.state.value == "degraded"
-        worker.load = load
-        worker.heartbeat_at = worker.recovered_at = now
-        worker.suspect = False
-        worker.terms = self.terms
-        worker.deadline = now + worker.terms.time_to_live_s
+        stalled = load.state is WorkerState.DEGRADED and worker.health.state is not WorkerState.DEGRADED
+        self._policy.heard(worker, now)
+        worker.heartbeat_at = now
+        worker.terms = terms = self._policy.terms
+        worker.deadline = now + terms.time_to_live_s
         if worker.deadline < worker.timer_at:
-            self._set_lease_timer(worker)  # the interval has shrunk with the fleet
-        if worker.picks:
-            self._forget_picks(worker, now - SETTLE_S)
-        worker.others = max(0, load.queue_length - worker.reserved)
-        worker.update_score()
-        if not self._settle(worker):
+            self._set_lease_timer(worker, now)  # the interval has shrunk with the fleet
+        worker.ledger.report(load, now, terms.heartbeat_interval_s)
+        self._rescore(worker)
+        if not (worker.health.heard(load.state, now) and self._settle(worker)):
             self._notify(Change(ChangeKind.LOAD, worker))
         if stalled:
             self._trouble(worker)
+        self.room.freed(worker)
 
     def _settle(self, worker: Worker) -> bool:
-        """Put a worker into the pools that its tier asks for; True if that changed."""
-        tier = worker.natural_tier()
+        """Put a worker into the index that its health asks for; True if that changed."""
+        tier = worker.health.tier if worker.removed is None else Tier.NONE
         if tier is worker.tier:
             return False
         worker.tier = tier
         if worker.removed is None:
             self._pools.place(worker)
             self._notify(Change(ChangeKind.STATE, worker))
+            self.room.freed(worker)
         return True
+
+    def _rescore(self, worker: Worker) -> None:
+        """Move a worker in its index to where its ledger puts it."""
+        score = worker.ledger.score
+        if score != worker.score:
+            if worker.index is None:
+                worker.score = score
+            else:
+                worker.index.move(worker, score)
 
     def _remove(self, worker: Worker, removal: Removal) -> None:
         worker.removed = removal
         worker.tier = Tier.NONE
         del self._workers[worker.spec.worker_id]
         del self._leases[worker.lease_id]
-        self._pools.leave(worker)
-        self.terms = self._terms_for(len(self._workers))
+        self._leave(worker)
+        self._policy.resize(len(self._workers))
         self._notify(Change(ChangeKind.REMOVED, worker, removal))
         if removal is not Removal.DEREGISTERED:
             self._trouble(worker)
@@ -351,70 +391,43 @@ class Registry:
             reservation.trouble()
 
     def _join(self, worker: Worker) -> None:
-        worker.tier = worker.natural_tier()
+        worker.tier = worker.health.tier
         self._pools.join(worker)
+        self._by_address.setdefault(worker.spec.address, {})[worker] = None
+        self._ordered = None
 
-    def _terms_for(self, size: int) -> LeaseTerms:
-        """Scale interval and time to live so that all heartbeats together stay under the set rate."""
-        config = self._config
-        interval_s = max(config.heartbeat_interval_s, size / config.max_heartbeats_per_s)
-        if interval_s != self.terms.heartbeat_interval_s:
-            scale = interval_s / config.heartbeat_interval_s
-            self.terms = LeaseTerms(config.time_to_live_s * scale, interval_s)
-        return self.terms
+    def _leave(self, worker: Worker) -> None:
+        self._pools.leave(worker)
+        there = self._by_address[worker.spec.address]
+        del there[worker]
+        if not there:
+            del self._by_address[worker.spec.address]
+        self._ordered = None
 
     def _set_timer(self, worker: Worker, when: float) -> None:
         heapq.heappush(self._timers, (when, next(self._timer_ids), worker))
 
-    def _set_lease_timer(self, worker: Worker) -> None:
+    def _set_lease_timer(self, worker: Worker, now: float) -> None:
         """One timer per lease; a heartbeat only moves the deadline, and the timer finds it moved."""
-        worker.timer_at = max(worker.deadline, self._grace_until)
+        worker.timer_at = self._policy.ends_at(worker, now)
         self._set_timer(worker, worker.timer_at)
 
     def _on_timer(self, worker: Worker, when: float, now: float) -> None:
-        breaker = worker.breaker
-        if breaker is not None and breaker.state is BreakerState.OPEN and breaker.ready_at <= now:
-            breaker.half_open()
-        if worker.probing and worker.probe_ends <= now:
-            worker.probing = False
-        if not worker.spec.check_heartbeat:
-            worker.suspect = worker.suspect and worker.deadline > now
-        elif when == worker.timer_at:
-            if max(worker.deadline, self._grace_until) <= now:
+        worker.health.on_time(now)
+        worker.ledger.on_time(now)
+        self._rescore(worker)
+        if worker.spec.check_heartbeat and when == worker.timer_at:
+            if self._policy.ends_at(worker, now) <= now:
                 self._remove(worker, Removal.EXPIRED)
                 return
-            self._set_lease_timer(worker)
+            self._set_lease_timer(worker, now)
         self._settle(worker)
-
-    def _begin_probe(self, worker: Worker) -> bool:
-        if worker.breaker is None or worker.breaker.state is not BreakerState.HALF_OPEN or worker.probing:
-            return False
-        worker.probing = True
-        worker.probe_ends = math.inf
-        self._settle(worker)
-        return True
-
-    def _forget_picks(self, worker: Worker, before: float) -> None:
-        picks = worker.picks
-        while picks and picks[0] <= before:
-            picks.popleft()
-
-    def _intern(self, spec: WorkerSpec) -> WorkerSpec:
-        """Share equal model descriptions: ten thousand workers serve fifty models."""
-        if len(self._interned) > REMEMBERED:
-            self._interned.clear()
-        models = tuple(self._interned.setdefault(model, model) for model in spec.models)
-        return WorkerSpec(
-            worker_id=spec.worker_id,
-            instance_id=spec.instance_id,
-            address=spec.address,
-            models=models,
-            weight=spec.weight,
-            labels={sys.intern(key): sys.intern(value) for key, value in spec.labels.items()},
-            check_heartbeat=spec.check_heartbeat,
-            version=sys.intern(spec.version),
-        )
+        self.room.freed(worker)
 
     def _notify(self, change: Change) -> None:
         for listener in tuple(self._listeners.values()):
             listener(change)
+
+
+def _worker_id(worker: Worker) -> str:
+    return worker.spec.worker_id

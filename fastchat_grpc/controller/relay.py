@@ -6,7 +6,6 @@ know what the caller has if the worker dies (see `fastchat_grpc.rpc.failover`).
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from fastchat_grpc.config import DispatchMethod, FailoverConfig
 from fastchat_grpc.controller.candidates import Candidates, Stranded, Wanted
 from fastchat_grpc.controller.dispatch import Dispatcher
-from fastchat_grpc.controller.fleet import Change, ChangeKind, Worker
+from fastchat_grpc.controller.fleet import Worker
 from fastchat_grpc.core import Capability, ModelInfo
 from fastchat_grpc.errors import RelayLoop
 from fastchat_grpc.rpc.failover import Call, Failover
@@ -76,20 +75,7 @@ class Relay:
 
     async def wait_for_room(self, model: str, timeout_s: float, fits: Callable[[Worker], bool]) -> None:
         """Return when a worker of a model that fits may have room, or after the timeout."""
-        changed = asyncio.Event()
-
-        def listen(change: Change) -> None:
-            if change.kind is not ChangeKind.REMOVED and change.worker.model(model) and fits(change.worker):
-                changed.set()
-
-        unsubscribe = self.dispatcher.registry.subscribe(listen)
-        try:
-            async with asyncio.timeout(timeout_s):
-                await changed.wait()
-        except TimeoutError:
-            pass
-        finally:
-            unsubscribe()
+        await self.dispatcher.registry.room.wait(model, timeout_s, fits)
 
     def affinity_key(self, request: pb.GenerateRequest) -> str:
         """What prefix_affinity groups a request by; empty where nothing goes by it."""

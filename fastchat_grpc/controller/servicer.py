@@ -9,11 +9,10 @@ from typing import Any
 
 import grpc
 
-from fastchat_grpc.controller.dispatch import Dispatcher
+from fastchat_grpc.controller.dispatch import Dispatcher, PickRequest
 from fastchat_grpc.controller.fleet import ChangeKind, LeaseTerms, Worker, WorkerSpec
 from fastchat_grpc.controller.registry import Registry
 from fastchat_grpc.controller.watch import Watch
-from fastchat_grpc.core import ModelInfo
 from fastchat_grpc.errors import InvalidArgument
 from fastchat_grpc.rpc import convert
 from fastchat_grpc.rpc.pool import ChannelPool
@@ -76,12 +75,13 @@ class ControllerServicer(registry_pb2_grpc.ControllerServiceServicer):
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: Context) -> pb.HeartbeatResponse:
         worker = self._registry.heartbeat(request.lease_id, convert.load_from_pb(request.load))
         confirmation = self._confirm(worker.terms)
-        if worker.drain is None:
+        drain = worker.health.drain
+        if drain is None:
             return confirmation
         response = pb.HeartbeatResponse(drain=pb.DrainOrder())
         response.MergeFrom(confirmation)
-        if worker.drain.timeout_s is not None:
-            response.drain.timeout.CopyFrom(convert.duration(worker.drain.timeout_s))
+        if drain.timeout_s is not None:
+            response.drain.timeout.CopyFrom(convert.duration(drain.timeout_s))
         return response
 
     async def Deregister(self, request: pb.DeregisterRequest, context: Context) -> pb.DeregisterResponse:
@@ -110,14 +110,16 @@ class ControllerServicer(registry_pb2_grpc.ControllerServiceServicer):
         return pb.ListModelsResponse(
             models=[
                 pb.FleetModel(model=convert.model_to_pb(model), worker_count=count)
-                for model, count in fleet_models(self._registry)
+                for model, count in self._registry.catalogue()
             ]
         )
 
     async def GetWorkerAddress(
         self, request: pb.GetWorkerAddressRequest, context: Context
     ) -> pb.GetWorkerAddressResponse:
-        _, worker = self._dispatcher.choose(request.model, request.session_key, request.excluded_worker_ids)
+        _, worker = self._dispatcher.choose(
+            PickRequest(model=request.model, key=request.session_key, excluded=request.excluded_worker_ids)
+        )
         self._registry.count_pick(worker)
         spec = worker.spec
         return pb.GetWorkerAddressResponse(address=spec.address, worker_id=spec.worker_id, instance_id=spec.instance_id)
@@ -226,33 +228,6 @@ def worker_to_pb(worker: Worker, registry: Registry) -> pb.Worker:
         check_heartbeat=spec.check_heartbeat,
         reserved_count=worker.reserved_count,
         heartbeat_age=convert.duration(registry.heartbeat_age_s(worker)),
-        suspect=worker.suspect or worker.unreachable,
+        suspect=worker.health.recovering,
         version=spec.version,
-    )
-
-
-def fleet_models(registry: Registry) -> Sequence[tuple[ModelInfo, int]]:
-    """The models of the live workers, by name, and how many workers serve each."""
-    return [
-        (info, len(pool.members))
-        for name in registry.models()
-        for _, pool in [registry.pool(name)]
-        if (info := merge_models([m for worker in pool.members if (m := worker.model(name)) is not None]))
-    ]
-
-
-def merge_models(models: Sequence[ModelInfo]) -> ModelInfo:
-    """One description of a model that several workers serve: what a caller can count on with any of them."""
-    distinct = list(dict.fromkeys(models))
-    first = distinct[0]
-    if len(distinct) == 1:
-        return first
-    return ModelInfo(
-        name=first.name,
-        context_length=min(model.context_length for model in distinct),
-        capabilities=frozenset.intersection(*(model.capabilities for model in distinct)),
-        base_model=first.base_model,
-        backend=",".join(sorted({model.backend for model in distinct})),
-        embedding_size=first.embedding_size if len({model.embedding_size for model in distinct}) == 1 else 0,
-        vocabulary_size=first.vocabulary_size if len({model.vocabulary_size for model in distinct}) == 1 else 0,
     )

@@ -20,10 +20,17 @@ from fastchat_grpc.rpc.channels import open_channel, tls_stamp
 IDLE_S = 300.0
 LOOK_S = 30.0
 """Time between two looks for idle channels and changed certificates."""
+REMIND_S = 1.0
+"""That a server cannot be reached is said again so often, while it is so."""
 
 # A channel of its own connection: one that is opened anew for a server that is back must not wait for
-# the end of the old one's backoff, which grpc would share between equal channels.
-CHANNEL_OPTIONS = (("grpc.use_local_subchannel_pool", 1), ("grpc.max_reconnect_backoff_ms", 1000))
+# the end of the old one's backoff, which grpc would share between equal channels. An attempt to connect
+# whose packets are lost is given up after the time of the third option, not after 20 s.
+CHANNEL_OPTIONS = (
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.min_reconnect_backoff_ms", 5000),
+)
 
 State = grpc.ChannelConnectivity
 
@@ -37,6 +44,8 @@ class PooledChannel:
         self.calls = 0
         """Calls under way; the user of the pool counts them."""
         self.used_at = monotonic()
+        self.reachable = True
+        """What was last reported of its server."""
         self.watcher: asyncio.Task[None] | None = None
         self._callables: dict[str, Any] = {}
 
@@ -59,7 +68,8 @@ class ChannelPool:
     """Channels to many servers with one set of credentials. Use it on one event loop; `run` it, `close` it.
 
     Args:
-        on_reachable: called with an address and whether its server can be reached, when that changes.
+        on_reachable: called with an address and whether its server can be reached, when that changes, and
+            again and again while it cannot; with None when nobody watches any more who said that it cannot.
     """
 
     def __init__(
@@ -67,7 +77,7 @@ class ChannelPool:
         tls: TlsConfig | None = None,
         *,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
-        on_reachable: Callable[[str, bool], None] = lambda address, reachable: None,
+        on_reachable: Callable[[str, bool | None], None] = lambda address, reachable: None,
     ) -> None:
         self._tls = tls
         self._stamp = tls_stamp(tls)
@@ -104,10 +114,16 @@ class ChannelPool:
                 closing.add_done_callback(self._closing.discard)
 
     async def run(self) -> None:
-        """Close idle channels, and take up changed certificates, until cancelled."""
+        """Close idle channels, take up changed certificates, and remind of who cannot be reached, until cancelled."""
+        look_at = monotonic() + LOOK_S
         while True:
-            await asyncio.sleep(LOOK_S)
-            await self.look()
+            await asyncio.sleep(REMIND_S)
+            for pooled in list(self._channels.values()):
+                if not pooled.reachable:
+                    self._on_reachable(pooled.address, False)
+            if monotonic() >= look_at:
+                await self.look()
+                look_at = monotonic() + LOOK_S
 
     async def look(self) -> None:
         """Look once for idle channels and changed certificates."""
@@ -116,7 +132,9 @@ class ChannelPool:
         self._stamp = stamp
         oldest = monotonic() - IDLE_S
         for address, pooled in list(self._channels.items()):
-            if renewed or (pooled.calls == 0 and pooled.used_at < oldest):
+            # Who cannot be reached stays watched, or nobody would hear when that is over.
+            idle = pooled.calls == 0 and pooled.used_at < oldest and pooled.reachable
+            if renewed or idle:
                 del self._channels[address]
                 self._retire(pooled)
         await self._close_leaving()
@@ -132,6 +150,10 @@ class ChannelPool:
 
     def _retire(self, pooled: PooledChannel) -> None:
         self._stop_watching(pooled)
+        if not pooled.reachable:
+            pooled.reachable = True
+            # Not at once: the pool is told of changes by those whom this tells.
+            asyncio.get_running_loop().call_soon(self._on_reachable, pooled.address, None)
         self._leaving.append(pooled)
 
     def _stop_watching(self, pooled: PooledChannel) -> None:
@@ -147,7 +169,6 @@ class ChannelPool:
 
     async def _watch(self, pooled: PooledChannel) -> None:
         """Report when the server becomes unreachable, and when it is back."""
-        reachable = True
         with contextlib.suppress(asyncio.CancelledError, grpc.aio.UsageError):
             state = pooled.channel.get_state()
             while state is not State.SHUTDOWN:
@@ -156,7 +177,7 @@ class ChannelPool:
                 if state is State.IDLE and was is State.READY:
                     # The connection broke. Without calls grpc would wait for the next one to find out more.
                     state = pooled.channel.get_state(try_to_connect=True)
-                now = state is not State.TRANSIENT_FAILURE if reachable else state is State.READY
-                if now is not reachable:
-                    reachable = now
-                    self._on_reachable(pooled.address, reachable)
+                now = state is not State.TRANSIENT_FAILURE if pooled.reachable else state is State.READY
+                if now is not pooled.reachable:
+                    pooled.reachable = now
+                    self._on_reachable(pooled.address, now)

@@ -108,6 +108,7 @@ async def running_controller(
     settings.setdefault("lease", LEASE)
     settings.setdefault("drain_timeout_s", 0.0)
     app = ControllerApp(ControllerConfig(listen=ListenConfig(port=port, tls=tls), worker_tls=tls, **settings))
+    app.registry.settle()
     await app.start()
     try:
         yield app

@@ -161,7 +161,7 @@ async def test_reservations_end_with_their_requests() -> None:
         await asyncio.gather(*(site.chat(f"hello {i}") for i in range(20)))
         assert (await site.chat("x", temperature=-1)).status_code == 400
         await eventually(lambda: len(bridge.tickets) == 0)
-        await eventually(lambda: all(worker.reserved == 0 for worker in site.controller.registry.workers()))
+        await eventually(lambda: all(worker.reserved_count == 0 for worker in site.controller.registry.workers()))
 
 
 async def test_picking_spreads_requests_over_the_workers_of_a_model() -> None:

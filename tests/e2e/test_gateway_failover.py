@@ -36,7 +36,7 @@ async def test_a_worker_killed_before_its_first_token_is_replaced_by_another() -
         )
         await _picked_first(site, slow.address)
         asked = asyncio.create_task(site.chat("hello"))
-        await eventually(lambda: any(worker.reserved for worker in site.controller.registry.at(slow.address)))
+        await eventually(lambda: any(worker.reserved_count for worker in site.controller.registry.at(slow.address)))
         await asyncio.sleep(0.1)  # the request is on its way to a worker that stays silent
         assert not asked.done()
         killed_at = perf_counter()
@@ -45,7 +45,7 @@ async def test_a_worker_killed_before_its_first_token_is_replaced_by_another() -
         assert reply.json()["choices"][0]["message"]["content"] == "hello"
         assert perf_counter() - killed_at < 1.0
         # What is known to be dead gets nothing more, though its lease may last.
-        await eventually(lambda: all(worker.suspect for worker in site.controller.registry.at(slow.address)))
+        await eventually(lambda: all(worker.health.suspect for worker in site.controller.registry.at(slow.address)))
         for _ in range(5):
             assert (await site.chat("hello")).status_code == 200
 

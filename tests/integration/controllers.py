@@ -16,11 +16,13 @@ QUICK = LeaseConfig(time_to_live_s=0.9, heartbeat_interval_s=0.3)
 
 
 @asynccontextmanager
-async def running_controller(port: int = 0, **config: Any) -> AsyncIterator[ControllerApp]:
-    """A started controller, stopped on exit without patience."""
+async def running_controller(port: int = 0, *, young: bool = False, **config: Any) -> AsyncIterator[ControllerApp]:
+    """A started controller, stopped on exit without patience. Its fleet counts as whole, unless it is to be `young`."""
     config.setdefault("lease", QUICK)
     config.setdefault("drain_timeout_s", 0.0)
     app = ControllerApp(ControllerConfig(listen=ListenConfig(port=port), **config))
+    if not young:
+        app.registry.settle()
     await app.start()
     try:
         yield app
@@ -49,6 +51,6 @@ async def in_use(controller: ControllerApp, timeout_s: float = 10.0) -> str:
     async with asyncio.timeout(timeout_s):
         while True:
             for worker in controller.registry.workers():
-                if worker.reserved:
+                if worker.reserved_count:
                     return worker.spec.address
             await asyncio.sleep(0.005)

@@ -138,8 +138,8 @@ class TestRelay:
         (registered,) = controller.registry.workers()
         async with aclosing(client.generate("abc" * 100, ignore_eos=True, max_new_tokens=1000)) as events:
             await anext(events)
-            assert registered.reserved == 1
-        await eventually(lambda: registered.reserved == 0 and worker._generation.admission.running == 0)
+            assert registered.reserved_count == 1
+        await eventually(lambda: registered.reserved_count == 0 and worker._generation.admission.running == 0)
 
     async def test_the_callers_deadline_reaches_the_worker(
         self, controller: ControllerApp, start_worker: StartWorker
@@ -150,7 +150,7 @@ class TestRelay:
         async with AsyncClient(controller.address, timeout_s=0.3) as client:
             with pytest.raises(errors.DeadlineExceeded):
                 await client.complete("a")
-        await eventually(lambda: registered.reserved == 0 and worker._generation.admission.running == 0)
+        await eventually(lambda: registered.reserved_count == 0 and worker._generation.admission.running == 0)
 
     async def test_requests_spread_over_the_workers(
         self, controller: ControllerApp, client: AsyncClient, start_worker: StartWorker
@@ -350,13 +350,13 @@ class TestDrain:
         text = "0123456789" * 10
         running = asyncio.create_task(client.complete(text))
         (worker,) = controller.registry.workers()
-        await eventually(lambda: worker.reserved == 1)
+        await eventually(lambda: worker.reserved_count == 1)
         await start_worker(controllers=(controller.address,), worker_id="new")
         await joined(controller, 2)
         assert await client.drain_worker("old") == 1
         for _ in range(3):
             await client.complete("x")
-        assert worker.reserved == 1, "nothing new goes there"
+        assert worker.reserved_count == 1, "nothing new goes there"
         await eventually(old._stop.is_set)
         await old.stop()
         assert (await running).text == text
@@ -374,7 +374,7 @@ class TestDrain:
         await joined(controller, 1)
         text = "0123456789" * 15
         running = asyncio.create_task(client.complete(text))
-        await eventually(lambda: controller.registry.workers()[0].reserved == 1)
+        await eventually(lambda: controller.registry.workers()[0].reserved_count == 1)
         await start_worker(controllers=(controller.address,), worker_id="new")
         await joined(controller, 2)
         await stub.DrainWorker(pb.DrainWorkerRequest(worker_id="old", timeout=duration_pb2.Duration()))

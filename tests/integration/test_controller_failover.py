@@ -12,7 +12,7 @@ from fastchat_grpc import errors
 from fastchat_grpc.client import AsyncClient
 from fastchat_grpc.config import BreakerConfig, FailoverConfig, LeaseConfig
 from fastchat_grpc.controller.app import ControllerApp
-from fastchat_grpc.controller.fleet import Tier
+from fastchat_grpc.controller.health import Tier
 from fastchat_grpc.core import Completion, Delta, PromptEcho
 from fastchat_grpc.worker.app import WorkerApp
 from tests.conftest import StartWorker, eventually
@@ -150,7 +150,7 @@ class TestResume:
         await start_worker(controllers=(controller.address,), options=SLOW)
         assert (await asyncio.wait_for(running, 20)).text == TEXT
         (worker,) = controller.registry.at(wedged)
-        assert worker.reserved == 0
+        assert worker.reserved_count == 0
 
     async def test_no_resume_breaks_the_stream_with_its_worker(self, start_worker: StartWorker) -> None:
         async with (
@@ -186,7 +186,7 @@ class TestResume:
             await vanish(workers[await in_use(controller)])
             with pytest.raises(errors.NoLiveWorker):
                 await running
-            assert all(worker.reserved == 0 for worker in controller.registry.workers())
+            assert all(worker.reserved_count == 0 for worker in controller.registry.workers())
 
 
 class TestBeforeTheFirstEvent:
@@ -210,7 +210,7 @@ class TestBeforeTheFirstEvent:
         await client.complete("x")
         await vanish(workers[address])
         (worker,) = controller.registry.at(address)
-        await eventually(lambda: worker.unreachable)
+        await eventually(lambda: worker.health.unreachable)
         assert controller.relay.failover.retried == 0
 
     async def test_a_full_worker_passes_its_request_on(
@@ -283,7 +283,7 @@ class TestBeforeTheFirstEvent:
         (address,) = workers
         await client.complete("x")
         await vanish(workers[address])
-        await eventually(lambda: controller.registry.at(address)[0].unreachable)
+        await eventually(lambda: controller.registry.at(address)[0].health.unreachable)
         await asyncio.sleep(1.0)  # grpc's backoff has grown meanwhile
         again = await start_worker(controllers=(controller.address,), port=int(address.rpartition(":")[2]))
         await eventually(lambda: controller.registry.at(address)[0].spec.instance_id == again.instance_id)
@@ -363,7 +363,7 @@ async def test_nothing_is_left_after_a_crowd_with_deaths_and_departures(
         results = await asyncio.gather(*calls, return_exceptions=True)
     assert all(not isinstance(result, BaseException) and result.text == TEXT for result in results[:20])
     assert all(isinstance(result, errors.DeadlineExceeded) for result in results[20:])
-    await eventually(lambda: all(worker.reserved == 0 for worker in controller.registry.workers()))
+    await eventually(lambda: all(worker.reserved_count == 0 for worker in controller.registry.workers()))
     assert all(not worker.watched for worker in controller.registry.workers())
     assert all(pooled.calls == 0 for pooled in controller.pool._channels.values())
     await eventually(lambda: len(asyncio.all_tasks()) <= tasks_before + 5)

@@ -160,6 +160,7 @@ async def secure_controller(tls: TlsConfig, **config: object) -> ControllerApp:
             **config,  # type: ignore[arg-type]
         )
     )
+    app.registry.settle()
     await app.start()
     return app
 

@@ -49,7 +49,7 @@ def run(args: list[str]) -> dict[str, object]:
 def _in_process(options: argparse.Namespace) -> dict[str, object]:
     """Times of single picks and heartbeats, in microseconds."""
     from fastchat_grpc.config import DispatchMethod
-    from fastchat_grpc.controller.dispatch import Dispatcher
+    from fastchat_grpc.controller.dispatch import Dispatcher, PickRequest
     from fastchat_grpc.controller.registry import Registry
     from fastchat_grpc.core import Load
 
@@ -62,7 +62,7 @@ def _in_process(options: argparse.Namespace) -> dict[str, object]:
         dispatcher = Dispatcher(registry, method, rng)
 
         def pick(dispatcher: Dispatcher = dispatcher) -> None:
-            dispatcher.pick(rng.choice(names), str(rng.random())).release()
+            dispatcher.pick(PickRequest(model=rng.choice(names), key=str(rng.random()))).release()
 
         rows[method.value] = _times(pick, 5_000)
     rows["heartbeat"] = _times(lambda: registry.heartbeat(rng.choice(workers).lease_id, Load(running=3)), 20_000)

@@ -62,7 +62,7 @@ async def killed() -> float:
         )
         await _until(lambda: slow.address in _known(site))
         asked = asyncio.create_task(site.chat("hello"))
-        await _until(lambda: any(worker.reserved for worker in site.controller.registry.at(slow.address)))
+        await _until(lambda: any(worker.reserved_count for worker in site.controller.registry.at(slow.address)))
         await asyncio.sleep(0.2)
         began = perf_counter()
         slow.kill()

@@ -86,8 +86,7 @@ class Completions(als_pb2_grpc.AccessLogServiceServicer):  # type: ignore[misc]
     def _passed_over(self, ticket: Ticket) -> None:
         """Envoy went on to another worker: the first was full, or it failed. The log does not say which."""
         worker = ticket.reservation.worker
-        load = worker.load
-        if load.max_running and load.queue_length + worker.reserved >= load.max_running + load.max_waiting:
+        if worker.load.max_running and not worker.ledger.room:
             self._registry.full(worker)
         else:
             ticket.reservation.suspect()

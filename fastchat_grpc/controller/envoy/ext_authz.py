@@ -27,6 +27,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 
 from fastchat_grpc.config import MAX_MESSAGE_BYTES, DispatchMethod
+from fastchat_grpc.controller.dispatch import PickRequest
 from fastchat_grpc.controller.envoy.eds import Endpoints
 from fastchat_grpc.controller.envoy.tickets import Tickets
 from fastchat_grpc.controller.fleet import Reservation
@@ -132,7 +133,7 @@ class Picker(external_auth_pb2_grpc.AuthorizationServicer):  # type: ignore[misc
         excluded: set[str] = set()
         while True:
             try:
-                reservation = self._dispatcher.pick(wish.model, wish.key, excluded)
+                reservation = self._dispatcher.pick(PickRequest(model=wish.model, key=wish.key, excluded=excluded))
             except NoLiveWorker:
                 if not excluded:
                     raise
@@ -166,7 +167,7 @@ class Picker(external_auth_pb2_grpc.AuthorizationServicer):  # type: ignore[misc
         places: list[str] = []
         while len(places) < CHOICES - 1:
             try:
-                _, worker = self._dispatcher.choose(wish.model, wish.key, excluded)
+                _, worker = self._dispatcher.choose(PickRequest(model=wish.model, key=wish.key, excluded=excluded))
             except NoLiveWorker:
                 break
             excluded.add(worker.spec.instance_id)

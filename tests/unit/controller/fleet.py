@@ -28,9 +28,14 @@ def model(name: str = "m", **fields: Any) -> ModelInfo:
 
 
 class Fleet:
-    """A registry, its clock, and short ways to fill it. `LEASE` has a time to live of 6 s."""
+    """A registry, its clock, and short ways to fill it. It has settled, unless it is to be `young`.
 
-    def __init__(self, lease: LeaseConfig | None = None, breaker: BreakerConfig | None = None) -> None:
+    The default lease has a time to live of 6 s and an interval of 2 s.
+    """
+
+    def __init__(
+        self, lease: LeaseConfig | None = None, breaker: BreakerConfig | None = None, *, young: bool = False
+    ) -> None:
         self.clock = Clock()
         numbers = itertools.count(1)
         self.registry = Registry(
@@ -39,6 +44,8 @@ class Fleet:
             clock=self.clock,
             new_id=lambda: f"lease-{next(numbers)}",
         )
+        if not young:
+            self.wait(2 * (lease or LeaseConfig()).heartbeat_interval_s)
 
     def join(
         self, worker_id: str = "a", models: str = "m", *, instance: str = "", load: Load | None = None, **spec: Any

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from fastchat_grpc.config import DispatchMethod
 from fastchat_grpc.controller.dispatch import (
     Dispatcher,
+    PickRequest,
+    Policy,
     lottery,
     power_of_two,
     prefix_affinity,
     shortest_queue,
 )
 from fastchat_grpc.controller.fleet import Worker
+from fastchat_grpc.controller.index import Candidates, ScoreIndex
 from fastchat_grpc.core import Capability, Load, WorkerState
-from fastchat_grpc.errors import NoLiveWorker
+from fastchat_grpc.errors import AdapterNotFound, NoLiveWorker
 from tests.unit.controller.fleet import Fleet, model
 
 
@@ -29,37 +33,64 @@ def workers(*queues: int, weights: tuple[float, ...] = ()) -> list[Worker]:
     ]
 
 
+def among(candidates: list[Worker]) -> Candidates[Worker]:
+    """Candidates of an index of their own; the workers leave the one that they were in."""
+    index: ScoreIndex[Worker] = ScoreIndex()
+    for worker in candidates:
+        if worker.index is not None:
+            worker.index.discard(worker)
+        index.add(worker)
+    return Candidates([index])
+
+
+def picks(policy: Policy, candidates: list[Worker], count: int, key: str = "") -> list[Worker]:
+    """So many picks by a policy, with a seed of its own."""
+    rng, offered = random.Random(1), among(candidates)
+    return [worker for _ in range(count) if (worker := policy(offered, key, rng)) is not None]
+
+
 def ids(picks: list[Worker]) -> Counter[str]:
     return Counter(worker.spec.worker_id for worker in picks)
 
 
 def test_shortest_queue_takes_the_shortest_for_its_weight() -> None:
     candidates = workers(3, 4, 9, weights=(1, 2, 3))
-    assert shortest_queue(candidates, "", random.Random(1)).spec.worker_id == "w1"
+    assert set(ids(picks(shortest_queue, candidates, 50))) == {"w1"}
 
 
 def test_shortest_queue_breaks_ties_at_random() -> None:
-    rng = random.Random(1)
-    candidates = workers(1, 0, 0, 0)
-    counts = ids([shortest_queue(candidates, "", rng) for _ in range(3000)])
+    counts = ids(picks(shortest_queue, workers(1, 0, 0, 0), 3000))
     assert set(counts) == {"w1", "w2", "w3"}
     assert min(counts.values()) > 850
 
 
-def test_lottery_goes_by_weight() -> None:
+def test_equals_in_several_indexes_have_equal_chances() -> None:
     rng = random.Random(1)
-    candidates = workers(9, 0, weights=(3, 1))
-    counts = ids([lottery(candidates, "", rng) for _ in range(4000)])
+    many, few = workers(0, 0, 0), workers(0)
+    offered = Candidates([among(many)._indexes[0], among(few)._indexes[0]])
+    counts = Counter(shortest_queue(offered, "", rng) for _ in range(4000))
+    assert min(counts.values()) > 850
+
+
+def test_lottery_goes_by_weight() -> None:
+    counts = ids(picks(lottery, workers(9, 0, weights=(3, 1)), 4000))
     assert counts["w0"] == pytest.approx(3000, abs=150)
 
 
-def test_power_of_two_never_takes_the_longest_of_three_and_takes_all_of_equals() -> None:
+def test_lottery_goes_by_weight_among_those_that_are_left() -> None:
     rng = random.Random(1)
-    assert "w2" not in ids([power_of_two(workers(0, 1, 5), "", rng) for _ in range(300)])
-    equal = workers(0, 0, 0, 0)
-    counts = ids([power_of_two(equal, "", rng) for _ in range(4000)])
+    candidates = workers(0, 0, 0, weights=(1000, 3, 1))
+    offered = Candidates([among(candidates)._indexes[0]], lambda worker: worker is not candidates[0])
+    counts = Counter(lottery(offered, "", rng) for _ in range(4000))
+    assert counts[candidates[0]] == 0
+    assert counts[candidates[1]] == pytest.approx(3000, abs=150)
+
+
+def test_power_of_two_never_takes_the_longest_of_three_and_takes_all_of_equals() -> None:
+    assert "w2" not in ids(picks(power_of_two, workers(0, 1, 5), 300))
+    counts = ids(picks(power_of_two, workers(0, 0, 0, 0), 4000))
     assert min(counts.values()) > 850
-    assert power_of_two(workers(7), "", rng).spec.worker_id == "w0"
+    assert ids(picks(power_of_two, workers(7), 1)) == {"w0": 1}
 
 
 def test_power_of_two_looks_at_two_workers_only() -> None:
@@ -73,39 +104,43 @@ def test_power_of_two_looks_at_two_workers_only() -> None:
         def __iter__(self):  # type: ignore[no-untyped-def]
             raise AssertionError("walked over all candidates")
 
-    candidates = Counting(workers(*range(50)))
-    power_of_two(candidates, "", random.Random(1))
-    assert candidates.looks == 2
+    offered = among(workers(*range(50)))
+    index = offered._indexes[0]
+    index.items = counting = Counting(index.items)
+    power_of_two(offered, "", random.Random(1))
+    assert counting.looks == 2
 
 
 def test_prefix_affinity_sends_a_key_to_one_worker_and_spreads_keys() -> None:
     rng = random.Random(1)
-    candidates = workers(*[0] * 8)
+    candidates = among(workers(*[0] * 8))
     homes = {key: prefix_affinity(candidates, key, rng) for key in map(str, range(800))}
     assert all(prefix_affinity(candidates, key, rng) is home for key, home in homes.items())
-    assert min(ids(list(homes.values())).values()) > 50
+    assert min(Counter(homes.values()).values()) > 50
 
 
 def test_a_worker_that_leaves_moves_its_own_keys_alone() -> None:
     rng = random.Random(1)
     candidates = workers(*[0] * 8)
-    homes = {key: prefix_affinity(candidates, key, rng) for key in map(str, range(200))}
-    left = candidates[:-1]
+    offered = among(candidates)
+    homes = {key: prefix_affinity(offered, key, rng) for key in map(str, range(200))}
+    left = among(candidates[:-1])
     assert all(prefix_affinity(left, key, rng) is home for key, home in homes.items() if home is not candidates[-1])
 
 
 def test_prefix_affinity_passes_an_overloaded_worker_over() -> None:
-    rng = random.Random(1)
     fleet = Fleet()
-    candidates = [fleet.join(f"w{i}") for i in range(4)]
-    home = prefix_affinity(candidates, "key", rng)
+    dispatcher = Dispatcher(fleet.registry, DispatchMethod.PREFIX_AFFINITY, random.Random(1))
+    for i in range(4):
+        fleet.join(f"w{i}")
+    _, home = dispatcher.choose(PickRequest(key="key"))
     for _ in range(20):
         fleet.registry.reserve(home)
-    assert prefix_affinity(candidates, "key", rng) is not home
+    assert dispatcher.choose(PickRequest(key="key"))[1] is not home
 
 
 def test_prefix_affinity_without_a_key_goes_by_the_queue() -> None:
-    assert prefix_affinity(workers(2, 0, 1), "", random.Random(1)).spec.worker_id == "w1"
+    assert set(ids(picks(prefix_affinity, workers(2, 0, 1), 20))) == {"w1"}
 
 
 @pytest.mark.parametrize("method", list(DispatchMethod))
@@ -118,18 +153,21 @@ class TestDispatcher:
         for worker_id in "abc":
             fleet.join(worker_id)
         dispatcher = self.dispatcher(fleet, method)
-        picked = {dispatcher.choose("m", str(i), {"a", "b-1"})[1].spec.worker_id for i in range(50)}
+        picked = {
+            dispatcher.choose(PickRequest(model="m", key=str(i), excluded={"a", "b-1"}))[1].spec.worker_id
+            for i in range(50)
+        }
         assert picked == {"c"}
         with pytest.raises(NoLiveWorker):
-            dispatcher.choose("m", excluded={"a", "b", "c"})
+            dispatcher.choose(PickRequest(model="m", excluded={"a", "b", "c"}))
 
     def test_a_degraded_worker_is_picked_only_where_no_other_is_left(self, method: DispatchMethod) -> None:
         fleet = Fleet()
         fleet.join("bad", load=Load(state=WorkerState.DEGRADED))
         fleet.join("good", load=Load(running=50))
         dispatcher = self.dispatcher(fleet, method)
-        assert {dispatcher.choose("m", str(i))[1].spec.worker_id for i in range(50)} == {"good"}
-        assert dispatcher.choose("m", excluded={"good"})[1].spec.worker_id == "bad"
+        assert {dispatcher.choose(PickRequest(model="m", key=str(i)))[1].spec.worker_id for i in range(50)} == {"good"}
+        assert dispatcher.choose(PickRequest(model="m", excluded={"good"}))[1].spec.worker_id == "bad"
 
     def test_only_workers_that_can_are_picked(self, method: DispatchMethod) -> None:
         fleet = Fleet()
@@ -145,13 +183,45 @@ class TestDispatcher:
             Load(),
         )
         dispatcher = self.dispatcher(fleet, method)
-        picked = {dispatcher.choose("m", str(i), needs=Capability.RESUME)[1].spec.worker_id for i in range(50)}
-        assert picked == {"can"}
+        for model_name in ("m", ""):
+            wanted = PickRequest(model=model_name, needs=frozenset({Capability.RESUME}))
+            picked = {dispatcher.choose(replace(wanted, key=str(i)))[1].spec.worker_id for i in range(50)}
+            assert picked == {"can"}
+
+    def test_who_was_tried_comes_last_and_only_after_a_sign_of_life(self, method: DispatchMethod) -> None:
+        fleet = Fleet()
+        first, other = fleet.join("first"), fleet.join("other")
+        dispatcher = self.dispatcher(fleet, method)
+        tried = {"first-1": fleet.clock.now}
+        fleet.wait(1)
+        fleet.registry.heartbeat(first.lease_id, Load())
+        picked = {dispatcher.choose(PickRequest(key=str(i), tried=tried))[1] for i in range(50)}
+        assert picked == {other}, "not again while somebody is untried"
+        tried["other-1"] = fleet.clock.now
+        assert dispatcher.choose(PickRequest(tried=tried))[1] is first
+        tried["first-1"] = fleet.clock.now
+        with pytest.raises(NoLiveWorker):
+            dispatcher.choose(PickRequest(tried=tried))
+        fleet.wait(0.5)
+        fleet.registry.set_reachable(other, False)
+        fleet.registry.set_reachable(other, True)
+        assert dispatcher.choose(PickRequest(tried=tried))[1] is other, "its connection stands again"
+
+    def test_an_adapter_is_found_at_the_workers_that_have_it(self, method: DispatchMethod) -> None:
+        fleet = Fleet()
+        for worker_id, models in (("plain", "m"), ("with", "m,x"), ("else", "n,x")):
+            fleet.join(worker_id, models)
+        dispatcher = self.dispatcher(fleet, method)
+        for i in range(50):
+            name, worker = dispatcher.choose(PickRequest(model="m", adapter="x", key=str(i)))
+            assert (name, worker.spec.worker_id) == ("m", "with")
+        with pytest.raises(AdapterNotFound, match="'y'"):
+            dispatcher.choose(PickRequest(model="m", adapter="y"))
 
     def test_a_pick_is_counted_until_released(self, method: DispatchMethod) -> None:
         fleet = Fleet()
         worker = fleet.join()
-        reservation = self.dispatcher(fleet, method).pick("")
-        assert worker.reserved == 1
+        reservation = self.dispatcher(fleet, method).pick(PickRequest())
+        assert worker.reserved_count == 1
         reservation.release()
-        assert worker.reserved == 0
+        assert worker.reserved_count == 0

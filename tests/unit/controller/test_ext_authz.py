@@ -12,7 +12,7 @@ from envoy.service.auth.v3 import external_auth_pb2 as auth
 from google.api.httpbody_pb2 import HttpBody
 
 from fastchat_grpc.config import ApiKeyConfig, DispatchMethod, FailoverConfig
-from fastchat_grpc.controller.dispatch import Dispatcher
+from fastchat_grpc.controller.dispatch import Dispatcher, PickRequest
 from fastchat_grpc.controller.envoy.services import EnvoyServices
 from fastchat_grpc.controller.envoy.tickets import LIFETIME_S, Tickets
 from fastchat_grpc.controller.fleet import WorkerSpec
@@ -42,6 +42,7 @@ class Site:
 
     def __init__(self, *, keys: ApiKeyConfig = NO_KEYS, method: DispatchMethod = DispatchMethod.LOTTERY) -> None:
         self.registry = Registry()
+        self.registry.settle()
         self.dispatcher = Dispatcher(self.registry, method)
         relay = Relay(self.dispatcher, ChannelPool(None, max_message_bytes=2**20), FailoverConfig())
         self.bridge = EnvoyServices(relay, ApiKeys(keys), JoinToken(None), settle_s=0.0)
@@ -111,7 +112,7 @@ async def test_the_first_place_is_reserved_and_others_follow(site: Site) -> None
     response = await site.chat()
     found = places(response)
     assert len(found) == len(set(found)) == 3
-    reserved = [worker for worker in workers if worker.reserved]
+    reserved = [worker for worker in workers if worker.reserved_count]
     assert [worker.spec.address for worker in reserved] == found[:1]
     assert len(site.bridge.tickets) == 1
 
@@ -152,7 +153,7 @@ async def test_typed_requests_are_read_too_even_compressed(site: Site) -> None:
 async def test_what_cannot_be_read_is_refused_and_reserves_nothing(site: Site, path: str, body: bytes) -> None:
     worker = site.add(1)
     assert refused(await site.check(path, body))[0] == 400
-    assert worker.reserved == 0
+    assert worker.reserved_count == 0
 
 
 async def test_refusals_have_the_status_that_a_worker_would_give(site: Site) -> None:
@@ -195,14 +196,14 @@ async def test_equal_prefixes_go_to_one_worker() -> None:
 async def test_a_logged_end_releases_the_reservation(site: Site) -> None:
     worker = site.add(1)
     response = await site.chat()
-    assert worker.reserved == 1
+    assert worker.reserved_count == 1
     site.bridge.completions._ended(entry("another controller's", 5001))
-    assert worker.reserved == 1
+    assert worker.reserved_count == 1
     site.bridge.completions._ended(entry(ticket(response), 5001))
-    assert worker.reserved == 0
-    assert not worker.suspect
+    assert worker.reserved_count == 0
+    assert not worker.health.suspect
     site.bridge.completions._ended(entry(ticket(response), 5001))
-    assert worker.reserved == 0
+    assert worker.reserved_count == 0
 
 
 async def test_a_worker_that_was_passed_over_is_suspect_unless_it_was_full(site: Site) -> None:
@@ -210,28 +211,28 @@ async def test_a_worker_that_was_passed_over_is_suspect_unless_it_was_full(site:
     response = await site.chat()
     site.add(2)
     site.bridge.completions._ended(entry(ticket(response), 5002, attempts=2))
-    assert broken.suspect
-    assert broken.reserved == 0
+    assert broken.health.suspect
+    assert broken.reserved_count == 0
     full = Site()
     worker = full.add(1, load=Load(running=4, max_running=4))
     response = await full.chat()
     full.bridge.completions._ended(entry(ticket(response), 5002, attempts=2))
-    assert not worker.suspect
+    assert not worker.health.suspect
 
 
 async def test_a_broken_connection_counts_against_the_worker(site: Site) -> None:
     worker = site.add(1)
     response = await site.chat()
     site.bridge.completions._ended(entry(ticket(response), 5001, upstream_connection_termination=True))
-    assert worker.suspect
+    assert worker.health.suspect
 
 
 async def test_a_client_that_left_does_not(site: Site) -> None:
     worker = site.add(1)
     response = await site.chat()
     site.bridge.completions._ended(entry(ticket(response), 5001, downstream_connection_termination=True))
-    assert not worker.suspect
-    assert worker.reserved == 0
+    assert not worker.health.suspect
+    assert worker.reserved_count == 0
 
 
 async def test_tickets_of_a_gateway_that_is_gone_are_void(site: Site) -> None:
@@ -240,15 +241,15 @@ async def test_tickets_of_a_gateway_that_is_gone_are_void(site: Site) -> None:
         await site.chat()
     assert site.bridge.tickets.void("another") == 0
     assert site.bridge.tickets.void("") == 3
-    assert worker.reserved == 0
+    assert worker.reserved_count == 0
 
 
 async def test_a_ticket_that_nobody_ends_is_void_after_its_lifetime(site: Site) -> None:
     worker = site.add(1)
     now = [0.0]
     tickets = Tickets(lambda: now[0])
-    tickets.issue("g", site.dispatcher.pick("m"), "x")
+    tickets.issue("g", site.dispatcher.pick(PickRequest(model="m")), "x")
     now[0] = LIFETIME_S + 1
-    tickets.issue("g", site.dispatcher.pick("m"), "x")
+    tickets.issue("g", site.dispatcher.pick(PickRequest(model="m")), "x")
     assert len(tickets) == 1
-    assert worker.reserved == 1
+    assert worker.reserved_count == 1

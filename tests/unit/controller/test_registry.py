@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fastchat_grpc.config import BreakerConfig, LeaseConfig
-from fastchat_grpc.controller.fleet import Change, ChangeKind, Removal, Tier
+from fastchat_grpc.controller.fleet import Change, ChangeKind, Removal
+from fastchat_grpc.controller.health import Tier
 from fastchat_grpc.core import Load, WorkerState
 from fastchat_grpc.errors import (
     InstanceReplaced,
@@ -24,7 +25,7 @@ def fleet() -> Fleet:
 
 
 def ready(fleet: Fleet, model: str = "m") -> list[str]:
-    return sorted(worker.spec.worker_id for worker in fleet.registry.pool(model)[1].ready.items)
+    return sorted(worker.spec.worker_id for worker in fleet.registry.pool(model)[1].tier(Tier.READY))
 
 
 class TestLeases:
@@ -81,10 +82,10 @@ class TestLeases:
         again = fleet.join(models="n")
         assert again is worker
         assert worker.lease_id != before
-        assert worker.reserved == 1
+        assert worker.reserved_count == 1
         assert fleet.registry.models() == ["n"]
         reservation.release()
-        assert worker.reserved == 0
+        assert worker.reserved_count == 0
 
     def test_deregistering_twice_is_no_error(self, fleet: Fleet) -> None:
         worker = fleet.join()
@@ -216,7 +217,7 @@ class TestTiers:
         worker = fleet.join()
         fleet.registry.drain("a", 3.0)
         assert ready(fleet) == []
-        assert fleet.registry.heartbeat(worker.lease_id, Load()).drain is not None
+        assert fleet.registry.heartbeat(worker.lease_id, Load()).health.drain is not None
         assert fleet.ids() == ["a"]
 
     def test_a_new_instance_of_a_drained_worker_is_ready(self, fleet: Fleet) -> None:

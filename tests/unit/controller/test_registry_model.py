@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from fastchat_grpc.config import BreakerConfig, DispatchMethod
-from fastchat_grpc.controller.dispatch import Dispatcher
-from fastchat_grpc.controller.fleet import ChangeKind, Reservation, Tier, Worker
+from fastchat_grpc.controller.dispatch import Dispatcher, PickRequest
+from fastchat_grpc.controller.fleet import ChangeKind, Reservation, Worker
+from fastchat_grpc.controller.health import Tier
 from fastchat_grpc.controller.watch import Watch
 from fastchat_grpc.core import Load, WorkerState
 from fastchat_grpc.errors import FastChatError, InstanceReplaced, LeaseNotFound, ModelNotFound, NoLiveWorker
@@ -168,7 +169,7 @@ class RegistryMachine(RuleBasedStateMachine):
         }
         allowed = tiers[Tier.READY] or tiers[Tier.DEGRADED]
         try:
-            reservation = self.dispatcher.pick(model, excluded=excluded)
+            reservation = self.dispatcher.pick(PickRequest(model=model, excluded=excluded), lambda: None)
         except ModelNotFound:
             assert model not in self.seen_models
             return
@@ -211,16 +212,20 @@ class RegistryMachine(RuleBasedStateMachine):
                 _, pool = self.registry.pool(model)
             except FastChatError:
                 continue
-            for tier, members in ((Tier.READY, pool.ready), (Tier.DEGRADED, pool.degraded)):
+            assert {w.spec.worker_id for w in pool.members} == {i for i, k in self.known.items() if model in k.models}
+            assert pool.count == len(pool.members)
+            for tier in (Tier.READY, Tier.DEGRADED):
                 expected = {i for i, k in self.known.items() if model in k.models and k.pickable() is tier}
-                assert {worker.spec.worker_id for worker in members.items} == expected
-                assert len(members.items) == len(members._index)
-                assert all(members.items[place] is worker for worker, place in members._index.items())
+                assert {worker.spec.worker_id for worker in pool.tier(tier)} == expected
+                for index in pool.indexes(tier):
+                    assert all(index.items[worker.place] is worker for worker in index.items)
+                    scores = [worker.score for bucket in index.ascending() for worker in bucket]
+                    assert scores == sorted(worker.ledger.score for worker in index.items)
 
     @invariant()
     def loads_add_up(self) -> None:
         for known in self.known.values():
-            assert known.worker.reserved == len(known.reserved)
+            assert known.worker.reserved_count == len(known.reserved)
             assert known.worker.score == known.others + len(known.reserved)
 
     @invariant()

@@ -1,0 +1,197 @@
+"""The ledger of one worker: how much work it has, as best known. Pure; the caller brings the time.
+
+A worker reports its queue with each heartbeat. Between two reports the controller adds what it has sent
+there and takes away what has ended; what other controllers send shows in the next report.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import replace
+
+from fastchat_grpc.core import Load
+
+SETTLE_S = 0.25
+"""A pick this old shows in the worker's own figures."""
+CARRIED = -1
+"""The mark of a reservation whose request the controller itself carries, so that it sees its end."""
+_OLD = 2
+
+
+class Ledger:
+    """Requests of one worker. `score` is its queue over its weight: the lower, the sooner it is picked.
+
+    Reservations are of two kinds. The end of those that the controller carries is certain. Of the others
+    (a gateway's) the end is told by somebody else, and that word may be lost: those that are older than two
+    reports count only as far as the worker's own figures have room for them.
+    """
+
+    __slots__ = (
+        "_epoch",
+        "_epoch_at",
+        "_external",
+        "_full_until",
+        "_lent",
+        "_padding",
+        "_picks",
+        "_written_off",
+        "carried",
+        "load",
+        "score",
+        "weight",
+    )
+
+    def __init__(self, load: Load, weight: float, now: float) -> None:
+        self.load = load
+        self.weight = weight
+        self.carried = 0
+        """Reservations of requests that the controller carries."""
+        self.score = 0.0
+        self._external = load.queue_length  # others' requests, as last reported
+        self._padding = 0  # what makes a worker that refused count as full
+        self._full_until = 0.0
+        # Reservations that others end: made since the last epoch began, in the one before, and earlier.
+        self._lent = [0, 0, 0]
+        self._epoch = 0
+        self._epoch_at = now
+        self._written_off = 0  # of the oldest, those that the worker does not have
+        self._picks: deque[float] | None = None  # times of picks whose end nobody tells
+        self._update()
+
+    @property
+    def reserved(self) -> int:
+        """Requests that this controller has sent there and that have not ended, as far as it knows."""
+        return self.carried + sum(self._lent) - self._written_off + (len(self._picks) if self._picks else 0)
+
+    @property
+    def queue_length(self) -> int:
+        """Requests that run and wait there, as best known."""
+        return self._external + self._padding + self.reserved
+
+    @property
+    def room(self) -> int:
+        """How many more requests it takes, as best known; at most one where it does not tell its bounds."""
+        capacity = self.load.max_running + self.load.max_waiting
+        if self.load.max_running == 0:
+            return 0 if self._padding else 1
+        return max(0, capacity - self.queue_length)
+
+    def reserve(self, *, carried: bool) -> int:
+        """Count a request that is sent there. Returns the mark that `release` wants."""
+        if carried:
+            self.carried += 1
+            self._update()
+            return CARRIED
+        self._lent[0] += 1
+        self._update()
+        return self._epoch
+
+    def release(self, mark: int) -> None:
+        """A request that was counted has ended."""
+        if mark == CARRIED:
+            self.carried -= 1
+        else:
+            age = min(self._epoch - mark, _OLD)
+            self._lent[age] -= 1
+            self._written_off = min(self._written_off, self._lent[_OLD])
+        self._update()
+
+    def picked(self, now: float) -> None:
+        """Count a request whose end nobody will tell, until the worker's figures show it."""
+        if self._picks is None:
+            self._picks = deque()
+        self._picks.append(now)
+        self._update()
+
+    def forget_picks(self, before: float) -> None:
+        """Picks up to this time show in the worker's figures, or have ended."""
+        picks = self._picks
+        if picks:
+            while picks and picks[0] <= before:
+                picks.popleft()
+            self._update()
+
+    def report(self, load: Load, now: float, interval_s: float) -> None:
+        """Take the worker's own figures."""
+        self.load = load
+        self._padding = 0
+        picks = self._picks
+        while picks and picks[0] <= now - SETTLE_S:
+            picks.popleft()
+        queue = load.queue_length - self.carried
+        lent = self._lent
+        if lent[0] or lent[1] or lent[2]:
+            if now - self._epoch_at >= interval_s:
+                self._epoch += 1
+                self._epoch_at = now
+                self._lent = lent = [0, lent[0], lent[1] + lent[2]]
+            queue -= lent[0] + lent[1]
+            old = min(lent[2], max(0, queue))
+            self._written_off = lent[2] - old
+            queue -= old
+        self._external = max(0, queue)
+        self._update()
+
+    def full(self, until: float) -> bool:
+        """It refused a request because its queue is full: believe that until its next report, or `until`.
+
+        Returns whether `on_time` must be called at `until`.
+        """
+        load = self.load
+        was = self._padding
+        short = load.max_running + load.max_waiting - self.queue_length if load.max_running else 1 - was
+        self._padding += max(0, short)
+        if not was:
+            self._full_until = until
+        self._update()
+        return not was and self._padding > 0
+
+    def on_time(self, now: float) -> None:
+        """End what time alone ends: the belief that it is full."""
+        if self._padding and self._full_until <= now:
+            self._padding = 0
+            self._update()
+
+    def reweigh(self, weight: float) -> None:
+        """Its weight has changed."""
+        self.weight = weight
+        self._update()
+
+    def _update(self) -> None:
+        lent = self._lent
+        picks = self._picks
+        self.score = (
+            self._external
+            + self._padding
+            + self.carried
+            + lent[0]
+            + lent[1]
+            + lent[2]
+            - self._written_off
+            + (len(picks) if picks else 0)
+        ) / self.weight
+
+
+def sane(load: Load) -> Load:
+    """Figures that can be computed with: what is negative or no number counts as 0, usage is 0 to 1."""
+    if (
+        load.running >= 0
+        and load.waiting >= 0
+        and load.max_running >= 0
+        and load.max_waiting >= 0
+        and 0.0 <= load.kv_cache_usage <= 1.0
+        and 0.0 <= load.tokens_per_second < math.inf
+    ):
+        return load
+    rate = load.tokens_per_second
+    usage = load.kv_cache_usage
+    return replace(
+        load,
+        running=max(0, load.running),
+        waiting=max(0, load.waiting),
+        max_running=max(0, load.max_running),
+        max_waiting=max(0, load.max_waiting),
+        kv_cache_usage=min(1.0, max(0.0, usage)) if not math.isnan(usage) else 0.0,
+        tokens_per_second=rate if 0.0 <= rate < math.inf else 0.0,
+    )

@@ -1,0 +1,72 @@
+"""A registry that has just begun: what it lacks may yet come."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastchat_grpc.config import LeaseConfig
+from fastchat_grpc.errors import Code, ModelNotFound, NoLiveWorker, Starting
+from tests.unit.controller.fleet import Fleet
+
+
+@pytest.fixture
+def fleet() -> Fleet:
+    return Fleet(young=True)
+
+
+@pytest.mark.parametrize("model", ["m", ""])
+def test_what_a_young_registry_does_not_know_may_come_yet(fleet: Fleet, model: str) -> None:
+    with pytest.raises(Starting) as caught:
+        fleet.registry.pool(model)
+    assert caught.value.code is Code.UNAVAILABLE
+    assert caught.value.retry_after_s
+
+
+def test_what_it_knows_is_served_at_once(fleet: Fleet) -> None:
+    fleet.join()
+    assert fleet.registry.pool("m")[0] == "m"
+    assert fleet.registry.pool("")[0] == "m"
+
+
+def test_after_two_intervals_what_it_does_not_know_is_not_there(fleet: Fleet) -> None:
+    fleet.wait(3.9)
+    assert not fleet.registry.settled
+    fleet.wait(0.1)
+    assert fleet.registry.settled
+    with pytest.raises(ModelNotFound):
+        fleet.registry.pool("m")
+
+
+def test_a_model_whose_workers_left_is_unavailable_young_or_not(fleet: Fleet) -> None:
+    fleet.registry.deregister(fleet.join().lease_id)
+    for _ in range(2):
+        with pytest.raises(NoLiveWorker):
+            fleet.registry.pool("m")
+        fleet.registry.settle()
+
+
+def test_it_wants_requests_once_it_has_workers_and_no_more_come_just_now(fleet: Fleet) -> None:
+    assert not fleet.registry.serving
+    for worker_id in "abc":
+        fleet.join(worker_id)
+        fleet.wait(0.2)
+        assert not fleet.registry.serving
+    fleet.wait(0.1)
+    assert fleet.registry.serving
+    assert not fleet.registry.settled
+
+
+def test_a_registry_without_workers_wants_requests_when_it_has_settled(fleet: Fleet) -> None:
+    fleet.wait(4)
+    assert fleet.registry.serving
+
+
+def test_names_of_a_large_fleet_that_has_gone_are_remembered() -> None:
+    fleet = Fleet(LeaseConfig())
+    count = 10_100
+    workers = [fleet.join(f"w{i}", ",".join(f"m{i}-{j}" for j in range(100))) for i in range(count // 100)]
+    for worker in workers:
+        fleet.registry.deregister(worker.lease_id)
+    for name in ("m0-0", "m100-99"):
+        with pytest.raises(NoLiveWorker):
+            fleet.registry.pool(name)
