@@ -8,10 +8,15 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from fastchat_grpc.client import AsyncClient
 from fastchat_grpc.config import AdmissionConfig, BackendConfig, ListenConfig, ModelConfig, WorkerConfig
 from fastchat_grpc.worker.app import WorkerApp
+
+# How long an example takes says nothing on a machine that does other work beside.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 StartWorker = Callable[..., Awaitable[WorkerApp]]
 

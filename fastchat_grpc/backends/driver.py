@@ -107,7 +107,7 @@ class Job:
         self._open: dict[int, Choice] = {}
         for index in range(request.output.n):
             if not request.resumed_choice(index).finished:
-                self._open[index] = Choice(request, index, tokenizer, limits)
+                self._open[index] = Choice(request, index, tokenizer, limits, prompt_ids)
 
     @property
     def pending(self) -> tuple[int, ...]:

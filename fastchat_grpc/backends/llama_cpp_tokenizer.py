@@ -30,7 +30,8 @@ class LlamaTokenizer:
         self._exact = int(llama.llama_vocab_type(self._vocab)) == _BPE
         own = llama.llama_model_chat_template(model, None)
         templates = GgufTemplates((own or b"").decode("utf-8", "replace") or default_chat_template or "", self._names())
-        self._template = ChatTemplate(templates, chat_template)
+        adds_bos = bool(llama.llama_vocab_get_add_bos(self._vocab))
+        self._template = ChatTemplate(templates, chat_template, adds_bos=adds_bos)
 
     @property
     def vocabulary_size(self) -> int:
@@ -118,29 +119,19 @@ class GgufTemplates:
         documents: list[dict[str, str]] | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
         tokenize: bool = False,
         **variables: Any,
     ) -> str:
         """Render a conversation. Raises whatever the template raises."""
         template = _environment().from_string(chat_template or self.chat_template)
-        text = template.render(
+        text: object = template.render(
             messages=messages,
             tools=tools,
             documents=documents,
             add_generation_prompt=add_generation_prompt,
             **{**self._names, **variables},
         )
-        return _cut_after(text, str(messages[-1]["content"])) if continue_final_message else text
-
-
-def _cut_after(text: str, final: str) -> str:
-    """The text up to the end of the final message, which is to be continued."""
-    stripped = final.strip()
-    end = text.rindex(stripped) + len(stripped)
-    if text[end - len(stripped) :].startswith(final.lstrip()):  # the template has kept the space at its end
-        end += len(final.lstrip()) - len(stripped)
-    return text[:end]
+        return str(text)
 
 
 def _environment() -> Any:

@@ -180,7 +180,7 @@ def _check(built: BuiltEngine, request: GenerateRequest) -> None:
     if Capability.GENERATE not in built.capabilities:
         raise NotSupported(f"model {request.model} makes embeddings only")
     if isinstance(request.prompt, ChatPrompt) and not built.loaded.tokenizer.chat_template:
-        raise InvalidArgument("chat", "the model has no chat template; send a prompt, or set --chat-template")
+        raise InvalidArgument("chat", "the model has no chat template; send a prompt, or set --conv-template")
     if built.loaded.kind.name == "ENCODER_DECODER" and request.output.prompt_logprobs is not None:
         raise UnsupportedField("output.prompt_logprobs", "an encoder-decoder has no probabilities of its input")
     if request.grammar is not None and request.stopping.ignore_eos:

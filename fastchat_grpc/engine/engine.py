@@ -69,6 +69,7 @@ class Engine:
         context_length: int,
         stream_interval: int,
         seed: int | None = None,
+        encoder_decoder: bool = False,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self.scheduler = scheduler
@@ -81,6 +82,7 @@ class Engine:
         self._deliver = deliver
         self._context_length = context_length
         self._stream_interval = stream_interval
+        self._encoder_decoder = encoder_decoder
         self._seeds: random.Random = random.SystemRandom() if seed is None else random.Random(seed)
         self._clock = clock
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -358,8 +360,10 @@ class Engine:
             context_length=self._context_length,
             stream_interval=self._stream_interval,
             cached_tokens=sequence.request.cached_tokens,
+            prompt_takes_room=not self._encoder_decoder,
         )
-        return Choice(sequence.request.spec, sequence.index, self._tokenizer, limits)
+        prompt = [] if self._encoder_decoder else sequence.request.prompt
+        return Choice(sequence.request.spec, sequence.index, self._tokenizer, limits, prompt)
 
     def _mark_started(self, batch: Batch) -> float:
         now = self._clock()

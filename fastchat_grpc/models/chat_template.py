@@ -13,16 +13,21 @@ from typing import Any
 
 from fastchat_grpc.core import ChatMessage, ChatPrompt, Image, Tool
 from fastchat_grpc.errors import InvalidArgument, UnsupportedField
+from fastchat_grpc.models.overrides import CHAT_TEMPLATES
 
 _ALLOWED_ARGUMENTS_OF_OURS = frozenset({"documents", "add_generation_prompt"})
 _MAX_QUOTED = 300
+_HERE = "ContinuationOfTheFinalMessage8c1f"
+"""Stands after the final message while it is rendered: a template may strip blanks and add an end of turn."""
 
 
 class ChatTemplate:
     """The chat template of one tokenizer. Thread-safe: rendering changes nothing."""
 
-    def __init__(self, tokenizer: Any, override: str | None = None) -> None:
+    def __init__(self, tokenizer: Any, override: str | None = None, *, adds_bos: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._adds_bos = adds_bos
+        """Whether the tokenizer puts its BOS before a text, and so FastChat's templates before a conversation."""
         self._override = override
         self._reserved = _parameters(tokenizer.apply_chat_template) - _ALLOWED_ARGUMENTS_OF_OURS
         own = tokenizer.chat_template or ""
@@ -38,23 +43,20 @@ class ChatTemplate:
     def render(self, chat: ChatPrompt) -> str:
         """Text of a conversation, ready to be continued. Raises InvalidArgument."""
         template = self._template_for(chat)
-        arguments = self._arguments(chat)
+        arguments = self._arguments(chat, template)
         messages = [self._message(i, message, template) for i, message in enumerate(chat.messages)]
         tools = [_tool(tool) for tool in chat.tools] if chat.tools and chat.tool_choice != "none" else None
+        if chat.continue_final_message:
+            messages[-1]["content"] += _HERE
         try:
             text = self._tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                chat_template=template,
-                tokenize=False,
-                continue_final_message=chat.continue_final_message,
-                **arguments,
+                messages, tools=tools, chat_template=template, tokenize=False, **arguments
             )
         except Exception as error:  # a template can raise whatever its expressions raise
             raise InvalidArgument(
                 "chat", f"the chat template refused the conversation{_why(error, template)}"
             ) from error
-        return str(text)
+        return _up_to_here(str(text)) if chat.continue_final_message else str(text)
 
     def _template_for(self, chat: ChatPrompt) -> str:
         template = self._templates.get("tool_use", self.source) if chat.tools else self.source
@@ -64,12 +66,19 @@ class ChatTemplate:
             raise InvalidArgument("chat.tools", "the model's chat template takes no tools")
         return template
 
-    def _arguments(self, chat: ChatPrompt) -> dict[str, Any]:
+    def _arguments(self, chat: ChatPrompt, template: str) -> dict[str, Any]:
         for key in chat.template_arguments:
             if key in self._reserved:
                 raise InvalidArgument(f"chat.template_arguments.{key}", "is set by the server")
         arguments: dict[str, Any] = {"add_generation_prompt": not chat.continue_final_message}
-        return arguments | dict(chat.template_arguments)
+        if not self._adds_bos and template in CHAT_TEMPLATES.values():
+            arguments["bos_token"] = ""
+        arguments |= dict(chat.template_arguments)
+        if chat.continue_final_message and arguments["add_generation_prompt"]:
+            raise InvalidArgument(
+                "chat.continue_final_message", "the final message is continued, or an answer begun, not both"
+            )
+        return arguments
 
     def _message(self, index: int, message: ChatMessage, template: str) -> dict[str, Any]:
         role = message.role
@@ -102,6 +111,16 @@ def _text(index: int, message: ChatMessage) -> str:
     return "\n".join(part for part in message.content if isinstance(part, str))
 
 
+def _up_to_here(text: str) -> str:
+    """The text before the place where the final message is to be continued: it ends exactly in that message."""
+    end = text.rfind(_HERE)
+    if end < 0:
+        raise InvalidArgument(
+            "chat.continue_final_message", "the chat template does not show the end of the final message"
+        )
+    return text[:end]
+
+
 def _tool(tool: Tool) -> dict[str, Any]:
     function: dict[str, Any] = {"name": tool.name, "description": tool.description}
     function["parameters"] = (
@@ -132,7 +151,8 @@ def _parameters(function: Any) -> frozenset[str]:
 
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return frozenset(name for name, p in inspect.signature(function).parameters.items() if p.kind in kinds) | {
-        "messages"
+        "messages",
+        "continue_final_message",
     }
 
 

@@ -27,53 +27,91 @@ class Override:
         return bool(re.fullmatch(self.model_type or ".*", model_type) and re.search(self.name, path.lower()))
 
 
-_CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+_BOS = "{{ bos_token }}"
+"""What FastChat's tokenizers put before a prompt; `ChatTemplate` makes it empty where a tokenizer adds none."""
+_REFUSE = "{{ raise_exception('This template takes one system message, then user and assistant messages') }}"
+
+
+def _system(default: str) -> str:
+    """Sets `system`, by default FastChat's, and `turns`, the messages after it."""
+    return (
+        "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
+        "{% set turns = messages[1:] %}{% else %}{% set system = "
+        + default
+        + " %}{% set turns = messages %}{% endif %}"
+    )
+
+
+def _colons(default: str, roles: tuple[str, str], separators: tuple[str, str], opening: str) -> str:
+    """FastChat's styles ADD_COLON_SINGLE and ADD_COLON_TWO: role, colon, text, and a separator by role."""
+    user, assistant = roles
+    after_user, after_assistant = separators
+    return (
+        _BOS + _system(default) + "{{ system + '" + after_user + "' }}{% for message in turns %}"
+        "{% if message['role'] == 'user' %}{{ '" + user + ": ' + message['content'] + '" + after_user + "' }}"
+        "{% elif message['role'] == 'assistant' %}"
+        "{{ '" + assistant + ": ' + message['content'] + '" + after_assistant + "' }}"
+        "{% else %}" + _REFUSE + "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '" + opening + "' }}{% endif %}"
+    )
+
+
+_CHATML_TURNS = (
+    "{% for message in turns %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-_VICUNA = (
-    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set turns = messages[1:] %}"
-    "{% else %}{% set system = 'A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user\\'s questions.' %}{% set turns = messages %}"
-    "{% endif %}{{ system + ' ' }}{% for message in turns %}{% if message['role'] == 'user' %}"
-    "{{ 'USER: ' + message['content'] + ' ' }}{% elif message['role'] == 'assistant' %}"
-    "{{ 'ASSISTANT: ' + message['content'] + '</s>' }}{% else %}"
-    "{{ raise_exception('This template takes one system message, then user and assistant messages') }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+_CHATML = _BOS + "{% set turns = messages %}" + _CHATML_TURNS
+_QWEN = (
+    _BOS
+    + _system("'You are a helpful assistant.'")
+    + "{{ '<|im_start|>system\\n' + system + '<|im_end|>\\n' }}"
+    + _CHATML_TURNS
+)
+_VICUNA = _colons(
+    "'A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user\\'s questions.'",
+    ("USER", "ASSISTANT"),
+    (" ", "</s>"),
+    "ASSISTANT:",
+)
+_ALPACA = _colons(
+    "'Below is an instruction that describes a task. Write a response that appropriately completes the request.'",
+    ("### Instruction", "### Response"),
+    ("\\n\\n", "</s>"),
+    "### Response:",
+)
+_ZERO_SHOT = _colons(
+    "'A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human\\'s questions.'",
+    ("Human", "Assistant"),
+    ("\\n### ", "\\n### "),
+    "Assistant:",
 )
 _LLAMA_2 = (
-    "{% if messages[0]['role'] == 'system' %}"
-    "{% set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}{% set turns = messages[1:] %}"
-    "{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
+    _BOS + _system("''") + "{% set system = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' if system else '' %}"
     "{% for message in turns %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
     "{% if message['role'] == 'user' %}"
-    "{{ '<s>[INST] ' + (system if loop.first else '') + message['content'] + ' [/INST]' }}"
+    "{{ ('' if loop.first else '<s>') + '[INST] ' + (system if loop.first else '') + message['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + message['content'] + ' </s>' }}{% endif %}{% endfor %}"
 )
-_ALPACA = (
-    "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
-    "{% elif message['role'] == 'user' %}{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}"
-    "{% else %}{{ '### Response:\\n' + message['content'] + '</s>' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
-)
-_PLAIN = "{% for message in messages %}{{ message['content'] }}{% if not loop.last %}{{ '\\n' }}{% endif %}{% endfor %}"
 
 CHAT_TEMPLATES = {
     "chatml": _CHATML,
+    "qwen-7b-chat": _QWEN,
     "vicuna_v1.1": _VICUNA,
     "llama-2": _LLAMA_2,
     "alpaca": _ALPACA,
-    "zero_shot": _PLAIN,
+    "zero_shot": _ZERO_SHOT,
 }
-"""Templates by FastChat's names, for `--conv-template`; each was that family's format."""
+"""Templates by FastChat's names, for `--conv-template`; each gives the tokens that FastChat's did."""
 
 _OVERRIDES = (
     # Relative positions: the configuration's n_positions is what it was trained with, not a limit.
     Override(model_type="t5|mt5|umt5|switch_transformers|longt5", context_length=2048),
     Override(name="vicuna", chat_template=_VICUNA),
     Override(model_type="llama", name="llama-?2.*chat", chat_template=_LLAMA_2),
-    Override(model_type="qwen", stop_tokens=("<|im_end|>", "<|endoftext|>"), chat_template=_CHATML),
+    Override(model_type="qwen", stop_tokens=("<|im_end|>", "<|endoftext|>"), chat_template=_QWEN),
     # Their generation configurations name <eos> alone, and answers end with the end of a turn.
     Override(model_type="gemma", stop_tokens=("<end_of_turn>",)),
     Override(model_type="chatglm", stop_tokens=("<|user|>", "<|observation|>")),

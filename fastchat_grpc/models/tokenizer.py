@@ -87,7 +87,9 @@ class HuggingFaceTokenizer:
         special = {int(i) for i, token in added.items() if token.special}
         self._special_token_ids = frozenset(special | {int(i) for i in tokenizer.all_special_ids})
         self._bytes = TokenBytes(tokenizer, frozenset(int(i) for i in added), self._special_token_ids)
-        self._template = ChatTemplate(tokenizer, chat_template)
+        bos = tokenizer.bos_token_id
+        adds_bos = bos is not None and self.encode("a")[:1] == [bos]
+        self._template = ChatTemplate(tokenizer, chat_template, adds_bos=adds_bos)
 
     @property
     def vocabulary_size(self) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastchat_grpc.core import (
+    ChatPrompt,
     Completion,
     Delta,
     FinishReason,
@@ -27,6 +29,23 @@ class ChoiceLimits:
     stream_interval: int
     """Default number of tokens between two Deltas."""
     cached_tokens: int = 0
+    prompt_takes_room: bool = True
+    """Whether prompt and output share the context; not so in an encoder-decoder."""
+
+    @property
+    def output_tokens(self) -> int:
+        """Most tokens of output."""
+        return self.context_length - self.prompt_tokens if self.prompt_takes_room else self.context_length
+
+
+def continues_text(request: GenerateRequest) -> bool:
+    """Whether the output is more of the prompt's text: of a text, or of a message to be continued.
+
+    An answer is a text of its own. As in FastChat it is decoded alone, so that it does not begin with the
+    space that sentencepiece puts before every word.
+    """
+    prompt = request.prompt
+    return prompt.continue_final_message if isinstance(prompt, ChatPrompt) else True
 
 
 class Choice:
@@ -34,9 +53,19 @@ class Choice:
 
     A resumed choice replays its tokens on construction, silently, and may have ended by that already.
     A backend pushes nothing after the end.
+
+    Args:
+        prompt_ids: the prompt, or at least its last tokens, where the output's text goes on from its text.
     """
 
-    def __init__(self, request: GenerateRequest, index: int, tokenizer: Tokenizer, limits: ChoiceLimits) -> None:
+    def __init__(
+        self,
+        request: GenerateRequest,
+        index: int,
+        tokenizer: Tokenizer,
+        limits: ChoiceLimits,
+        prompt_ids: Sequence[int] = (),
+    ) -> None:
         stopping = request.stopping
         self.index = index
         self.finish_reason: FinishReason | None = None
@@ -45,13 +74,15 @@ class Choice:
         self._limits = limits
         self._interval = request.output.stream_interval or limits.stream_interval
         self._min_tokens = stopping.min_new_tokens
-        self._max_tokens = min(stopping.max_new_tokens, limits.context_length - limits.prompt_tokens)
+        self._max_tokens = min(stopping.max_new_tokens, limits.output_tokens)
         self._stop_token_ids = frozenset(stopping.stop_token_ids)
         self._eos_token_ids = frozenset() if stopping.ignore_eos else tokenizer.eos_token_ids
         self._include_stop = stopping.include_stop
-        self._detokenizer = make_detokenizer(tokenizer, request.output.keep_special_tokens)
+        self._detokenizer = make_detokenizer(
+            tokenizer, request.output.keep_special_tokens, prompt_ids if continues_text(request) else ()
+        )
         self._matcher = StopMatcher(stopping.stop, stopping.include_stop)
-        self._cumulative: list[str] | None = [] if request.output.cumulative_text else None
+        self._cumulative: str | None = "" if request.output.cumulative_text else None
         self._text: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
@@ -109,14 +140,14 @@ class Choice:
         if not text and not self._token_ids:
             return None
         if self._cumulative is not None:
-            self._cumulative.append(text)
+            self._cumulative += text
         delta = Delta(
             index=self.index,
             text=text,
             token_ids=tuple(self._token_ids),
             logprobs=tuple(self._logprobs),
             usage=self.usage,
-            cumulative_text="".join(self._cumulative or ()),
+            cumulative_text=self._cumulative or "",
         )
         self._started = True
         self._text, self._token_ids, self._logprobs = [], [], []
@@ -157,7 +188,7 @@ class Choice:
                 self.push(token_id)
         text = "".join(self._text)
         if self._cumulative is not None:
-            self._cumulative.append(text[: resumed.text_length])
+            self._cumulative = text[: resumed.text_length]
         self._text = [text[resumed.text_length :]]
         self._token_ids, self._logprobs = [], []
         self._started = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Sequence
 from typing import Protocol
 
 from fastchat_grpc.text.tokenizer import Tokenizer
@@ -10,6 +11,8 @@ from fastchat_grpc.text.tokenizer import Tokenizer
 REPLACEMENT = "\ufffd"
 MAX_INCOMPLETE_TOKENS = 6
 """A character has at most 4 bytes, so at most 4 byte tokens; after a few more, U+FFFD is the text itself."""
+PROMPT_TOKENS, MAX_PROMPT_TOKENS = 5, 16
+"""Tokens of a prompt's end that are read before the output: five as in vLLM, more if they begin in a character."""
 
 
 class Detokenizer(Protocol):
@@ -24,11 +27,14 @@ class Detokenizer(Protocol):
         ...
 
 
-def make_detokenizer(tokenizer: Tokenizer, keep_special_tokens: bool) -> Detokenizer:
-    """The cheapest detokenizer that is exact for this tokenizer."""
+def make_detokenizer(tokenizer: Tokenizer, keep_special_tokens: bool, prompt_ids: Sequence[int] = ()) -> Detokenizer:
+    """The cheapest detokenizer that is exact for this tokenizer.
+
+    `prompt_ids` is what the tokens go on from, where their text goes on from its text: of it the last few are enough.
+    """
     if tokenizer.decodes_bytes:
         return ByteDetokenizer(tokenizer, keep_special_tokens)
-    return WindowDetokenizer(tokenizer, keep_special_tokens)
+    return WindowDetokenizer(tokenizer, keep_special_tokens, prompt_ids)
 
 
 class ByteDetokenizer:
@@ -53,25 +59,31 @@ class WindowDetokenizer:
 
     The method of Hugging Face's text-generation-inference and vLLM: the tokens of the last two
     pieces of text are decoded with and without the new one, so that rules which look at neighbours
-    (such as the space that sentencepiece drops at the start of a text) apply alike to both.
+    (such as the space that sentencepiece drops at the start of a text) apply alike to both. So the first
+    window is the end of the prompt.
     """
 
-    def __init__(self, tokenizer: Tokenizer, keep_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, keep_special_tokens: bool, prompt_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._keep_special_tokens = keep_special_tokens
         self._hidden = frozenset() if keep_special_tokens else tokenizer.special_token_ids
-        self._window: list[int] = []
-        self._read = 0  # tokens of the window whose text was returned
-        self._read_text = ""  # their text
+        self._window = self._end_of(prompt_ids)
+        self._read = len(self._window)  # tokens of the window whose text was returned
+        self._read_text = self._decode(self._window)  # their text
 
     def push(self, token_id: int) -> str:
         if token_id in self._hidden:
             return ""
         self._window.append(token_id)
         text = self._decode(self._window)
+        if not text.startswith(self._read_text):
+            # A byte after a complete character, which decoders take for one run: what was returned stays, and
+            # what is new is read by itself.
+            self._window = self._window[self._read :]
+            self._read, self._read_text = 0, ""
+            text = self._decode(self._window)
         pending = len(self._window) - self._read
-        incomplete = text.endswith(REPLACEMENT) and pending < MAX_INCOMPLETE_TOKENS
-        if incomplete or not text.startswith(self._read_text):
+        if text.endswith(REPLACEMENT) and pending < MAX_INCOMPLETE_TOKENS:
             return ""
         new = text[len(self._read_text) :]
         if new:
@@ -85,5 +97,13 @@ class WindowDetokenizer:
         self._window, self._read, self._read_text = [], 0, ""
         return new
 
+    def _end_of(self, prompt_ids: Sequence[int]) -> list[int]:
+        """The last tokens of a prompt that are text, from the start of a character on."""
+        shown = [token_id for token_id in prompt_ids[-MAX_PROMPT_TOKENS:] if token_id not in self._hidden]
+        for count in range(min(PROMPT_TOKENS, len(shown)), len(shown)):
+            if not self._decode(shown[-count:]).startswith(REPLACEMENT):
+                return shown[-count:]
+        return shown
+
     def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, keep_special_tokens=self._keep_special_tokens)
+        return self._tokenizer.decode(token_ids, keep_special_tokens=self._keep_special_tokens) if token_ids else ""

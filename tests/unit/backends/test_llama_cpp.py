@@ -15,7 +15,9 @@ from fastchat_grpc.backends.engine_thread import Running
 from fastchat_grpc.backends.llama_cpp_engine import EngineLimits, LlamaEngine
 from fastchat_grpc.backends.llama_cpp_tokenizer import GgufTemplates
 from fastchat_grpc.config import BackendConfig, ModelConfig
+from fastchat_grpc.core import ChatMessage, ChatPrompt
 from fastchat_grpc.errors import ConfigError, ModelLoadError, OutOfMemory
+from fastchat_grpc.models.chat_template import ChatTemplate
 from tests.unit.backends.asking import request
 
 
@@ -199,8 +201,10 @@ def test_a_folder_with_one_gguf_file_names_it(tmp_path: Path) -> None:
 
 def test_a_final_message_is_continued_where_it_ends() -> None:
     pytest.importorskip("jinja2")
-    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
-    templates = GgufTemplates(template, {"eos_token": "</s>"})
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "well, "}]
-    assert templates.apply_chat_template(messages, continue_final_message=True) == "<user>hi</s><assistant>well, "
-    assert templates.apply_chat_template(messages).endswith("well, </s>")
+    template = ChatTemplate(
+        GgufTemplates("{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}", {"eos_token": "</s>"})
+    )
+    messages = (ChatMessage(role="user", content="hi"), ChatMessage(role="assistant", content="well, "))
+    continued = ChatPrompt(messages=messages, continue_final_message=True)
+    assert template.render(continued) == "<user>hi</s><assistant>well, "
+    assert template.render(ChatPrompt(messages=messages)).endswith("well, </s>")

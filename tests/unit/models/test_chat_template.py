@@ -37,6 +37,44 @@ def test_the_assistants_last_message_can_be_continued() -> None:
     assert text.endswith("<|im_start|>assistant\nWell, ")
 
 
+TRIMS = (
+    "{% for message in messages %}<{{ message.role }}>\n{{ message.content | trim }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("begun", ["The answer is ", "<think>ok", "", "  two\n\n", "a"])
+@pytest.mark.parametrize("source", [CHATML, TRIMS], ids=["keeps", "trims"])
+def test_a_prompt_that_is_continued_ends_in_the_message_as_it_was_given(source: str, begun: str) -> None:
+    text = template(source).render(chat(("user", "a"), ("assistant", begun), continue_final_message=True))
+    expected = begun if source is CHATML else begun.lstrip()
+    assert text.endswith("assistant" + ("\n" if source is CHATML else ">\n") + expected)
+
+
+def test_a_message_in_parts_is_continued_at_its_last_one() -> None:
+    text = template(TRIMS).render(chat(("user", "a"), ("assistant", ("one", "two ")), continue_final_message=True))
+    assert text.endswith("<assistant>\none\ntwo ")
+
+
+def test_a_message_is_continued_or_an_answer_begun_not_both() -> None:
+    both = chat(
+        ("user", "a"),
+        ("assistant", "b"),
+        continue_final_message=True,
+        template_arguments={"add_generation_prompt": True},
+    )
+    with pytest.raises(InvalidArgument) as caught:
+        template(CHATML).render(both)
+    assert caught.value.field == "chat.continue_final_message"
+
+
+def test_a_template_that_drops_the_final_message_cannot_continue_it() -> None:
+    with pytest.raises(InvalidArgument, match="does not show the end"):
+        template("{{ messages[0].content }}").render(
+            chat(("user", "a"), ("assistant", "b"), continue_final_message=True)
+        )
+
+
 def test_parts_become_lines_of_one_text() -> None:
     assert "user\none\ntwo<" in template(CHATML).render(chat(("user", ("one", "two"))))
 
@@ -145,6 +183,4 @@ def test_every_named_template_renders_a_conversation_in_order(name: str) -> None
 def test_vicuna_and_llama_2_have_their_familys_format() -> None:
     turns = (("system", "S"), ("user", "hi"))
     assert template(None, CHAT_TEMPLATES["vicuna_v1.1"]).render(chat(*turns)) == "S USER: hi ASSISTANT:"
-    assert (
-        template(None, CHAT_TEMPLATES["llama-2"]).render(chat(*turns)) == "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nhi [/INST]"
-    )
+    assert template(None, CHAT_TEMPLATES["llama-2"]).render(chat(*turns)) == "[INST] <<SYS>>\nS\n<</SYS>>\n\nhi [/INST]"

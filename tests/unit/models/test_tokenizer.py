@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastchat_grpc.core import ChatMessage, ChatPrompt, FinishReason, GenerateRequest, ResumedChoice, TextPrompt
 from fastchat_grpc.errors import InvalidArgument, ModelLoadError
 from fastchat_grpc.models.tokenizer import HuggingFaceTokenizer, load_tokenizer
+from fastchat_grpc.text.choice import Choice, ChoiceLimits
 from fastchat_grpc.text.detokenizer import ByteDetokenizer, WindowDetokenizer, make_detokenizer
 from tests.e2e.tiny_models import (
     byte_level_tokenizer,
@@ -42,8 +45,10 @@ def wrapped(kind: str, **settings: Any) -> HuggingFaceTokenizer:
     return _loaded[kind]
 
 
-def streamed(tokenizer: HuggingFaceTokenizer, token_ids: list[int], *, keep: bool) -> str:
-    detokenizer = make_detokenizer(tokenizer, keep)
+def streamed(
+    tokenizer: HuggingFaceTokenizer, token_ids: list[int], *, keep: bool, prompt_ids: Sequence[int] = ()
+) -> str:
+    detokenizer = make_detokenizer(tokenizer, keep, prompt_ids)
     return "".join([detokenizer.push(i) for i in token_ids] + [detokenizer.flush()])
 
 
@@ -78,6 +83,84 @@ def test_streamed_sentencepiece_text_is_the_decoded_text(text: str) -> None:
     tokenizer = wrapped("sentencepiece")
     token_ids = tokenizer.encode(text, add_special_tokens=False)
     assert streamed(tokenizer, token_ids, keep=False) == tokenizer.decode(token_ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(
+    prompt=st.text(alphabet="The quick brown fox 日本é😀\n", max_size=20),
+    output=st.text(alphabet="The quick brown fox 日本é😀\n", max_size=30),
+)
+@settings(max_examples=60)
+def test_text_after_a_prompt_is_what_decoding_both_at_once_adds(kind: str, prompt: str, output: str) -> None:
+    tokenizer = wrapped(kind)
+    prompt_ids = tokenizer.encode("fox" + prompt)
+    if kind == "wordpiece":
+        prompt_ids = prompt_ids[:-1]  # without [SEP]
+    token_ids = tokenizer.encode(output, add_special_tokens=False)
+    library = tokenizer._core
+    before, whole = library.decode(prompt_ids), library.decode(prompt_ids + token_ids)
+    assert whole.startswith(before)
+    assert streamed(tokenizer, token_ids, keep=False, prompt_ids=prompt_ids) == whole[len(before) :]
+
+
+def test_a_text_completion_of_a_sentencepiece_model_keeps_its_first_space() -> None:
+    tokenizer = wrapped("sentencepiece")
+    hello, world = tokenizer.encode("the"), tokenizer.encode("fox", add_special_tokens=False)
+    request = GenerateRequest(prompt=TextPrompt("the"))
+    assert text_of(request, tokenizer, hello, world) == " fox"
+    chat = GenerateRequest(prompt=ChatPrompt(messages=(ChatMessage(role="user", content="the"),)))
+    assert text_of(chat, tokenizer, hello, world) == "fox"
+    begun = (ChatMessage(role="user", content="a"), ChatMessage(role="assistant", content="the"))
+    continued = GenerateRequest(prompt=ChatPrompt(messages=begun, continue_final_message=True))
+    assert text_of(continued, tokenizer, hello, world) == " fox"
+
+
+def test_a_resumed_completion_keeps_its_first_space_too() -> None:
+    tokenizer = wrapped("sentencepiece")
+    prompt, output = tokenizer.encode("the"), tokenizer.encode("fox quick", add_special_tokens=False)
+    resume = (ResumedChoice(index=0, output_token_ids=tuple(output[:1]), text_length=0),)
+    request = GenerateRequest(prompt=TextPrompt("the"), resume=resume)
+    assert text_of(request, tokenizer, prompt, output[1:]) == " fox quick"
+
+
+def text_of(request: GenerateRequest, tokenizer: HuggingFaceTokenizer, prompt: list[int], output: list[int]) -> str:
+    limits = ChoiceLimits(prompt_tokens=len(prompt), context_length=100, stream_interval=1)
+    choice = Choice(request, 0, tokenizer, limits, prompt)
+    for token_id in output:
+        choice.push(token_id)
+    choice.end(FinishReason.STOP)
+    delta = choice.delta()
+    assert delta is not None
+    return delta.text
+
+
+BYTE_TOKENS = range(3, 259)  # <0x00> to <0xFF>
+
+
+@given(st.lists(st.sampled_from([*BYTE_TOKENS, 300, 310, 320, 330]), max_size=60))
+@settings(max_examples=200)
+def test_broken_bytes_hold_no_text_back_for_long_and_lose_none(token_ids: list[int]) -> None:
+    tokenizer = wrapped("sentencepiece")
+    detokenizer = make_detokenizer(tokenizer, False)
+    word = tokenizer.encode("quick fox", add_special_tokens=False)
+    for token_id in tokenizer.encode("你", add_special_tokens=False) + token_ids:
+        detokenizer.push(token_id)
+    assert "fox" in "".join(detokenizer.push(token_id) for token_id in word * 3)
+
+
+@given(
+    st.text(alphabet="ab é你😀\n", min_size=1, max_size=12),
+    st.integers(0, 255),
+    st.text(alphabet="The quick", max_size=8),
+)
+@settings(max_examples=200)
+def test_what_is_text_before_and_after_a_broken_byte_stays_so(before: str, byte: int, after: str) -> None:
+    tokenizer = wrapped("sentencepiece")
+    first = tokenizer.encode(before, add_special_tokens=False)
+    rest = tokenizer.encode(after, add_special_tokens=False)
+    shown = streamed(tokenizer, [*first, BYTE_TOKENS[byte], *rest], keep=False)
+    middle = bytes([byte]).decode("utf-8", "replace")
+    assert shown == before + middle + (" " + after if after else "")
 
 
 def test_bytes_of_wordpiece_tokens_show_where_words_begin() -> None:
