@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from fastchat_grpc.core import Event, GenerateRequest, Timings, TokenLogprob
+from fastchat_grpc.core import Event, FinishReason, GenerateRequest, Timings, TokenLogprob
 from fastchat_grpc.engine.grammar import CompiledGrammar
 from fastchat_grpc.engine.logprobs import token_logprobs, unknown_logprob
 from fastchat_grpc.engine.model_runner import ModelRunner, StepLogits, is_out_of_memory
@@ -172,7 +172,7 @@ class Engine:
             result = self._runner.run(batch)
             self._take_prompt_logprobs(result)
             sampled = batch.sampled
-            tokens, logprobs = self._sample(result, sampled)
+            tokens, logprobs, failed = self._sample(result, sampled)
         except Exception as error:
             self._step_failed(batch, error)
             return
@@ -182,23 +182,30 @@ class Engine:
         self.processed_tokens += sum(chunk.count for chunk in batch.chunks)
         self.generated_tokens += len(tokens)
         for row, (sequence, token) in enumerate(zip(sampled, tokens, strict=True)):
-            self._guarded(sequence.request, self._advance, sequence, token, logprobs.get(row))
+            if row in failed:
+                self._guarded(sequence.request, _fail_with, failed[row])
+            else:
+                self._guarded(sequence.request, self._advance, sequence, token, logprobs.get(row))
 
-    def _sample(self, result: StepLogits, sampled: list[Sequence]) -> tuple[list[int], dict[int, TokenLogprob]]:
+    def _sample(
+        self, result: StepLogits, sampled: list[Sequence]
+    ) -> tuple[list[int], dict[int, TokenLogprob], dict[int, Exception]]:
+        """Tokens, log probabilities where they are wanted by row, and the errors of single rows."""
         if not sampled:
-            return [], {}
+            return [], {}, {}
         wanted = [row for row, s in enumerate(sampled) if s.request.spec.output.logprobs is not None]
         rows = torch.tensor(result.sampled, device=result.logits.device)
         same = result.sampled == list(range(len(result.logits)))
         logits = result.logits if same else result.logits[rows]
         # The sampler overwrites its input, and log probabilities come from the raw logits.
         raw = logits[wanted] if wanted else None
+        failed = self._sampler.constrain(logits, sampled)
         tokens = self._sampler.sample(logits, sampled)
         if raw is None:
-            return tokens, {}
+            return tokens, {}, failed
         counts = [sampled[row].request.spec.output.logprobs or 0 for row in wanted]
         entries = token_logprobs(raw, [tokens[row] for row in wanted], counts, self._tokenizer)
-        return tokens, dict(zip(wanted, entries, strict=True))
+        return tokens, dict(zip(wanted, entries, strict=True)), failed
 
     def _advance(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
         """Give a sequence its next token, and the caller what became ready by it."""
@@ -211,6 +218,9 @@ class Engine:
         if sequence.grammar is not None:
             sequence.grammar.accept(token)
         sequence.choice.push(token, logprob)
+        if sequence.grammar is not None and sequence.grammar.ended and sequence.choice.finish_reason is None:
+            # Before min_new_tokens, where the grammar allowed nothing but the end.
+            sequence.choice.end(FinishReason.STOP)
         self._emit(sequence)
 
     def _emit(self, sequence: Sequence) -> None:
@@ -412,3 +422,7 @@ class Engine:
         if self._outbox:
             deliveries, self._outbox = list(self._outbox.values()), {}
             self._deliver(deliveries)
+
+
+def _fail_with(error: Exception) -> None:
+    raise error

@@ -33,8 +33,20 @@ class Sampler:
         self._eos_token_ids = eos_token_ids
         self._parameters: _Parameters | None = None
 
+    def constrain(self, logits: torch.Tensor, sequences: Rows[Sequence]) -> dict[int, Exception]:
+        """Forbid in place what grammars do not allow. Returns the errors of grammars that failed, by row."""
+        failed: dict[int, Exception] = {}
+        for row in self._rows(sequences, logits.device).constrained:
+            grammar = sequences[row].grammar
+            assert grammar is not None
+            try:
+                grammar.mask(logits[row])
+            except Exception as error:
+                failed[row] = error
+        return failed
+
     def sample(self, logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
-        """The next token of each sequence.
+        """The next token of each sequence, by what `constrain` has left of the logits.
 
         Args:
             logits: (rows, vocabulary), float32, one row for each sequence; overwritten.
@@ -61,10 +73,6 @@ class Sampler:
         return known
 
     def _adjust(self, logits: torch.Tensor, sequences: Rows[Sequence], rows: _Parameters) -> None:
-        for row in rows.constrained:
-            grammar = sequences[row].grammar
-            assert grammar is not None
-            grammar.mask(logits[row])
         for row in rows.biased:
             bias = sequences[row].request.spec.sampling.logit_bias
             ids = torch.tensor(list(bias), device=logits.device)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 pytest.importorskip("llguidance")
 
-from fastchat_grpc.backends.echo import EchoTokenizer
+from fastchat_grpc.backends.echo import EOS, EchoTokenizer
 from fastchat_grpc.core import (
     FinishReason,
     GenerateRequest,
@@ -20,7 +21,7 @@ from fastchat_grpc.core import (
     StopConditions,
     TokenPrompt,
 )
-from fastchat_grpc.engine.grammar import GrammarCompiler
+from fastchat_grpc.engine.grammar import KEPT_GRAMMARS, GrammarCompiler
 from fastchat_grpc.errors import InvalidArgument
 from tests.unit.engine.tiny import Harness, tiny
 
@@ -53,8 +54,7 @@ def compiler():
 def request(grammar, seed=0, **more):
     return GenerateRequest(
         prompt=TokenPrompt((1, 2, 3)),
-        # JSON allows any amount of space between its parts, and a random model loves it.
-        sampling=SamplingParams(seed=seed, logit_bias={ord(c): -100.0 for c in " \t\r\n"}),
+        sampling=SamplingParams(seed=seed, logit_bias=more.pop("logit_bias", {ord(c): -100.0 for c in " \t\r\n"})),
         stopping=StopConditions(max_new_tokens=60, min_new_tokens=more.pop("minimum", 0)),
         grammar=grammar,
         **more,
@@ -98,8 +98,88 @@ def test_constrained_and_free_requests_run_in_one_batch(harness, compiler):
 def test_the_end_is_allowed_before_min_new_tokens_where_the_grammar_allows_nothing_else(harness, compiler):
     grammar = GRAMMARS["regex"]
     sink = harness.submit(request(grammar, minimum=20), compiler.compile(grammar)).wait()
-    assert sink.text().startswith(("yes", "no"))
+    assert re.fullmatch("(yes|no)[0-9]{3}", sink.text())
     assert sink.error is None
+    assert sink.completions()[0].finish_reason is FinishReason.STOP
+    assert sink.completions()[0].usage.completion_tokens == len(sink.text()) + 1
+
+
+EMPTY = [
+    Grammar(GrammarKind.REGEX, "[a&&b]"),
+    Grammar(GrammarKind.JSON_SCHEMA, '{"$ref": "#"}'),
+    Grammar(GrammarKind.JSON_SCHEMA, '{"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}'),
+    Grammar(GrammarKind.JSON_SCHEMA, '{"allOf": [{"type": "string"}, {"type": "integer"}]}'),
+]
+
+
+@pytest.mark.parametrize("grammar", EMPTY, ids=str)
+def test_a_grammar_that_nothing_follows_is_refused_before_anything_runs(compiler, grammar):
+    with pytest.raises(InvalidArgument) as caught:
+        compiler.compile(grammar)
+    assert caught.value.field == f"structured_output.{grammar.kind.value}"
+
+
+def test_a_grammar_that_fails_on_the_way_fails_its_request_alone(harness, compiler):
+    grammar = GRAMMARS["regex"]
+    broken = compiler.compile(grammar)
+
+    class Fragile:
+        ended = False
+        steps = 0
+
+        def mask(self, logits):
+            self.steps += 1
+            if self.steps == 3:
+                raise InvalidArgument("structured_output.regex", "too large")
+
+        def accept(self, token):
+            pass
+
+    class Begins:
+        def begin(self, output):
+            return Fragile()
+
+    others = [harness.submit(request(None, seed)) for seed in range(3)]
+    failing = harness.submit(request(grammar, 9), Begins())
+    bound = harness.submit(request(grammar, 9), broken)
+    assert isinstance(failing.wait().error, InvalidArgument)
+    assert len(failing.tokens()) == 2
+    assert re.fullmatch("(yes|no)[0-9]{3}", bound.wait().text())
+    assert [sink.wait().error for sink in others] == [None] * 3
+
+
+def test_json_holds_a_line_break_and_an_indent_between_its_parts_and_no_more(harness, compiler):
+    """A model that loves blanks must get on with it: what it may say is bounded."""
+    grammar = GRAMMARS["schema"]
+    love = {ord(c): 90.0 for c in " \t\r\n"}
+    generation = request(grammar, logit_bias=love)
+    generation = replace(generation, stopping=StopConditions(max_new_tokens=500))
+    sink = harness.submit(generation, compiler.compile(grammar)).wait()
+    assert sink.completions()[0].finish_reason is FinishReason.STOP
+    assert set(json.loads(sink.text())) == {"a", "b"}
+    assert max(map(len, re.findall(r"\s+", sink.text()))) <= 34
+
+
+@pytest.mark.parametrize("indent", [None, 2, 8])
+def test_pretty_printed_json_is_allowed(compiler, indent):
+    text = json.dumps({"a": [1, {"b": {"c": []}}], "d": "x y"}, indent=indent)
+    state = compiler.compile(Grammar(GrammarKind.JSON_OBJECT)).begin(text.encode())
+    assert state.allowed()[EOS]
+
+
+def test_the_same_grammar_is_compiled_once(compiler, monkeypatch):
+    grammar = Grammar(GrammarKind.REGEX, "once+")
+    compiled = []
+    compile_ = compiler._compile
+    monkeypatch.setattr(compiler, "_compile", lambda g: compiled.append(g) or compile_(g))
+    for _ in range(3):
+        compiler.compile(grammar)
+    assert compiled == [grammar]
+    for i in range(KEPT_GRAMMARS):
+        compiler.compile(Grammar(GrammarKind.REGEX, f"x{i}"))
+    assert len(compiler._compiled) == KEPT_GRAMMARS
+    compiler.compile(grammar)
+    assert compiled[-1] == grammar
 
 
 def test_a_resumed_output_goes_on_within_its_grammar(harness, compiler):
