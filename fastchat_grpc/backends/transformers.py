@@ -88,7 +88,9 @@ class TransformersBackend:
         built = self._engine
         request = self._resolve_adapter(built, request)
         _check(built, request)
-        token_ids = await asyncio.to_thread(prompts.prepare, built.loaded.tokenizer, request, built.context_length)
+        token_ids = await asyncio.to_thread(
+            prompts.prepare, built.loaded.tokenizer, request, built.context_length, output_apart=built.output_apart
+        )
         grammar = None
         if request.grammar is not None:
             grammar = await asyncio.to_thread(built.grammars.compile, request.grammar)

@@ -16,6 +16,7 @@ from fastchat_grpc.engine.engine import Delivery, Engine
 from fastchat_grpc.engine.grammar import GrammarCompiler
 from fastchat_grpc.engine.kv_cache import BlockPool
 from fastchat_grpc.engine.model_runner import BLOCK_SIZE, ModelRunner, PackedRunner, make_packed_runner
+from fastchat_grpc.engine.output_rules import OutputRules
 from fastchat_grpc.engine.scheduler import Scheduler, SchedulerLimits
 from fastchat_grpc.engine.sequential_runner import SequentialRunner
 from fastchat_grpc.errors import ModelLoadError
@@ -33,6 +34,8 @@ MAX_RUNNING = {"cpu": 64}
 MAX_RUNNING_ELSEWHERE = 256
 PREFILL_TOKENS = {"cpu": 256}
 PREFILL_TOKENS_ELSEWHERE = 2048
+LOGPROB_BYTES = 64 * 1024**2
+"""Logits of a step's prompt tokens whose log probabilities are wanted; what is made of them takes as much again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +50,11 @@ class BuiltEngine:
     """The model's, or what the cache holds if that is less."""
     max_running: int
     capabilities: frozenset[Capability]
+
+    @property
+    def output_apart(self) -> bool:
+        """Whether prompt and output have a context each."""
+        return self.loaded.kind is ModelKind.ENCODER_DECODER
 
 
 def build_engine(
@@ -65,12 +73,15 @@ def build_engine(
     block_count = _block_count(runner, loaded, settings, max_running)
     if isinstance(runner, PackedRunner):
         runner.allocate(block_count)
-    context_length = min(loaded.context_length, block_count * BLOCK_SIZE)
+    encoder_decoder = loaded.kind is ModelKind.ENCODER_DECODER
+    # An encoder-decoder has a whole context for its input and another for its output.
+    context_length = min(loaded.context_length, block_count * BLOCK_SIZE // (2 if encoder_decoder else 1))
     limits = SchedulerLimits(
         max_running=max_running,
         prefill_tokens=settings.prefill_tokens or PREFILL_TOKENS.get(device, PREFILL_TOKENS_ELSEWHERE),
         reuse_prefixes=runner.reuses_prefixes and settings.prefix_cache,
         whole_prompts=runner.whole_prompts,
+        logprob_tokens=max(1, LOGPROB_BYTES // (4 * loaded.vocabulary_size)),
     )
     log.info(
         "%s, %d requests at once, cache of %d tokens", type(runner).__name__, max_running, block_count * BLOCK_SIZE
@@ -83,6 +94,10 @@ def build_engine(
         context_length=context_length,
         stream_interval=config.stream_interval,
         seed=config.model.seed,
+        encoder_decoder=encoder_decoder,
+        rules=OutputRules.of(loaded.base.generation_config, runner.start_token)
+        if encoder_decoder and isinstance(runner, SequentialRunner)
+        else None,
     )
     return BuiltEngine(
         engine=engine,

@@ -21,9 +21,11 @@ from typing import Any
 import torch
 
 from fastchat_grpc.core import Event, FinishReason, GenerateRequest, Timings, TokenLogprob
+from fastchat_grpc.engine.failures import end_process, is_broken, is_out_of_memory
 from fastchat_grpc.engine.grammar import CompiledGrammar
 from fastchat_grpc.engine.logprobs import token_logprobs, unknown_logprob
-from fastchat_grpc.engine.model_runner import ModelRunner, StepLogits, is_out_of_memory
+from fastchat_grpc.engine.model_runner import ModelRunner, StepLogits
+from fastchat_grpc.engine.output_rules import OutputRules
 from fastchat_grpc.engine.request import Batch, Request, Sequence
 from fastchat_grpc.engine.sampler import Sampler
 from fastchat_grpc.engine.scheduler import Scheduler
@@ -35,6 +37,8 @@ from fastchat_grpc.text.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 SEED_MASK = 2**64 - 1
+CLOSE_TIMEOUT_S = 60.0
+"""How long closing waits for the step that runs: a long prompt on a slow machine takes some seconds."""
 
 
 @dataclass(slots=True)
@@ -70,21 +74,25 @@ class Engine:
         stream_interval: int,
         seed: int | None = None,
         encoder_decoder: bool = False,
+        rules: OutputRules | None = None,
         clock: Callable[[], float] = monotonic,
+        die: Callable[[str], None] = end_process,
     ) -> None:
         self.scheduler = scheduler
         self.generated_tokens = 0
         self.processed_tokens = 0
         """Prompt and output tokens computed since start: what a watchdog looks at."""
         self._runner = runner
+        scheduler.on_free = runner.release
         self._tokenizer = tokenizer
-        self._sampler = Sampler(tokenizer.eos_token_ids)
+        self._sampler = Sampler(tokenizer.eos_token_ids, rules, context_length)
         self._deliver = deliver
         self._context_length = context_length
         self._stream_interval = stream_interval
         self._encoder_decoder = encoder_decoder
         self._seeds: random.Random = random.SystemRandom() if seed is None else random.Random(seed)
         self._clock = clock
+        self._die = die
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._requests: dict[int, Request] = {}
         self._jobs: deque[Job] = deque()
@@ -126,7 +134,9 @@ class Engine:
         self._closing = True
         self._commands.put(lambda: None)
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(CLOSE_TIMEOUT_S)
+        if self._thread.is_alive():
+            log.error("the engine is still in a step after %.0f s and is left to end by itself", CLOSE_TIMEOUT_S)
 
     @property
     def request_count(self) -> int:
@@ -136,25 +146,40 @@ class Engine:
     # The engine thread.
 
     def _run(self) -> None:
-        with torch.inference_mode():
-            while not self._closing:
-                try:
-                    self._take_commands()
-                    self._work_on_job()
-                    self._step()
-                except Exception as error:
-                    # A fault of the engine itself: nothing that it knows of a request can be trusted now.
-                    log.exception("the engine failed; all its requests fail")
-                    self._fail_all(BackendFailed(f"the engine failed: {type(error).__name__}"))
-                self._flush()
-        self._fail_all(WorkerUnavailable("the engine was closed"))
-        for job in self._jobs:
-            job.future.cancel()
-        self._flush()
+        try:
+            with torch.inference_mode():
+                while not self._closing:
+                    self._turn()
+            self._fail_all(WorkerUnavailable("the engine was closed"))
+            for job in self._jobs:
+                job.future.cancel()
+            self._flush()
+        except BaseException:
+            # Nobody would answer any more, and the worker would look idle.
+            log.exception("the engine thread ended")
+            self._die("the engine thread ended")
+
+    def _turn(self) -> None:
+        """One round of the loop. What fails here is the engine itself: nothing it knows of a request can be trusted."""
+        try:
+            self._take_commands()
+            self._work_on_job()
+            self._step()
+        except Exception as error:
+            log.exception("the engine failed; all its requests fail")
+            self._fail_all(BackendFailed(f"the engine failed: {type(error).__name__}"))
+        try:
+            self._flush()
+        except Exception as error:
+            log.exception("events could not be delivered; all requests fail")
+            self._fail_all(BackendFailed(f"events could not be delivered: {type(error).__name__}"))
+            self._flush()
 
     def _take_commands(self) -> None:
         """Carry out what other threads want; wait for it where there is nothing else to do."""
         idle = not (self.scheduler.running or self.scheduler.waiting or self._jobs)
+        if idle:
+            self._sampler.forget()
         try:
             while True:
                 self._commands.get(block=idle)()
@@ -330,7 +355,6 @@ class Engine:
         sequence.finished = True
         self.scheduler.remove(sequence)
         self.scheduler.requeue_followers(sequence)
-        self._runner.release(sequence)
         sequence.sampling_state = None
 
     # When things go wrong.
@@ -359,6 +383,10 @@ class Engine:
             self._fail(largest, OutOfMemory(f"no memory for a request of {len(largest.prompt)} prompt tokens"))
             return
         log.error("a step failed, and %d sequences with it", len(batch.sequences), exc_info=error)
+        if is_broken(self._runner.device):
+            self._fail_all(WorkerUnavailable("the device of this worker has failed"))
+            self._die(f"the device {self._runner.device} computes nothing any more")
+            return
         for sequence in batch.sequences:
             self._fail(sequence.request, BackendFailed(f"the model failed in a step: {type(error).__name__}"))
 

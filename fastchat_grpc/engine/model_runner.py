@@ -59,6 +59,11 @@ class ModelRunner(Protocol):
     reuses_prefixes: bool
     """Whether blocks of one sequence can serve another."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        ...
+
     def run(self, batch: Batch) -> StepLogits:
         """Compute the batch, then carry out its forks."""
         ...
@@ -83,7 +88,7 @@ class PackedRunner:
     ) -> None:
         self._model = model
         self._activate = activate
-        self._device: torch.device = model.get_input_embeddings().weight.device
+        self.device: torch.device = model.get_input_embeddings().weight.device
         self._shapes = shapes
         on_cpu = all(dtype == torch.float32 and device.type == "cpu" for *_, dtype, device in self._shapes)
         self._kernels = kernels() if on_cpu and fast else None
@@ -159,7 +164,7 @@ class PackedRunner:
                     cache[b : b + BLOCK_SIZE] = cache[a : a + BLOCK_SIZE]
 
     def _tensor(self, array: NDArray[np.int64]) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device)
+        return torch.from_numpy(array).to(self.device)
 
 
 class _Places:
@@ -256,10 +261,3 @@ def make_packed_runner(model: Any, activate: Callable[[str], None], *, fast: boo
         log.warning("the fast path for CPUs is off by %.2g on this model, and left out", probe.error)
         undo()
     return PackedRunner(model, probe.shapes, activate, fast)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed, on whatever device."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "memory" in str(error) and "alloc" in str(error)

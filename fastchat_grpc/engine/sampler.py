@@ -1,10 +1,11 @@
 """From logits to tokens: every row by its own request's parameters, all rows at once.
 
 The order, each part skipped where it changes nothing: grammar, logit bias, min_new_tokens, repetition
-penalty, presence and frequency penalties, temperature, top-p, top-k, min-p. (Penalties before temperature, as in
-the OpenAI API, vLLM, SGLang and Hugging Face: they mean the same at any temperature. Hugging Face and vLLM put
-top-k before top-p.) The last three all keep the likeliest tokens, so they are found together from a
-partial sort. Greedy rows (`SamplingParams.greedy`) take the likeliest token after the penalties.
+penalty, presence and frequency penalties, an encoder-decoder's own rules, temperature, top-p, top-k, min-p.
+(Penalties before temperature, as in the OpenAI API, vLLM, SGLang and Hugging Face: they mean the same at any
+temperature. Hugging Face and vLLM put top-k before top-p.) The last three all keep the likeliest tokens, so
+they are found together from a partial sort. Greedy rows (`SamplingParams.greedy`) take the likeliest token
+after the penalties.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from fastchat_grpc.core import GREEDY_TEMPERATURE
+from fastchat_grpc.engine.output_rules import OutputRules
 from fastchat_grpc.engine.penalties import TokenCounts, penalize, penalizes
 from fastchat_grpc.engine.request import Sequence
 from fastchat_grpc.engine.rng import uniforms
@@ -29,9 +31,17 @@ SUM_BLOCK = 256
 class Sampler:
     """Chooses the next tokens. Remembers the last batch's parameters, which rarely change between two steps."""
 
-    def __init__(self, eos_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self, eos_token_ids: frozenset[int], rules: OutputRules | None = None, output_tokens: int = 2**31 - 1
+    ) -> None:
         self._eos_token_ids = eos_token_ids
+        self._rules = rules or None
+        self._output_tokens = output_tokens
         self._parameters: _Parameters | None = None
+
+    def forget(self) -> None:
+        """Let go of the last batch."""
+        self._parameters = None
 
     def constrain(self, logits: torch.Tensor, sequences: Rows[Sequence]) -> dict[int, Exception]:
         """Forbid in place what grammars do not allow. Returns the errors of grammars that failed, by row."""
@@ -82,8 +92,16 @@ class Sampler:
         if rows.penalized:
             counts = [_counts(sequences[row]) for row in rows.penalized]
             penalize(logits, rows.penalized, counts, [sequences[row].request.spec.sampling for row in rows.penalized])
+        if self._rules is not None:
+            for row, sequence in enumerate(sequences):
+                self._apply_rules(self._rules, logits[row], sequence)
         if rows.scaled:
             logits /= rows.temperature
+
+    def _apply_rules(self, rules: OutputRules, logits: torch.Tensor, sequence: Sequence) -> None:
+        if sequence.grammar is None:  # which says itself what may stand where
+            limit = min(sequence.request.spec.stopping.max_new_tokens, self._output_tokens)
+            rules.apply(logits, sequence.tokens[sequence.prompt_length :], limit)
 
     def _suppress_end(self, logits: torch.Tensor, sequence: Sequence) -> None:
         """Forbid what would end the output before min_new_tokens, unless a grammar allows nothing else."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from fastchat_grpc.engine.kv_cache import BlockPool
@@ -22,9 +22,11 @@ class SchedulerLimits:
     """Prompt tokens per step at most."""
     step_seconds: float = 0.25
     """What a running stream should wait for between two tokens; pieces of prompts are cut to it."""
+    logprob_tokens: int = 2**31 - 1
+    """Of these, those of prompts that want log probabilities, which take a row of logits each."""
     reuse_prefixes: bool = True
     whole_prompts: bool = False
-    """Never split a prompt, for models whose state cannot be continued in pieces."""
+    """Never split a prompt and never repeat a step, for models whose own state moves on with every call."""
 
 
 class Scheduler:
@@ -39,6 +41,8 @@ class Scheduler:
     def __init__(self, pool: BlockPool, limits: SchedulerLimits) -> None:
         self.pool = pool
         self.limits = limits
+        self.on_free: Callable[[Sequence], None] = lambda sequence: None
+        """Told of every sequence that loses its blocks, for what is kept of it beside them."""
         self.waiting: list[Sequence] = []  # sorted by order
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -99,6 +103,10 @@ class Scheduler:
         """Make the next steps smaller, after one that ran out of memory. False if they cannot be."""
         for _, child in batch.forks:
             self.preempt(child)
+        if self.limits.whole_prompts:
+            # Some of them have moved on and some have not: all begin again.
+            for chunk in batch.chunks:
+                self.preempt(chunk.sequence)
         smallest = self.limits.whole_prompts or self._prefill_tokens <= self.pool.block_size
         if len(batch.chunks) == 1 and (batch.chunks[0].count == 1 or smallest):
             return False
@@ -162,15 +170,27 @@ class Scheduler:
             return []
         if self.limits.whole_prompts:
             return [(s, len(s.tokens) - s.computed) for s in sequences]
+        most = self._most(sequences)
         oldest = min(sequences, key=lambda s: s.order)
-        shares = {id(oldest): min(max(budget // 4, 1), len(oldest.tokens) - oldest.computed)}
+        shares = {id(oldest): min(max(budget // 4, 1), most[id(oldest)])}
         budget -= shares[id(oldest)]
         for sequence in sorted(sequences, key=lambda s: (len(s.tokens) - s.computed, s.order)):
-            rest = len(sequence.tokens) - sequence.computed - shares.get(id(sequence), 0)
-            share = min(rest, budget)
+            share = min(most[id(sequence)] - shares.get(id(sequence), 0), budget)
             shares[id(sequence)] = shares.get(id(sequence), 0) + share
             budget -= share
         return [(s, shares[id(s)]) for s in sequences if shares[id(s)] > 0]
+
+    def _most(self, sequences: list[Sequence]) -> dict[int, int]:
+        """What each sequence may compute in a step, the budget aside."""
+        logprob_tokens = self.limits.logprob_tokens
+        most: dict[int, int] = {}
+        for sequence in sorted(sequences, key=lambda s: s.order):
+            count = len(sequence.tokens) - sequence.computed
+            if sequence.request.wants_prompt_logprobs:
+                count = min(count, logprob_tokens)
+                logprob_tokens -= count
+            most[id(sequence)] = count
+        return most
 
     def _admit(self, budget: int, promised: int) -> list[Sequence]:
         """Let waiting sequences join while there are slots, blocks, and tokens left in this step.
@@ -243,6 +263,7 @@ class Scheduler:
         self.pool.release(sequence.table.blocks)
         sequence.table.clear()
         sequence.computed = 0
+        self.on_free(sequence)
 
 
 def _prefilling(sequence: Sequence) -> bool:

@@ -39,7 +39,7 @@ class SequentialRunner:
     def __init__(self, model: Any, activate: Callable[[str], None]) -> None:
         self._model = model
         self._activate = activate
-        self._device: torch.device = model.get_input_embeddings().weight.device
+        self.device: torch.device = model.get_input_embeddings().weight.device
         self._encoder_decoder = bool(model.config.is_encoder_decoder)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -72,7 +72,7 @@ class SequentialRunner:
                 prompt = self._tensor(sequence.request.prompt)
                 state.encoder_outputs = self._model.get_encoder()(input_ids=prompt, return_dict=True)
             arguments["encoder_outputs"] = state.encoder_outputs
-            token_ids = [self._start_token, *sequence.tokens[sequence.prompt_length :]]
+            token_ids = [self.start_token, *sequence.tokens[sequence.prompt_length :]]
             fresh = len(token_ids) if first else chunk.count
         # A model without a cache is given everything again.
         known = bool(state.cache)
@@ -90,7 +90,8 @@ class SequentialRunner:
         return logits.float()
 
     @property
-    def _start_token(self) -> int:
+    def start_token(self) -> int:
+        """Token that an encoder-decoder's output begins with."""
         for config in (self._model.generation_config, self._model.config):
             for name in ("decoder_start_token_id", "bos_token_id"):
                 token = getattr(config, name, None)
@@ -99,7 +100,7 @@ class SequentialRunner:
         return 0
 
     def _tensor(self, token_ids: list[int]) -> torch.Tensor:
-        return torch.tensor([token_ids], device=self._device)
+        return torch.tensor([token_ids], device=self.device)
 
 
 def _fork(state: _State) -> _State:

@@ -25,8 +25,13 @@ def tokenize(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     return token_ids
 
 
-def prepare(tokenizer: Tokenizer, request: GenerateRequest, context_length: int) -> list[int]:
+def prepare(
+    tokenizer: Tokenizer, request: GenerateRequest, context_length: int, *, output_apart: bool = False
+) -> list[int]:
     """Token ids of a request's prompt, truncated if it asks for that.
+
+    Args:
+        output_apart: the output has a context of its own, as in an encoder-decoder, and needs no room beside it.
 
     Raises:
         InvalidArgument: a token id of the request is outside the vocabulary.
@@ -40,7 +45,7 @@ def prepare(tokenizer: Tokenizer, request: GenerateRequest, context_length: int)
     token_ids = tokenize(tokenizer, request.prompt)
     if request.truncate_prompt_tokens is not None:
         token_ids = token_ids[-request.truncate_prompt_tokens :]
-    if len(token_ids) >= context_length:
+    if len(token_ids) >= context_length + output_apart:
         raise PromptTooLong("input", len(token_ids), context_length)
     return token_ids
 

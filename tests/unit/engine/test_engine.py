@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 
 import pytest
@@ -17,6 +18,7 @@ from fastchat_grpc.core import (
     StopConditions,
     TokenPrompt,
 )
+from fastchat_grpc.engine.output_rules import OutputRules
 from fastchat_grpc.errors import BackendFailed, OutOfMemory, WorkerUnavailable
 from tests.unit.engine.tiny import CONFIGS, Harness, greedy_by_generate, tiny, tiny_t5
 
@@ -334,3 +336,176 @@ def test_prefixes_of_one_adapter_do_not_serve_another(llama):
         sinks = harness.run(ask(prompt(64), lora_adapter="a"), ask(prompt(64), lora_adapter="b"), ask(prompt(64)))
     assert [sink.completions()[0].usage.cached_tokens for sink in sinks] == [0, 0, 48]
     assert set(active) == {"", "a", "b"}
+
+
+@pytest.mark.parametrize("name", ["t5", "mamba", "gemma2"])
+@pytest.mark.parametrize("failing", [3, 8, 11])
+def test_a_step_that_ran_out_of_memory_half_way_is_not_done_twice(name, failing):
+    """Models with caches of their own have moved on by the chunks before the one that failed."""
+    model = tiny_t5() if name == "t5" else tiny(name)
+    prompts = [prompt(10 + n) for n in range(4)]
+    expected = [greedy_by_generate(model, p, 12) for p in prompts]
+    with Harness(model, packed=False) as harness:
+        forward, calls = harness.runner._forward, []
+
+        def limited(*arguments, **options):
+            calls.append(1)
+            if len(calls) == failing:
+                raise MemoryError("simulated")
+            return forward(*arguments, **options)
+
+        harness.runner._forward = limited
+        sinks = harness.run(*(ask(p) for p in prompts))
+        assert harness.scheduler.preemptions > 0
+    assert [sink.error for sink in sinks] == [None] * 4
+    assert [sink.tokens() for sink in sinks] == expected
+
+
+def test_a_preempted_sequence_keeps_nothing_in_memory():
+    model = tiny("mamba")
+    prompts = [prompt(30, seed) for seed in range(6)]
+    expected = [greedy_by_generate(model, p, 40) for p in prompts]
+    kept = []
+    with Harness(model, blocks=14, packed=False) as harness:
+        run = harness.runner.run
+
+        def watched(batch):
+            kept.extend(s for s in harness.scheduler.waiting if s.runner_state is not None)
+            return run(batch)
+
+        harness.runner.run = watched
+        sinks = harness.run(*(ask(p, 40) for p in prompts))
+        assert harness.scheduler.preemptions > 0
+    assert not kept
+    assert [sink.tokens() for sink in sinks] == expected
+
+
+def test_the_last_batch_is_let_go_of_when_nothing_runs(llama):
+    with Harness(llama) as harness:
+        harness.run(ask(prompt(20)))
+        until(lambda: harness.engine._sampler._parameters is None)
+
+
+def test_events_that_cannot_be_delivered_fail_requests_and_not_the_engine(llama):
+    with Harness(llama) as harness:
+        deliver, failing = harness.engine._deliver, [True]
+
+        def fragile(deliveries):
+            if failing and any(delivery.events for delivery in deliveries):
+                failing.clear()
+                raise ValueError("no such sink")
+            deliver(deliveries)
+
+        harness.engine._deliver = fragile
+        assert isinstance(harness.run(ask(prompt(20)))[0].error, BackendFailed)
+        assert len(harness.run(ask(prompt(20)))[0].tokens()) == 12
+
+
+def test_an_engine_thread_that_ends_by_itself_ends_the_process(llama):
+    reasons = []
+    harness = Harness(llama)
+    harness.engine._die = reasons.append
+    harness.engine._deliver = lambda deliveries: (_ for _ in ()).throw(ValueError("gone"))
+    with harness:
+        harness.submit(ask(prompt(20)))
+        until(lambda: reasons)
+    assert reasons == ["the engine thread ended"]
+
+
+def test_a_device_that_computes_nothing_any_more_ends_the_process(llama, monkeypatch):
+    """A CUDA error sticks: each further step would fail, and the worker would look idle and well."""
+    reasons = []
+    with Harness(llama) as harness:
+        harness.engine._die = reasons.append
+
+        def illegal(batch):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        monkeypatch.setattr(harness.runner, "run", illegal)
+        sick = harness.run(ask(prompt(20)))[0]
+        assert isinstance(sick.error, BackendFailed)
+        assert not reasons, "the device still computes: only the step's requests fail"
+        monkeypatch.setattr("fastchat_grpc.engine.engine.is_broken", lambda device: True)
+        sick = harness.run(ask(prompt(20)))[0]
+    assert isinstance(sick.error, WorkerUnavailable)
+    assert reasons == ["the device cpu computes nothing any more"]
+
+
+def test_closing_does_not_wait_for_ever(llama, monkeypatch, caplog):
+    monkeypatch.setattr("fastchat_grpc.engine.engine.CLOSE_TIMEOUT_S", 0.05)
+    release, entered = threading.Event(), threading.Event()
+    with Harness(llama) as harness:
+
+        def stuck(batch):
+            entered.set()
+            release.wait(60)
+            raise ValueError("late")
+
+        monkeypatch.setattr(harness.runner, "run", stuck)
+        harness.submit(ask(prompt(20)))
+        assert entered.wait(60)
+        harness.engine.close()
+        assert "left to end by itself" in caplog.text
+        release.set()
+        harness.engine._thread.join(60)
+        assert not harness.engine._thread.is_alive()
+
+
+def test_prompts_with_log_probabilities_are_computed_in_slices(llama):
+    """Each takes a row of logits in float32: 1.2 GB for 2,048 tokens of a vocabulary of 152,000."""
+    options = OutputOptions(prompt_logprobs=1)
+    prompts = [prompt(100), prompt(90)]
+    rows = []
+    with Harness(llama, prefill_tokens=64, logprob_tokens=20) as harness:
+        run = harness.runner.run
+
+        def watched(batch):
+            result = run(batch)
+            rows.append(len(result.logits))
+            return result
+
+        harness.runner.run = watched
+        sinks = harness.run(*(ask(p, output=options) for p in prompts), ask(prompt(60)))
+    assert max(rows) <= 20 + 3
+    for tokens, sink in zip(prompts, sinks, strict=False):
+        expected = llama(torch.tensor([tokens])).logits[0].log_softmax(-1)
+        shown = [entry.logprob for entry in sink.prompt().logprobs]
+        assert shown[1:] == pytest.approx([float(expected[i, t]) for i, t in enumerate(tokens[1:])], abs=1e-3)
+
+
+def test_an_encoder_decoders_prompt_takes_no_room_of_its_output():
+    """A context of 512: an article of 500 tokens is followed by as many tokens as were asked for."""
+    model = tiny_t5()
+    with Harness(model, packed=False, encoder_decoder=True) as harness:
+        sink = harness.run(ask(prompt(500), 40))[0]
+    assert sink.tokens() == greedy_by_generate(model, prompt(500), 40)
+    assert sink.completions()[0].usage.completion_tokens == 40
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"forced_bos_token_id": 7},
+        {"forced_eos_token_id": 9},
+        {"forced_eos_token_id": [9, 11]},
+        {"suppress_tokens": list(range(0, 256, 3))},
+        {"begin_suppress_tokens": list(range(1, 256, 2))},
+        {"begin_suppress_tokens": list(range(0, 256, 2)), "forced_bos_token_id": 7},
+        {"no_repeat_ngram_size": 1},
+        {"no_repeat_ngram_size": 2},
+        {"no_repeat_ngram_size": 3},
+        {"bad_words_ids": [[i] for i in range(128)]},
+        {"bad_words_ids": [[i, j] for i in range(40, 80) for j in range(0, 256, 2)]},
+    ],
+    ids=lambda rules: "_".join(rules),
+)
+def test_an_encoder_decoders_own_rules_hold_as_in_generate(rules):
+    from transformers import GenerationConfig
+
+    model = tiny_t5()
+    config = GenerationConfig(**rules, decoder_start_token_id=0)
+    free = greedy_by_generate(model, prompt(30), 20)
+    expected = greedy_by_generate(model, prompt(30), 20, generation_config=config)
+    with Harness(model, packed=False, encoder_decoder=True, rules=OutputRules.of(config, 0)) as harness:
+        assert harness.run(ask(prompt(30), 20))[0].tokens() == expected
+    assert expected != free

@@ -123,6 +123,8 @@ class Harness:
         packed: bool | None = None,
         prefix_cache: bool = True,
         activate: Any = lambda name: None,
+        logprob_tokens: int = 10_000,
+        **engine: Any,
     ) -> None:
         with torch.inference_mode():
             runner: Any = make_packed_runner(model, activate) if packed is not False else None
@@ -139,6 +141,7 @@ class Harness:
             prefill_tokens=prefill_tokens,
             reuse_prefixes=prefix_cache and runner.reuses_prefixes,
             whole_prompts=runner.whole_prompts,
+            logprob_tokens=logprob_tokens,
         )
         self.scheduler = Scheduler(self.pool, limits)
         self.tokenizer = EchoTokenizer()
@@ -149,6 +152,7 @@ class Harness:
             self._deliver,
             context_length=min(512, blocks * BLOCK_SIZE),
             stream_interval=1,
+            **engine,
         )
         self.steps = 0
 
@@ -179,7 +183,7 @@ class Harness:
                 sink.done.set()
 
 
-def greedy_by_generate(model: Any, prompt: list[int], count: int) -> list[int]:
+def greedy_by_generate(model: Any, prompt: list[int], count: int, **options: Any) -> list[int]:
     """What transformers' generate says, without ending early."""
     out = model.generate(
         torch.tensor([prompt]),
@@ -188,6 +192,7 @@ def greedy_by_generate(model: Any, prompt: list[int], count: int) -> list[int]:
         do_sample=False,
         eos_token_id=None,
         pad_token_id=0,
+        **options,
     )
     start = 1 if model.config.is_encoder_decoder else len(prompt)
     return out[0, start:].tolist()
