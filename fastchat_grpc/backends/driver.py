@@ -37,6 +37,7 @@ from fastchat_grpc.core import (
     TextPrompt,
     Timings,
     TokenLogprob,
+    TokenPrompt,
     TopLogprob,
 )
 from fastchat_grpc.errors import BackendFailed, FastChatError
@@ -49,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 LONG_PROMPT_CHARACTERS = 20_000
 """Prompts longer than this are tokenized in a thread, as it takes milliseconds."""
+LONG_PROMPT_TOKENS = 5_000
+"""As many token ids are checked, or made text, in a thread."""
 _CHOICE_STRIDE = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: spreads successive indices over all seeds
 
 
@@ -125,9 +128,12 @@ class Job:
         return max(1, min(self.request.stopping.max_new_tokens, room) - made)
 
     def min_tokens(self, index: int) -> int:
-        """Tokens before which the engine must not make an end of sequence or stop token."""
+        """Tokens before which the engine must not make an end of sequence or stop token; at most `max_tokens`.
+
+        A request may ask for more than its prompt leaves room for; engines take that for an error.
+        """
         made = len(self.request.resumed_choice(index).output_token_ids)
-        return max(0, self.request.stopping.min_new_tokens - made)
+        return min(self.max_tokens(index), max(0, self.request.stopping.min_new_tokens - made))
 
     def show_prompt(self, logprobs: tuple[TokenLogprob, ...] = ()) -> None:
         """Send the prompt event if the request asks for it. Call it before the first `feed`."""
@@ -331,4 +337,5 @@ def _characters(prompt: Prompt) -> int:
             return len(text)
         case ChatPrompt() as chat:
             return sum(len(message.content) if isinstance(message.content, str) else 1000 for message in chat.messages)
-    return 0
+        case TokenPrompt(token_ids):
+            return len(token_ids) * (LONG_PROMPT_CHARACTERS // LONG_PROMPT_TOKENS)

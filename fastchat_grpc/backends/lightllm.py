@@ -101,6 +101,7 @@ class LightllmBackend(ServedBackend):
             tokenizer=tokenizer,
             context_length=folder.context(settings),
             capabilities=TRAITS["lightllm"].capabilities(chat=bool(tokenizer.chat_template)),
+            default_sampling=folder.default_sampling,
         )
         return self._served_model.infos()
 
@@ -170,14 +171,18 @@ def check_limits(request: GenerateRequest) -> None:
     for name in ("presence_penalty", "frequency_penalty"):
         if getattr(sampling, name) < 0:
             raise UnsupportedField(f"sampling.{name}", f"LightLLM allows at least 0, got {getattr(sampling, name):g}")
+    if sampling.repetition_penalty < 1:
+        raise UnsupportedField(
+            "sampling.repetition_penalty", f"LightLLM allows at least 1, got {sampling.repetition_penalty:g}"
+        )
     counts_output = bool(sampling.presence_penalty or sampling.frequency_penalty)
-    if counts_output and sampling.repetition_penalty > 1:
+    if counts_output and sampling.repetition_penalty != 1:
         raise UnsupportedField(
             "sampling.repetition_penalty",
             "LightLLM applies all penalties to the same tokens: not together with presence or frequency penalties",
         )
     plain = sampling.greedy or sampling.temperature == 1.0
-    changed = counts_output or sampling.repetition_penalty > 1 or request.stopping.min_new_tokens
+    changed = counts_output or sampling.repetition_penalty != 1 or request.stopping.min_new_tokens
     if request.output.logprobs is not None and (changed or not plain):
         raise UnsupportedField(
             "output.logprobs",
@@ -208,9 +213,9 @@ def _sampling(sampling: SamplingParams) -> dict[str, Any]:
             "top_p": sampling.top_p,
             "top_k": sampling.top_k if sampling.top_k > 0 else -1,
         }
-    repeats = sampling.repetition_penalty > 1
+    repeats = sampling.repetition_penalty != 1
     chosen |= {
-        "repetition_penalty": max(1.0, sampling.repetition_penalty),
+        "repetition_penalty": sampling.repetition_penalty,
         "presence_penalty": sampling.presence_penalty,
         "frequency_penalty": sampling.frequency_penalty,
         # Ours counts the prompt for the repetition penalty alone.

@@ -32,9 +32,10 @@ from fastchat_grpc.backends.served import (
     whole_number,
 )
 from fastchat_grpc.config import BackendConfig, ModelConfig
-from fastchat_grpc.core import EmbedRequest, EmbedResult, Event, GenerateRequest, ModelInfo
+from fastchat_grpc.core import EmbedRequest, EmbedResult, Event, GenerateRequest, ModelInfo, SamplingDefaults
 from fastchat_grpc.errors import ConfigError, ModelLoadError, WorkerUnavailable
 from fastchat_grpc.models.embedded import EMBEDDED_MODEL, embedded_gguf
+from fastchat_grpc.models.generation_config import default_sampling
 from fastchat_grpc.models.overrides import override_for
 from fastchat_grpc.models.resolve import resolve
 
@@ -140,7 +141,7 @@ class _Loader:
     def __init__(self, config: BackendConfig) -> None:
         self._config = config
         self.max_running = config.model.max_running or DEFAULT_MAX_RUNNING
-        self._threads = whole_number(config, "threads", len(os.sched_getaffinity(0)))
+        self._threads = whole_number(config, "threads", cpu_count())
         self._gpu_layers = whole_number(config, "gpu_layers", _ALL_LAYERS, low=_ALL_LAYERS)
         self._prefill_tokens = whole_number(config, "prefill_tokens", 256)
         self._kv_cache_tokens = whole_number(config, "kv_cache_tokens", 0, low=0)
@@ -176,6 +177,7 @@ class _Loader:
             context_length=context_length,
             capabilities=TRAITS["llama_cpp"].capabilities(chat=bool(tokenizer.chat_template)),
             embedding_size=size,
+            default_sampling=_default_sampling(llama, model),
         )
         self.engine = LlamaEngine(llama, model, context, tokenizer, limits, on_close=self._close_embedder)
         return self.engine
@@ -300,6 +302,27 @@ def _refuse_encoders(llama: Any, model: Any, file: Path) -> None:
     architecture = _metadata(llama, model, "general.architecture")
     if _metadata(llama, model, f"{architecture}.attention.causal") == "false":
         raise ModelLoadError(f"{file} holds an embedding model; use the transformers backend")
+
+
+_SAMPLING_KEYS = {
+    "temperature": "temp",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
+"""Fields of SamplingDefaults by llama.cpp's names of them (`general.sampling.*` of a GGUF file)."""
+
+
+def _default_sampling(llama: Any, model: Any) -> SamplingDefaults:
+    """What the file says of sampling where a request chooses nothing; most files say nothing."""
+    said = {name: _metadata(llama, model, f"general.sampling.{key}") for name, key in _SAMPLING_KEYS.items()}
+    return default_sampling({name: text for name, text in said.items() if text})
+
+
+def cpu_count() -> int:
+    """Processors that this process may use. Not every system has affinities, macOS for one."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _metadata(llama: Any, model: Any, key: str) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastchat_grpc.backends.driver import token_logprob
+from fastchat_grpc.backends.driver import as_domain_error, token_logprob
 from fastchat_grpc.backends.engine_thread import Output, Running
 from fastchat_grpc.backends.llama_cpp_sampler import Sampler
 from fastchat_grpc.core import TokenLogprob
@@ -139,7 +139,7 @@ class LlamaEngine:
         self._admit()
         shares = self._decode()
         for share in shares:
-            yield from self._commit(share)
+            yield from self._commit_safely(share)
 
     def reset(self) -> None:
         for work in self._waiting:
@@ -276,6 +276,16 @@ class LlamaEngine:
             batch.logits[row] = work.scoring or position == len(work.token_ids) - 1
         batch.n_tokens = first_row + count
         return _Share(slot, count, first_row)
+
+    def _commit_safely(self, share: _Share) -> Iterator[Output]:
+        """As `_commit`; what goes wrong with one sequence, such as its grammar, ends that one alone."""
+        assert share.slot.work is not None
+        running = share.slot.work.running
+        try:
+            yield from self._commit(share)
+        except Exception as error:
+            self._release(share.slot)
+            yield Output(running, error=as_domain_error(error))
 
     def _commit(self, share: _Share) -> Iterator[Output]:
         """What a share of the batch brought: log probabilities of the prompt, the next token."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 from typing import Any
 
 from fastchat_grpc.backends.engine_thread import Running
@@ -10,13 +12,17 @@ from fastchat_grpc.errors import BackendFailed, InvalidArgument
 from fastchat_grpc.text.tokenizer import Tokenizer
 
 _MASK = 2**64 - 1
+_NEVER = -1e9
+"""Added to the logits of ends that must not be taken yet. Finite, so that an end which is all that a grammar
+allows is still taken: where every logit is -inf llama.cpp draws any token, and ends the process when the grammar
+cannot go on with it."""
 
 
 class Sampler:
     """One sequence's chain. Owned by the engine's thread; `free` it once.
 
-    Order: suppressed ends, logit bias, grammar, temperature, repetition penalty (prompt and output), presence and
-    frequency penalties (output), top-p, top-k, min-p, the draw. The draw depends on the seed and the token's place
+    Order: suppressed ends, logit bias, grammar, repetition penalty (prompt and output), presence and frequency
+    penalties (output), temperature, top-p, top-k, min-p, the draw. The draw depends on the seed and the token's place
     alone, so a sequence may be preempted, or resumed elsewhere, without a seam.
     """
 
@@ -29,6 +35,7 @@ class Sampler:
         self._greedy = running.job.request.sampling.greedy
         self._place = len(running.token_ids) - running.prompt_length
         self._suppressed = running.min_tokens
+        self._follows_grammar = running.job.request.grammar is not None
         self._chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
         try:
             self._build(tokenizer, running)
@@ -37,11 +44,14 @@ class Sampler:
             raise
 
     def sample(self, row: int) -> int:
-        """The next token, from the logits of a row of the last batch."""
+        """The next token, from the logits of a row of the last batch. BackendFailed where nothing may follow."""
         llama = self._llama
         if not self._greedy:
             llama.llama_sampler_chain_add(self._chain, llama.llama_sampler_init_dist(self._draw_seed()))
-        token_id = int(llama.llama_sampler_sample(self._chain, self._context, row))
+        if self._follows_grammar:
+            token_id = self._sample_checked(row)
+        else:
+            token_id = int(llama.llama_sampler_sample(self._chain, self._context, row))
         if not self._greedy:
             self._drop(llama.llama_sampler_chain_n(self._chain) - 1)
         self._place += 1
@@ -52,6 +62,28 @@ class Sampler:
         if token_id < 0:
             raise BackendFailed("llama.cpp chose no token")
         return token_id
+
+    def _sample_checked(self, row: int) -> int:
+        """As llama_sampler_sample, but a token that the grammar forbids is never given to it.
+
+        There a C++ exception would end the process, with everyone's requests.
+        """
+        import numpy as np
+
+        llama = self._llama
+        logits = np.ctypeslib.as_array(llama.llama_get_logits_ith(self._context, row), (self._size,))
+        rows = np.zeros(self._size, dtype=np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)]))
+        rows["id"], rows["logit"] = np.arange(self._size, dtype=np.int32), logits
+        data = rows.ctypes.data_as(ctypes.POINTER(llama.llama_token_data))
+        candidates = llama.llama_token_data_array(data=data, size=self._size, selected=-1, sorted=False)
+        llama.llama_sampler_apply(self._chain, ctypes.byref(candidates))
+        if not 0 <= candidates.selected < candidates.size:
+            return -1
+        chosen = candidates.data[candidates.selected]
+        if not math.isfinite(chosen.logit):
+            raise BackendFailed("the grammar allows nothing that the model could say next")
+        llama.llama_sampler_accept(self._chain, chosen.id)
+        return int(chosen.id)
 
     def free(self) -> None:
         """Free the chain and its samplers."""
@@ -65,28 +97,28 @@ class Sampler:
         prompt, made = running.token_ids[: running.prompt_length], running.token_ids[running.prompt_length :]
         if self._suppressed:
             ends = {*request.stopping.stop_token_ids, *tokenizer.eos_token_ids}
-            self._add(self._bias({token_id: float("-inf") for token_id in ends}))
+            self._add(self._bias(dict.fromkeys(ends, _NEVER)))
         if sampling.logit_bias:
             self._add(self._bias(dict(sampling.logit_bias)))
         if request.grammar is not None:
             self._add(self._grammar(request.grammar), made)
+        self._add_penalties(running, prompt, made)
         if GREEDY_TEMPERATURE <= sampling.temperature != 1.0:
             self._add(llama.llama_sampler_init_temp(sampling.temperature))
-        self._add_penalties(running, prompt, made)
         if self._greedy:
             self._add(llama.llama_sampler_init_greedy())
             return
         if sampling.top_p < 1:
             self._add(llama.llama_sampler_init_top_p(sampling.top_p, 1))
         if sampling.top_k > 0:
-            self._add(llama.llama_sampler_init_top_k(sampling.top_k))
+            self._add(llama.llama_sampler_init_top_k(min(sampling.top_k, self._size)))
         if sampling.min_p > 0:
             self._add(llama.llama_sampler_init_min_p(sampling.min_p, 1))
 
     def _add_penalties(self, running: Running, prompt: Any, made: Any) -> None:
         llama, sampling = self._llama, running.job.request.sampling
         everything = len(running.token_ids) + running.max_tokens
-        if sampling.repetition_penalty > 1:
+        if sampling.repetition_penalty != 1:
             penalty = sampling.repetition_penalty
             self._add(llama.llama_sampler_init_penalties(self._size, everything, penalty, 0.0, 0.0), [*prompt, *made])
         if sampling.frequency_penalty or sampling.presence_penalty:

@@ -139,5 +139,6 @@ class MlxBackend(ServedBackend):
                 chat=bool(tokenizer.chat_template), embed=made.engine.embedding_size > 0
             ),
             embedding_size=made.engine.embedding_size,
+            default_sampling=folder.default_sampling,
         )
         return made.engine

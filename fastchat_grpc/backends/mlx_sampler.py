@@ -93,15 +93,15 @@ class Chooser:
         if sampling.logit_bias:
             ids, biases = list(sampling.logit_bias), list(sampling.logit_bias.values())
             logits = logits.at[:, mx.array(ids)].add(mx.array(biases))
-        if _has_temperature(sampling):
-            logits = logits / sampling.temperature
-        return self._penalize(tokens, logits) if _penalizes(sampling) else logits
+        if _penalizes(sampling):
+            logits = self._penalize(tokens, logits)
+        return logits / sampling.temperature if _has_temperature(sampling) else logits
 
     def _penalize(self, tokens: Any, logits: Any) -> Any:
         import mlx.core as mx
 
         sampling = self._sampling
-        if sampling.repetition_penalty > 1:
+        if sampling.repetition_penalty != 1:
             seen = logits[:, tokens]
             penalty = sampling.repetition_penalty
             logits[:, tokens] = mx.where(seen > 0, seen / penalty, seen * penalty)
@@ -160,7 +160,7 @@ def _filtered(logprobs: Any, sampling: SamplingParams) -> Any:
 
 
 def _penalizes(sampling: SamplingParams) -> bool:
-    return bool(sampling.repetition_penalty > 1 or sampling.presence_penalty or sampling.frequency_penalty)
+    return bool(sampling.repetition_penalty != 1 or sampling.presence_penalty or sampling.frequency_penalty)
 
 
 def _has_temperature(sampling: SamplingParams) -> bool:

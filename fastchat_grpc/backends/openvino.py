@@ -35,6 +35,7 @@ from fastchat_grpc.backends.served import (
 from fastchat_grpc.config import BackendConfig
 from fastchat_grpc.core import EmbedRequest, EmbedResult, Event, GenerateRequest, ModelInfo
 from fastchat_grpc.errors import ConfigError, NotSupported
+from fastchat_grpc.models.generation_config import default_sampling, generation_config
 from fastchat_grpc.models.tokenizer import load_tokenizer
 from fastchat_grpc.text.tokenizer import Tokenizer
 
@@ -168,6 +169,7 @@ class OpenVinoBackend(ServedBackend):
             capabilities=traits.capabilities(chat=bool(tokenizer.chat_template)),
             adapters={name: name for name in settings.lora_adapters},
             traits=traits,
+            default_sampling=default_sampling(generation_config(found.folder)),
         )
         return self._load(found, adapters, tokenizer.vocabulary_size), served
 

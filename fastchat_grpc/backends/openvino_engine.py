@@ -132,6 +132,10 @@ class OpenVinoEngine:
         for key, problem in step.refused.items():
             if key in self._choices:
                 self._choices.pop(key)[0].refuse_grammar(problem)
+        for key, problem in step.failed.items():
+            if key in self._choices:
+                request, _ = self._choices.pop(key)
+                request.fail(InvalidArgument("", f"OpenVINO GenAI does not take the request: {problem[:300]}"))
         for output in step.outputs:
             if output.key in self._choices:
                 self._deliver_output(output)

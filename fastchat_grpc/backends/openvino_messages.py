@@ -77,6 +77,8 @@ class Step:
     """Choices whose prompt is now being read, and since when (monotonic clock)."""
     refused: dict[int, str] = field(default_factory=dict)
     """Choices with a grammar that cannot be compiled, and why."""
+    failed: dict[int, str] = field(default_factory=dict)
+    """Choices that the library does not take, and why."""
     processed_tokens: int = 0
     """Tokens processed since the process began."""
     cache_usage: float = 0.0

@@ -157,7 +157,10 @@ class Engine:
                 self._stop(message)
             else:
                 for choice in message:
-                    self._add(choice, report)
+                    try:
+                        self._add(choice, report)
+                    except Exception as error:  # the library raises RuntimeError for everything; others run on
+                        report.failed[choice.key] = _reason(error)
 
     def _add(self, message: Add, report: Step) -> None:
         if message.grammar is not None and self._grammars is not None:

@@ -54,7 +54,7 @@ def grammar_field(grammar: Grammar | None) -> tuple[str, str] | None:
 
 def _sampling(sampling: SamplingParams, seed: int) -> dict[str, Any]:
     config: dict[str, Any] = {}
-    if sampling.repetition_penalty > 1:
+    if sampling.repetition_penalty != 1:
         config["repetition_penalty"] = sampling.repetition_penalty
     if sampling.presence_penalty:
         config["presence_penalty"] = sampling.presence_penalty

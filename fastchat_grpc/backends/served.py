@@ -137,7 +137,9 @@ class ServedBackend:
         """Text of token ids, special tokens included."""
         tokenizer = self._served.tokenizer
         prompts.check_token_ids("token_ids", token_ids, tokenizer.vocabulary_size)
-        return tokenizer.decode(token_ids, keep_special_tokens=True)
+        if len(token_ids) < driver.LONG_PROMPT_TOKENS:
+            return tokenizer.decode(token_ids, keep_special_tokens=True)
+        return await asyncio.to_thread(tokenizer.decode, token_ids, keep_special_tokens=True)
 
     def chat_template(self, model: str) -> str:
         """The model's chat template (Jinja), or an empty string."""

@@ -250,6 +250,7 @@ class SglangBackend(ServedBackend):
             capabilities=frozenset(capabilities),
             adapters={name: name for name in self._config.model.lora_adapters},
             embedding_size=int(folder.config.get("hidden_size") or 0),
+            default_sampling=folder.default_sampling,
         )
         return _Loaded(engine, served)
 

@@ -123,7 +123,7 @@ def check_limits(request: GenerateRequest, seeded: bool) -> None:
             f"SGLang allows at most {MAX_REPETITION_PENALTY:g}, got {sampling.repetition_penalty:g}",
         )
     changed = (
-        sampling.repetition_penalty > 1
+        sampling.repetition_penalty != 1
         or sampling.presence_penalty
         or sampling.frequency_penalty
         or sampling.logit_bias
@@ -150,8 +150,7 @@ def sampling_parameters(job: Job, index: int, tokenizer: Tokenizer, seed: int | 
         "top_p": 1.0 if sampling.greedy else sampling.top_p,
         "top_k": sampling.top_k if sampling.top_k > 0 else -1,
         "min_p": sampling.min_p,
-        # Below 1 it acts nowhere else in this project, so it does not here.
-        "repetition_penalty": max(1.0, sampling.repetition_penalty),
+        "repetition_penalty": sampling.repetition_penalty,
         "presence_penalty": sampling.presence_penalty,
         "frequency_penalty": sampling.frequency_penalty,
         "stop_token_ids": sorted(stops),

@@ -157,7 +157,7 @@ def _vllm(request: GenerateRequest) -> dict[str, Any]:
     fields: dict[str, tuple[bool, Any]] = {
         "top_k": (sampling.top_k > 0, sampling.top_k),
         "min_p": (sampling.min_p > 0, sampling.min_p),
-        "repetition_penalty": (sampling.repetition_penalty > 1, sampling.repetition_penalty),
+        "repetition_penalty": (sampling.repetition_penalty != 1, sampling.repetition_penalty),
         "min_tokens": (stopping.min_new_tokens > 0, stopping.min_new_tokens),
         "stop_token_ids": (bool(stopping.stop_token_ids), list(stopping.stop_token_ids)),
         "ignore_eos": (stopping.ignore_eos, True),

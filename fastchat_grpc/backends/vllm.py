@@ -134,15 +134,17 @@ class VllmBackend(ServedBackend):
         scores_prompt = not shown.is_set() and index == min(job.pending)
         if not scores_prompt:
             await shown.wait()
+        ends = () if request.stopping.ignore_eos else self._served.tokenizer.eos_token_ids
+        parameters = sampling_parameters(
+            job,
+            index,
+            seed=self._seed(request, index),
+            stop_token_ids=ends,
+            prompt_logprobs=request.output.prompt_logprobs if scores_prompt else None,
+        )
         outputs = self._engine.generate(
             tokens_input(job.prefix(index)),
-            sampling_parameters(
-                job,
-                index,
-                seed=self._seed(request, index),
-                stop_token_ids=() if request.stopping.ignore_eos else self._served.tokenizer.eos_token_ids,
-                prompt_logprobs=request.output.prompt_logprobs if scores_prompt else None,
-            ),
+            parameters,
             request_id=uuid.uuid4().hex,
             lora_request=adapter,
             priority=request.priority,
@@ -258,6 +260,7 @@ class VllmBackend(ServedBackend):
             capabilities=frozenset(capabilities),
             adapters=adapters,
             embedding_size=int(model.get_hidden_size()),
+            default_sampling=folder.default_sampling,
         )
         return _Loaded(
             engine=engine,

@@ -30,28 +30,30 @@ def sampling_parameters(
     from vllm.sampling_params import RequestOutputKind
 
     sampling, stopping = job.request.sampling, job.request.stopping
-    return SamplingParams(
-        temperature=0.0 if sampling.greedy else sampling.temperature,
-        top_p=1.0 if sampling.greedy else sampling.top_p,
-        top_k=max(sampling.top_k, 0),
-        min_p=sampling.min_p,
-        # Below 1 it acts nowhere else in this project, so it does not here.
-        repetition_penalty=max(1.0, sampling.repetition_penalty),
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        seed=seed,
-        logit_bias=dict(sampling.logit_bias) or None,
-        max_tokens=job.max_tokens(index),
-        min_tokens=job.min_tokens(index),
-        stop_token_ids=sorted({*stopping.stop_token_ids, *stop_token_ids}),
-        ignore_eos=stopping.ignore_eos,
-        logprobs=job.request.output.logprobs,
-        prompt_logprobs=prompt_logprobs,
-        detokenize=False,
-        output_kind=RequestOutputKind.DELTA,
-        structured_outputs=_structured_outputs(job.request.grammar),
-        skip_clone=True,
-    )
+    try:
+        return SamplingParams(
+            temperature=0.0 if sampling.greedy else sampling.temperature,
+            top_p=1.0 if sampling.greedy else sampling.top_p,
+            top_k=max(sampling.top_k, 0),
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            seed=seed,
+            logit_bias=dict(sampling.logit_bias) or None,
+            max_tokens=job.max_tokens(index),
+            min_tokens=job.min_tokens(index),
+            stop_token_ids=sorted({*stopping.stop_token_ids, *stop_token_ids}),
+            ignore_eos=stopping.ignore_eos,
+            logprobs=job.request.output.logprobs,
+            prompt_logprobs=prompt_logprobs,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+            structured_outputs=_structured_outputs(job.request.grammar),
+            skip_clone=True,
+        )
+    except (TypeError, ValueError) as error:  # a wrong request is its caller's fault, not this worker's failure
+        raise translated_refusal(error, job.request.grammar) from error
 
 
 def prompt_logprobs(tokenizer: Tokenizer, job: driver.Job, positions: Sequence[Any]) -> tuple[TokenLogprob, ...]:
@@ -155,8 +157,13 @@ def translated(error: Exception, grammar: Grammar | None = None) -> FastChatErro
         return error
     if isinstance(error, EngineDeadError):
         return WorkerUnavailable("the vLLM engine has died; the worker must be restarted")
-    if isinstance(error, VLLMClientError) and grammar is not None and "grammar" in str(error).lower():
-        return InvalidArgument(f"structured_output.{grammar.kind.value}", f"cannot be compiled: {error}")
     if isinstance(error, VLLMClientError):
-        return InvalidArgument("", f"vLLM refused the request: {error}")
+        return translated_refusal(error, grammar)
     return driver.as_domain_error(error)
+
+
+def translated_refusal(error: Exception, grammar: Grammar | None) -> InvalidArgument:
+    """A refusal of vLLM, about the grammar where it is."""
+    if grammar is not None and "grammar" in str(error).lower():
+        return InvalidArgument(f"structured_output.{grammar.kind.value}", f"cannot be compiled: {error}")
+    return InvalidArgument("", f"vLLM refused the request: {error}")
