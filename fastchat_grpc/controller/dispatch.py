@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from operator import attrgetter
+from types import MappingProxyType
+from typing import NamedTuple
 
 from fastchat_grpc.config import DispatchMethod
 from fastchat_grpc.controller.fleet import Replicas, Reservation, Worker
@@ -23,14 +23,13 @@ AFFINITY_SLACK = 1.25
 PRIME = 2**31 - 1
 """Multiplying by a key's hash modulo a prime ranks the workers anew for each key. Small numbers are quick."""
 
-_score = attrgetter("score")
+_NONE: Mapping[str, float] = MappingProxyType({})
 
 Fits = Callable[[Worker], bool]
 Policy = Callable[[Candidates[Worker], str, random.Random], Worker | None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PickRequest:
+class PickRequest(NamedTuple):
     """What a request asks of the worker that gets it.
 
     Attributes:
@@ -50,7 +49,7 @@ class PickRequest:
     needs: frozenset[Capability] = frozenset()
     fingerprint: str = ""
     excluded: Collection[str] = ()
-    tried: Mapping[str, float] = field(default_factory=dict)
+    tried: Mapping[str, float] = _NONE
 
     @property
     def pool(self) -> str:
@@ -111,12 +110,14 @@ def prefix_affinity(candidates: Candidates[Worker], key: str, rng: random.Random
     listed = candidates.all()
     if not listed:
         return None
-    mean = sum(map(_score, listed)) / len(listed)
-    bound = AFFINITY_SLACK * (mean + 1)
-    fitting = [worker for worker in listed if worker.score <= bound] or listed
+    bound = AFFINITY_SLACK * (candidates.mean() + 1)
     salt = int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big") % PRIME or 1
-    ranks = [worker.affinity * salt % PRIME for worker in fitting]
-    return fitting[ranks.index(max(ranks))]
+    ranks = [worker.affinity * salt % PRIME for worker in listed]
+    first = listed[ranks.index(max(ranks))]
+    if first.score <= bound:
+        return first
+    fitting = [(rank, i) for i, rank in enumerate(ranks) if listed[i].score <= bound]
+    return listed[max(fitting)[1]] if fitting else first
 
 
 POLICIES: dict[DispatchMethod, Policy] = {
@@ -150,9 +151,14 @@ class Dispatcher:
             AdapterNotFound: the model is known, but no worker has the adapter.
         """
         name, pool = self._find(request)
-        suits = None
-        if request.needs or request.fingerprint or request.adapter:
-            suits = (request if request.model else replace(request, model=name)).suits
+        if not (request.needs or request.fingerprint or request.adapter):
+            suits = None
+            if not (request.excluded or request.tried) and len(pool.replicas) == 1 and pool.replicas[0].ready.items:
+                worker = self._policy(pool.replicas[0].candidates, request.key, self._rng)  # the usual
+                assert worker is not None
+                return name, worker
+        else:
+            suits = (request if request.model else request._replace(model=name)).suits
         for fits in request.filters():
             for tier in (Tier.READY, Tier.DEGRADED):
                 indexes = pool.indexes(tier, suits)

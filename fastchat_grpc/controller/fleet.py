@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from hashlib import blake2b
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from fastchat_grpc.controller.health import Health, Tier
-from fastchat_grpc.controller.index import ScoreIndex
+from fastchat_grpc.controller.index import Candidates, ScoreIndex
 from fastchat_grpc.controller.ledger import Ledger
 from fastchat_grpc.core import Capability, Load, ModelInfo
 
@@ -137,7 +137,7 @@ class Worker:
 class Replicas:
     """Workers that serve exactly the same models. What one of them can do, all can."""
 
-    __slots__ = ("degraded", "key", "listed", "members", "models", "ready")
+    __slots__ = ("candidates", "degraded", "key", "listed", "members", "models", "ready")
 
     def __init__(self, key: frozenset[ModelInfo], models: Sequence[ModelInfo]) -> None:
         self.key = key
@@ -146,6 +146,8 @@ class Replicas:
         self.members: dict[Worker, None] = {}
         self.ready: ScoreIndex[Worker] = ScoreIndex()
         self.degraded: ScoreIndex[Worker] = ScoreIndex()
+        self.candidates = Candidates([self.ready])
+        """All that are picked by choice."""
 
     def index(self, tier: Tier) -> ScoreIndex[Worker] | None:
         """The members of a tier that can be picked."""
@@ -165,8 +167,7 @@ class Replicas:
         return not fingerprint or not known or known == fingerprint
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(NamedTuple):
     """One change of the registry. `removal` is set where `kind` is REMOVED."""
 
     kind: ChangeKind

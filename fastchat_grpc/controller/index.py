@@ -25,19 +25,21 @@ W = TypeVar("W", bound=Indexed)
 
 
 class ScoreIndex(Generic[W]):
-    """Workers in buckets of equal score, and in one list for drawing lots.
+    """Workers in one list for drawing lots and, once somebody asks for the lowest, in buckets of equal score.
 
     A worker is in one index at most and knows its places there (`place`, `rank`), so that a change of its
     score costs the same in a fleet of ten and of ten thousand.
     """
 
-    __slots__ = ("_buckets", "_scores", "items", "max_weight")
+    __slots__ = ("_buckets", "_scores", "items", "max_weight", "total")
 
     def __init__(self) -> None:
         self.items: list[W] = []
         self.max_weight = 0.0
         """No member weighs more."""
-        self._buckets: dict[float, list[W]] = {}
+        self.total = 0.0
+        """Sum of the scores."""
+        self._buckets: dict[float, list[W]] | None = None
         self._scores: list[float] = []  # a heap of the buckets' scores; some buckets are empty
 
     def __len__(self) -> int:
@@ -49,6 +51,7 @@ class ScoreIndex(Generic[W]):
         worker.place = len(self.items)
         self.items.append(worker)
         self.max_weight = max(self.max_weight, worker.weight)
+        self.total += worker.score
         self._put(worker)
 
     def discard(self, worker: W) -> None:
@@ -59,18 +62,37 @@ class ScoreIndex(Generic[W]):
             self.items[worker.place] = last
             last.place = worker.place
         self._take(worker)
+        self.total -= worker.score
         if not self.items:
-            self.max_weight = 0.0
+            self.max_weight = self.total = 0.0
 
     def move(self, worker: W, score: float) -> None:
         """A member's score has changed."""
-        self._take(worker)
+        self.total += score - worker.score
+        buckets = self._buckets
+        if buckets is None:
+            worker.score = score
+            return
+        bucket = buckets[worker.score]
+        last = bucket.pop()
+        if last is not worker:
+            bucket[worker.rank] = last
+            last.rank = worker.rank
         worker.score = score
-        self._put(worker)
+        there = buckets.get(score)
+        if there is None:
+            there = self._bucket(score)
+        worker.rank = len(there)
+        there.append(worker)
 
     def lowest(self) -> list[W]:
         """The members with the lowest score; none in an empty index."""
-        scores, buckets = self._scores, self._buckets
+        buckets = self._buckets
+        if buckets is None:
+            buckets = self._buckets = {}
+            for worker in self.items:
+                self._put(worker)
+        scores = self._scores
         while scores:
             bucket = buckets[scores[0]]
             if bucket:
@@ -84,35 +106,42 @@ class ScoreIndex(Generic[W]):
         if not first:
             return
         yield first
-        scores = self._scores.copy()
+        buckets, scores = self._buckets or {}, self._scores.copy()
         heappop(scores)
         while scores:
-            bucket = self._buckets[heappop(scores)]
+            bucket = buckets[heappop(scores)]
             if bucket:
                 yield bucket
 
     def _put(self, worker: W) -> None:
+        if self._buckets is None:
+            return
         bucket = self._buckets.get(worker.score)
         if bucket is None:
-            if len(self._scores) > 2 * len(self.items) + 64:
-                self._prune()
-            bucket = self._buckets[worker.score] = []
-            heappush(self._scores, worker.score)
+            bucket = self._bucket(worker.score)
         worker.rank = len(bucket)
         bucket.append(worker)
 
     def _take(self, worker: W) -> None:
+        if self._buckets is None:
+            return
         bucket = self._buckets[worker.score]
         last = bucket.pop()
         if last is not worker:
             bucket[worker.rank] = last
             last.rank = worker.rank
 
-    def _prune(self) -> None:
-        """Forget the empty buckets."""
-        self._buckets = {score: bucket for score, bucket in self._buckets.items() if bucket}
-        self._scores = list(self._buckets)
-        heapify(self._scores)
+    def _bucket(self, score: float) -> list[W]:
+        """A new bucket. Where many are empty, those are forgotten first."""
+        assert self._buckets is not None
+        if len(self._scores) > 2 * len(self.items) + 64:
+            for empty in [score for score, bucket in self._buckets.items() if not bucket]:
+                del self._buckets[empty]
+            self._scores = list(self._buckets)
+            heapify(self._scores)
+        bucket = self._buckets[score] = []
+        heappush(self._scores, score)
+        return bucket
 
 
 class Candidates(Generic[W]):
@@ -130,6 +159,9 @@ class Candidates(Generic[W]):
 
     def shortest(self, rng: Random) -> W | None:
         """One with the lowest score; among equals, any. None where nobody fits."""
+        if self._fits is None and len(self._indexes) == 1:
+            bucket = self._indexes[0].lowest()
+            return bucket[int(rng.random() * len(bucket))] if bucket else None
         best: W | None = None
         equals = 0
         for index in self._indexes:
@@ -184,9 +216,16 @@ class Candidates(Generic[W]):
         a, b = items[first], items[second]
         return a if a.score < b.score or (a.score == b.score and rng.random() < 0.5) else b
 
-    def all(self) -> list[W]:
-        """All that fit."""
+    def mean(self) -> float:
+        """The mean score of all, whether they fit or not; 0 where there is none."""
+        count = sum(map(len, self._indexes))
+        return sum(index.total for index in self._indexes) / count if count else 0.0
+
+    def all(self) -> Sequence[W]:
+        """All that fit. Not to be changed."""
         fits = self._fits
+        if fits is None and len(self._indexes) == 1:
+            return self._indexes[0].items
         return [worker for index in self._indexes for worker in index.items if fits is None or fits(worker)]
 
     def _sample(self, rng: Random) -> Sequence[W]:

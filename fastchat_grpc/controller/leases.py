@@ -34,12 +34,14 @@ class Leases:
 
     def __init__(self, config: LeaseConfig, now: float) -> None:
         self._config = config
-        self._looked_at = now
+        self.looked_at = now
+        """Time of the last look at the clock; the registry sets it."""
         self._grace_until = now
         self._joined = 0
         self._joined_since = now
         self._storm_since: float | None = None
-        self._late: deque[float] = deque(maxlen=LATE_RUN)
+        self.late: deque[float] = deque(maxlen=LATE_RUN)
+        """By how much the last heartbeats came late, since one came in time."""
         self._late_at = now
         self.terms = LeaseTerms(config.time_to_live_s, config.heartbeat_interval_s)
         self.settles_at = now + 2 * config.heartbeat_interval_s
@@ -53,12 +55,9 @@ class Leases:
             scale = interval_s / config.heartbeat_interval_s
             self.terms = LeaseTerms(config.time_to_live_s * scale, interval_s)
 
-    def look(self, now: float) -> None:
-        """The controller looks at the clock."""
-        if now - self._looked_at > STALL_S:
-            # The process was stopped or starved; heartbeats wait in its sockets. Read them first.
-            self._grant(now)
-        self._looked_at = now
+    def stalled(self, now: float) -> None:
+        """The process was stopped or starved; heartbeats wait in its sockets. Let them be read first."""
+        self._grant(now)
 
     def joined(self, now: float, size: int) -> None:
         """A worker has come that was not there; `size` workers are there now."""
@@ -76,22 +75,21 @@ class Leases:
         if now - self._storm_since < 3 * self.terms.time_to_live_s:
             self._grant(now)
 
-    def heard(self, worker: Worker, now: float) -> None:
-        """A heartbeat has come; to be called before it moves the worker's deadline."""
-        late_s = now - worker.heartbeat_at - worker.terms.heartbeat_interval_s
+    def heard(self, late_s: float, now: float) -> None:
+        """A heartbeat has come so late. Need not be told while all come in time."""
         if late_s > LATE_S:
-            self._late.append(late_s)
+            self.late.append(late_s)
             self._late_at = now
-        elif self._late:
-            self._late.clear()
+        else:
+            self.late.clear()
 
     def ends_at(self, worker: Worker, now: float) -> float:
         """When a worker's lease ends, if nothing is heard of it."""
         terms = self.terms
         # The fleet may have grown since its terms were told: then heartbeats come later.
         deadline = max(worker.deadline, worker.heartbeat_at + terms.time_to_live_s)
-        if len(self._late) == LATE_RUN and now - self._late_at <= terms.time_to_live_s:
-            deadline += min(self._late)
+        if len(self.late) == LATE_RUN and now - self._late_at <= terms.time_to_live_s:
+            deadline += min(self.late)
         return max(deadline, self._grace_until)
 
     def _grant(self, now: float) -> None:

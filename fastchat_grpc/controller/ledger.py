@@ -38,6 +38,7 @@ class Ledger:
         "_written_off",
         "carried",
         "load",
+        "queue_length",
         "score",
         "weight",
     )
@@ -57,17 +58,14 @@ class Ledger:
         self._epoch_at = now
         self._written_off = 0  # of the oldest, those that the worker does not have
         self._picks: deque[float] | None = None  # times of picks whose end nobody tells
+        self.queue_length = 0
+        """Requests that run and wait there, as best known."""
         self._update()
 
     @property
     def reserved(self) -> int:
         """Requests that this controller has sent there and that have not ended, as far as it knows."""
         return self.carried + sum(self._lent) - self._written_off + (len(self._picks) if self._picks else 0)
-
-    @property
-    def queue_length(self) -> int:
-        """Requests that run and wait there, as best known."""
-        return self._external + self._padding + self.reserved
 
     @property
     def room(self) -> int:
@@ -77,14 +75,14 @@ class Ledger:
             return 0 if self._padding else 1
         return max(0, capacity - self.queue_length)
 
-    def reserve(self, *, carried: bool) -> int:
+    def reserve(self, carried: bool) -> int:
         """Count a request that is sent there. Returns the mark that `release` wants."""
+        self.queue_length += 1
+        self.score = self.queue_length / self.weight
         if carried:
             self.carried += 1
-            self._update()
             return CARRIED
         self._lent[0] += 1
-        self._update()
         return self._epoch
 
     def release(self, mark: int) -> None:
@@ -94,8 +92,11 @@ class Ledger:
         else:
             age = min(self._epoch - mark, _OLD)
             self._lent[age] -= 1
-            self._written_off = min(self._written_off, self._lent[_OLD])
-        self._update()
+            if self._written_off > self._lent[_OLD]:
+                self._written_off -= 1  # it was not counted any more
+                return
+        self.queue_length -= 1
+        self.score = self.queue_length / self.weight
 
     def picked(self, now: float) -> None:
         """Count a request whose end nobody will tell, until the worker's figures show it."""
@@ -116,11 +117,15 @@ class Ledger:
         """Take the worker's own figures."""
         self.load = load
         self._padding = 0
-        picks = self._picks
+        queue = load.running + load.waiting - self.carried
+        lent, picks = self._lent, self._picks
+        if not (picks or lent[0] or lent[1] or lent[2]):  # the usual
+            self._external = queue = queue if queue > 0 else 0
+            self.queue_length = queue = queue + self.carried
+            self.score = queue / self.weight
+            return
         while picks and picks[0] <= now - SETTLE_S:
             picks.popleft()
-        queue = load.queue_length - self.carried
-        lent = self._lent
         if lent[0] or lent[1] or lent[2]:
             if now - self._epoch_at >= interval_s:
                 self._epoch += 1
@@ -159,30 +164,14 @@ class Ledger:
         self._update()
 
     def _update(self) -> None:
-        lent = self._lent
-        picks = self._picks
-        self.score = (
-            self._external
-            + self._padding
-            + self.carried
-            + lent[0]
-            + lent[1]
-            + lent[2]
-            - self._written_off
-            + (len(picks) if picks else 0)
-        ) / self.weight
+        self.queue_length = self._external + self._padding + self.reserved
+        self.score = self.queue_length / self.weight
 
 
 def sane(load: Load) -> Load:
     """Figures that can be computed with: what is negative or no number counts as 0, usage is 0 to 1."""
-    if (
-        load.running >= 0
-        and load.waiting >= 0
-        and load.max_running >= 0
-        and load.max_waiting >= 0
-        and 0.0 <= load.kv_cache_usage <= 1.0
-        and 0.0 <= load.tokens_per_second < math.inf
-    ):
+    any_negative = (load.running | load.waiting | load.max_running | load.max_waiting) < 0
+    if not any_negative and 0.0 <= load.kv_cache_usage <= 1.0 and 0.0 <= load.tokens_per_second < math.inf:
         return load
     rate = load.tokens_per_second
     usage = load.kv_cache_usage

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -114,21 +113,23 @@ class Pools:
         self._names: list[str] | None = None
         self._catalogue: Sequence[FleetModel] | None = None
 
-    def join(self, worker: Worker) -> None:
-        """Put a worker beside its replicas, by its tier."""
-        key = frozenset(worker.spec.models)
+    def replicas(self, models: Sequence[ModelInfo]) -> Replicas:
+        """Those that serve exactly these models; with no members, if there were none. To be joined at once."""
+        key = frozenset(models)
         replicas = self._replicas.get(key)
         if replicas is None:
-            replicas = self._replicas[key] = Replicas(key, worker.spec.models)
+            replicas = self._replicas[key] = Replicas(key, models)
             for name in replicas.models:
                 self._pool(name).add(replicas)
+        return replicas
+
+    def join(self, worker: Worker, replicas: Replicas) -> None:
+        """Put a worker beside its replicas, by its tier."""
         for name in replicas.models:
             self._pools[name].count += 1
         self._catalogue = None
         replicas.members[worker] = None
         worker.replicas = replicas
-        # Equal descriptions are held once: ten thousand workers serve fifty models.
-        worker.spec = dataclasses.replace(worker.spec, models=replicas.as_in(worker.spec.models))
         self.place(worker)
 
     def place(self, worker: Worker) -> None:

@@ -12,13 +12,21 @@ import math
 import secrets
 import sys
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 from time import monotonic
 
 from fastchat_grpc.config import BreakerConfig, LeaseConfig
-from fastchat_grpc.controller.fleet import Change, ChangeKind, LeaseTerms, Removal, Reservation, Worker, WorkerSpec
+from fastchat_grpc.controller.fleet import (
+    Change,
+    ChangeKind,
+    LeaseTerms,
+    Removal,
+    Replicas,
+    Reservation,
+    Worker,
+    WorkerSpec,
+)
 from fastchat_grpc.controller.health import Drain, Health, Tier
-from fastchat_grpc.controller.leases import Leases
+from fastchat_grpc.controller.leases import LATE_S, STALL_S, Leases
 from fastchat_grpc.controller.ledger import Ledger, sane
 from fastchat_grpc.controller.pools import FleetModel, Pool, Pools, Recent
 from fastchat_grpc.controller.room import Room
@@ -69,6 +77,7 @@ class Registry:
         self._joined_at = -math.inf
         self.room = Room()
         """Requests that wait for a worker."""
+        self._queues = self.room.queues  # looked at so often that it is at hand
 
     @property
     def terms(self) -> LeaseTerms:
@@ -100,7 +109,6 @@ class Registry:
         """
         self.expire()
         load = sane(load)
-        spec = replace(spec, labels={sys.intern(k): sys.intern(v) for k, v in spec.labels.items()})
         worker = self._workers.get(spec.worker_id)
         if worker is not None and worker.spec.instance_id == spec.instance_id:
             return self._renew(worker, spec, load)
@@ -121,11 +129,11 @@ class Registry:
 
     def heartbeat(self, lease_id: str, load: Load) -> Worker:
         """Renew a lease. Raises LeaseNotFound if it is unknown, expired or replaced."""
-        self.expire()
+        now = self.expire()
         worker = self._leases.get(lease_id)
         if worker is None:
             raise LeaseNotFound("the lease is unknown or has expired; register again")
-        self._report(worker, sane(load))
+        self._report(worker, sane(load), now)
         return worker
 
     def deregister(self, lease_id: str) -> None:
@@ -146,22 +154,28 @@ class Registry:
         self._settle(worker)
         return worker
 
-    def expire(self) -> None:
-        """Act on every timer that is due: remove expired leases, end cooldowns. Cheap when none is."""
+    def expire(self) -> float:
+        """Act on every timer that is due: remove expired leases, end cooldowns. Cheap when none is; returns now."""
         now = self._clock()
-        self._policy.look(now)
-        timers = self._timers
+        policy, timers = self._policy, self._timers
+        if now - policy.looked_at > STALL_S:
+            policy.stalled(now)
+        policy.looked_at = now
         while timers and timers[0][0] <= now:
             when, _, worker = heapq.heappop(timers)
             if worker.removed is None:
                 self._on_timer(worker, when, now)
+        return now
 
     # ----------------------------------------------------------------------------- dispatch
 
     def pool(self, model: str) -> tuple[str, Pool]:
         """Name and pool of a model, and errors, as `Pools.find`."""
-        self.expire()
-        return self._pools.find(model, young=not self.settled)
+        now = self.expire()
+        pool = self._pools.get(model)
+        if pool is not None:
+            return model, pool
+        return self._pools.find(model, young=now < self._policy.settles_at)
 
     def reserve(self, worker: Worker, on_trouble: Callable[[], None] | None = None) -> Reservation:
         """Count one request as load of a worker until it is released.
@@ -172,7 +186,7 @@ class Registry:
         probe = worker.health.begin_probe()
         if probe:
             self._settle(worker)
-        mark = worker.ledger.reserve(carried=on_trouble is not None)
+        mark = worker.ledger.reserve(on_trouble is not None)
         self._rescore(worker)
         reservation = Reservation(self, worker, on_trouble, mark, probe)
         if on_trouble is not None:
@@ -190,7 +204,8 @@ class Registry:
             worker.watched.discard(reservation)
         if reservation.probe and worker.health.end_probe():
             self._settle(worker)  # it ended without a verdict: another may probe
-        self.room.freed(worker)
+        if self._queues:
+            self.room.freed(worker)
 
     def count_pick(self, worker: Worker) -> None:
         """Count a pick whose end nobody will tell, until the worker's figures show it."""
@@ -312,10 +327,12 @@ class Registry:
         self._joined_at = now
         self._policy.joined(now, len(self._workers) + 1)
         health = Health(load.state, now, self._breaker_config)
+        replicas = self._pools.replicas(spec.models)
+        spec = _shared(spec, replicas)
         worker = Worker(spec, self._new_id(), self.terms, health, Ledger(load, spec.weight, now), now)
         self._workers[spec.worker_id] = worker
         self._leases[worker.lease_id] = worker
-        self._join(worker)
+        self._join(worker, replicas)
         if spec.check_heartbeat:
             self._set_lease_timer(worker, now)
         self._notify(Change(ChangeKind.ADDED, worker))
@@ -328,31 +345,36 @@ class Registry:
         worker.lease_id = self._new_id()
         self._leases[worker.lease_id] = worker
         self._leave(worker)
-        worker.spec, worker.weight = spec, spec.weight
+        replicas = self._pools.replicas(spec.models)
+        worker.spec, worker.weight = _shared(spec, replicas), spec.weight
         worker.ledger.reweigh(spec.weight)
         worker.score = worker.ledger.score
-        self._join(worker)
-        self._report(worker, load)
+        self._join(worker, replicas)
+        self._report(worker, load, self._clock())
         self._notify(Change(ChangeKind.STATE, worker))
         return worker
 
-    def _report(self, worker: Worker, load: Load) -> None:
+    def _report(self, worker: Worker, load: Load, now: float) -> None:
         """Take a worker's figures, and with them its word that it lives."""
-        now = self._clock()
-        stalled = load.state is WorkerState.DEGRADED and worker.health.state is not WorkerState.DEGRADED
-        self._policy.heard(worker, now)
+        policy, health = self._policy, worker.health
+        stalled = load.state is WorkerState.DEGRADED and health.state is not WorkerState.DEGRADED
+        late_s = now - worker.heartbeat_at - worker.terms.heartbeat_interval_s
+        if late_s > LATE_S or policy.late:
+            policy.heard(late_s, now)
         worker.heartbeat_at = now
-        worker.terms = terms = self._policy.terms
+        worker.terms = terms = policy.terms
         worker.deadline = now + terms.time_to_live_s
         if worker.deadline < worker.timer_at:
             self._set_lease_timer(worker, now)  # the interval has shrunk with the fleet
         worker.ledger.report(load, now, terms.heartbeat_interval_s)
-        self._rescore(worker)
-        if not (worker.health.heard(load.state, now) and self._settle(worker)):
+        if worker.ledger.score != worker.score:
+            self._rescore(worker)
+        if not (health.heard(load.state, now) and self._settle(worker)) and self._listeners:
             self._notify(Change(ChangeKind.LOAD, worker))
         if stalled:
             self._trouble(worker)
-        self.room.freed(worker)
+        if self._queues:
+            self.room.freed(worker)
 
     def _settle(self, worker: Worker) -> bool:
         """Put a worker into the index that its health asks for; True if that changed."""
@@ -390,9 +412,9 @@ class Registry:
         for reservation in list(worker.watched or ()):
             reservation.trouble()
 
-    def _join(self, worker: Worker) -> None:
+    def _join(self, worker: Worker, replicas: Replicas) -> None:
         worker.tier = worker.health.tier
-        self._pools.join(worker)
+        self._pools.join(worker, replicas)
         self._by_address.setdefault(worker.spec.address, {})[worker] = None
         self._ordered = None
 
@@ -431,3 +453,17 @@ class Registry:
 
 def _worker_id(worker: Worker) -> str:
     return worker.spec.worker_id
+
+
+def _shared(spec: WorkerSpec, replicas: Replicas) -> WorkerSpec:
+    """The same with what equals others held once: ten thousand workers serve fifty models."""
+    return WorkerSpec(
+        worker_id=spec.worker_id,
+        instance_id=spec.instance_id,
+        address=spec.address,
+        models=replicas.as_in(spec.models),
+        weight=spec.weight,
+        labels={sys.intern(key): sys.intern(value) for key, value in spec.labels.items()},
+        check_heartbeat=spec.check_heartbeat,
+        version=sys.intern(spec.version),
+    )

@@ -35,15 +35,16 @@ class Room:
     """
 
     def __init__(self) -> None:
-        self._queues: dict[str, _Queue] = {}
+        self.queues: dict[str, _Queue] = {}
+        """Those who wait, by model; without empty queues."""
         self._coming: Counter[Worker] = Counter()  # woken for a worker, but not yet running
 
     def __len__(self) -> int:
-        return sum(map(len, self._queues.values()))
+        return sum(map(len, self.queues.values()))
 
     def waiting(self, model: str) -> int:
         """How many wait for a model."""
-        return len(self._queues.get(model, ()))
+        return len(self.queues.get(model, ()))
 
     async def wait(self, model: str, timeout_s: float, fits: Fits | None = None) -> bool:
         """Wait until a worker of a model may have room; False when `timeout_s` seconds have passed.
@@ -53,7 +54,7 @@ class Room:
             fits: tells of a worker whether it would do; None: each would.
         """
         waiter = _Waiter(fits)
-        self._queues.setdefault(model, OrderedDict())[waiter] = None
+        self.queues.setdefault(model, OrderedDict())[waiter] = None
         try:
             async with asyncio.timeout(timeout_s):
                 await waiter.woken
@@ -69,7 +70,7 @@ class Room:
 
     def freed(self, worker: Worker) -> None:
         """A worker may take more than before: wake as many as it has room for. Costs nothing where nobody waits."""
-        queues = self._queues
+        queues = self.queues
         if not queues or worker.replicas is None or worker.tier is Tier.NONE:
             return
         names = worker.replicas.models.keys()
@@ -99,8 +100,8 @@ class Room:
             self._coming[waiter.worker] -= 1
             if not self._coming[waiter.worker]:
                 del self._coming[waiter.worker]
-        queue = self._queues.get(model)
+        queue = self.queues.get(model)
         if queue is not None:
             queue.pop(waiter, None)
             if not queue:
-                del self._queues[model]
+                del self.queues[model]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 
@@ -185,7 +184,7 @@ class TestDispatcher:
         dispatcher = self.dispatcher(fleet, method)
         for model_name in ("m", ""):
             wanted = PickRequest(model=model_name, needs=frozenset({Capability.RESUME}))
-            picked = {dispatcher.choose(replace(wanted, key=str(i)))[1].spec.worker_id for i in range(50)}
+            picked = {dispatcher.choose(wanted._replace(key=str(i)))[1].spec.worker_id for i in range(50)}
             assert picked == {"can"}
 
     def test_who_was_tried_comes_last_and_only_after_a_sign_of_life(self, method: DispatchMethod) -> None:
