@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -153,10 +154,19 @@ class Replicas:
         """The members of a tier that can be picked."""
         return self.ready if tier is Tier.READY else self.degraded if tier is Tier.DEGRADED else None
 
-    def as_in(self, models: Sequence[ModelInfo]) -> tuple[ModelInfo, ...]:
-        """The models of here in the order of equal ones."""
-        found = tuple([self.models[model.name] for model in models])
-        return self.listed if found == self.listed else found
+    def share(self, spec: WorkerSpec) -> WorkerSpec:
+        """The same with what equals others held once: ten thousand workers serve fifty models."""
+        models = tuple([self.models[model.name] for model in spec.models])
+        return WorkerSpec(
+            worker_id=spec.worker_id,
+            instance_id=spec.instance_id,
+            address=spec.address,
+            models=self.listed if models == self.listed else models,
+            weight=spec.weight,
+            labels={sys.intern(key): sys.intern(value) for key, value in spec.labels.items()},
+            check_heartbeat=spec.check_heartbeat,
+            version=sys.intern(spec.version),
+        )
 
     def serves(self, model: str, needs: frozenset[Capability], fingerprint: str = "") -> bool:
         """Whether a model is served here with all capabilities that are needed, and not with other weights."""
