@@ -378,6 +378,8 @@ class WorkerConfig:
     drain_timeout_s: float = 30.0
     stall_timeout_s: float = 30.0
     """Seconds without progress, with requests running, after which the worker calls itself DEGRADED."""
+    send_timeout_s: float = 60.0
+    """Seconds that what was generated may stay unread by its caller before the request loses its slot."""
     controller_tls: TlsConfig | None = None
     join_token: str | None = field(default=None, repr=False)
     """Shared secret that the controllers ask for at registration (authorization: Bearer)."""
@@ -389,6 +391,7 @@ class WorkerConfig:
         _require(len(self.worker_id) <= 128, f"--worker-id must have at most 128 characters, got {len(self.worker_id)}")
         _require(self.weight > 0, f"--weight must be above 0, got {self.weight:g}")
         _require(self.drain_timeout_s >= 0, f"--drain-timeout must be at least 0, got {self.drain_timeout_s:g}")
+        _require(self.send_timeout_s > 0, f"--send-timeout must be above 0 s, got {self.send_timeout_s:g}")
         _require(
             self.heartbeat_interval_s is None or self.heartbeat_interval_s > 0,
             f"heartbeat interval must be above 0 s, got {self.heartbeat_interval_s}",

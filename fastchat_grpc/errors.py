@@ -219,6 +219,20 @@ class DeadlineExceeded(FastChatError):
     reason = "DEADLINE_EXCEEDED"
 
 
+class ReaderTooSlow(FastChatError):
+    """The caller did not read what was generated, so the request was ended to free its slot."""
+
+    code = Code.DEADLINE_EXCEEDED
+    reason = "READER_TOO_SLOW"
+
+
+class TooManyCalls(FastChatError):
+    """This caller, or the server in all, has too many calls open; end some, or retry later."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "TOO_MANY_CALLS"
+
+
 class Unauthenticated(FastChatError):
     """The credentials are missing or wrong."""
 

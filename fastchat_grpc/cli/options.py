@@ -286,6 +286,13 @@ worker_options = group(
         show_default=True,
         help="Seconds without a token after which a busy worker calls itself degraded.",
     ),
+    click.option(
+        "--send-timeout",
+        type=float,
+        default=60.0,
+        show_default=True,
+        help="Seconds that output may stay unread before its request loses its slot.",
+    ),
     click.option("--join-token", envvar="FASTCHAT_GRPC_JOIN_TOKEN", help="Secret that the controllers ask for."),
     click.option("--no-heartbeat", is_flag=True, help="Register without heartbeats; the worker never expires."),
     drain_option,
@@ -309,6 +316,7 @@ def worker_config(flags: dict[str, Any]) -> WorkerConfig:
         heartbeat_interval_s=flags["heartbeat_interval"],
         drain_timeout_s=flags["drain_timeout"],
         stall_timeout_s=flags["stall_timeout"],
+        send_timeout_s=flags["send_timeout"],
         controller_tls=_client_tls(flags["controller_ca"]),
         join_token=flags["join_token"],
     )

@@ -7,10 +7,14 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Awaitable, Callable
 
 SUPERVISED = "FASTCHAT_GRPC_SUPERVISED"
 """Set for children of `serve`: their standard input is a pipe that closes when the supervisor is gone."""
+
+EXIT_GRACE_S = 2.0
+"""Time from the end of an app to the end of its process at the latest."""
 
 Run = Callable[[asyncio.Event], Awaitable[None]]
 
@@ -37,6 +41,11 @@ async def _main(run: Run) -> None:
     if os.environ.get(SUPERVISED):
         loop.add_reader(sys.stdin.fileno(), lambda: _on_parent_gone(loop, stop))
     await run(stop)
+    # What still runs in threads by now was given up, such as the loading of a model, which nothing can interrupt:
+    # Python would wait for it.
+    ending = threading.Timer(EXIT_GRACE_S, os._exit, (0,))
+    ending.daemon = True
+    ending.start()
 
 
 def _on_parent_gone(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
+from collections.abc import Coroutine
+from time import monotonic
+from typing import Any
 
 from fastchat_grpc import __version__
 from fastchat_grpc.backends import registry
@@ -26,16 +29,19 @@ from fastchat_grpc.worker.servicer import GenerationServicer
 
 logger = logging.getLogger(__name__)
 
+ABANDON_S = 1.0
+"""Time that a backend has to give up loading when the worker is stopped meanwhile."""
+
 
 async def run(config: WorkerConfig, stop: asyncio.Event) -> None:
-    """Serve until `stop` is set, by a signal or by a controller's order to drain; then drain and leave.
+    """Serve until `stop` is set by a signal, or a controller's order to drain is carried out; then leave.
 
     Raises ConfigError if the worker cannot listen or load its model.
     """
     app = WorkerApp(config, stop)
     try:
-        await app.start()
-        await stop.wait()
+        if await app.start_unless_stopped():
+            await app.serve()
     finally:
         await app.stop()
 
@@ -46,14 +52,20 @@ class WorkerApp:
     def __init__(self, config: WorkerConfig, stop: asyncio.Event | None = None) -> None:
         self._config = config
         self._stop = stop or asyncio.Event()
+        self._ordered = asyncio.Event()  # a controller wants this worker to drain
+        self._withdrawn = asyncio.Event()  # and no longer wants it
+        self._draining = False
+        self._draining_since = 0.0
         self._drain_timeout_s = config.drain_timeout_s
         self._backend = registry.create(config.backend)
         self._generation = LocalGeneration(self._backend)
-        self._monitor = Monitor(self._backend, self._generation, config.stall_timeout_s, self._load_changed)
+        self._monitor = Monitor(
+            self._backend, self._generation, config.stall_timeout_s, self._load_changed, config.send_timeout_s
+        )
         self.instance_id = uuid.uuid4().hex
         self._server: RpcServer | None = None
         self._registrations = Registrations(config.controller_addresses, self._registration)
-        self._supervisor = Supervisor()
+        self._supervisor = Supervisor(self._set_healthy)
 
     @property
     def address(self) -> str:
@@ -71,6 +83,20 @@ class WorkerApp:
         """Whether every controller knows this worker."""
         return self._registrations.registered
 
+    async def start_unless_stopped(self) -> bool:
+        """As `start`; False if the signal to stop came first, and loading was given up."""
+        starting = asyncio.create_task(self.start())
+        try:
+            if await any_of(self._stop.wait(), asyncio.wait([starting])) and not starting.done():
+                logger.info("stopped while loading the model")
+                return False
+            await starting  # raises what went wrong
+            return True
+        finally:
+            starting.cancel()
+            # A backend that does not give up loading is left behind: its threads end with the process.
+            await asyncio.wait([starting], timeout=ABANDON_S)
+
     async def start(self) -> None:
         """Listen, load, then register: callers never meet a worker that cannot answer."""
         await self._listen()
@@ -84,14 +110,35 @@ class WorkerApp:
         self._supervisor.spawn("registrations", self._registrations.run)
         self._supervisor.spawn("monitor", self._monitor.run)
 
+    async def serve(self) -> None:
+        """Return when the worker shall leave: at the signal to stop, or drained by order of a controller.
+
+        An order that is withdrawn before it is carried out opens the worker again.
+        """
+        while True:
+            await any_of(self._stop.wait(), self._ordered.wait())
+            if self._stop.is_set():
+                return
+            await self._close_admission()
+            idle = self._generation.admission.idle()
+            waits = (self._stop.wait(), self._withdrawn.wait(), idle)
+            await any_of(*waits, timeout_s=self._drain_timeout_s)
+            if self._stop.is_set() or not self._withdrawn.is_set():
+                return
+            await self._reopen()
+
     async def stop(self) -> None:
         """Drain, then free everything. What still runs when the time is over ends with UNAVAILABLE."""
         if self._server is not None:
-            await self._drain(self._server)
+            await self._drain()
         await self._supervisor.close()
         if self._server is not None:
             await self._server.stop(grace_s=1.0)
-        await self._backend.close()
+        try:
+            async with asyncio.timeout(None if self._generation.opened else ABANDON_S):
+                await self._backend.close()
+        except TimeoutError:
+            logger.warning("the backend does not give up loading and is left behind")
         if self._generation.opened:
             logger.info("worker %s stopped", self.worker_id)
 
@@ -145,27 +192,67 @@ class WorkerApp:
             version=__version__,
         )
 
-    def _load_changed(self) -> None:
-        self._registrations.push()
+    def _load_changed(self, urgent: bool) -> None:
+        self._registrations.push(urgent=urgent)
+
+    async def _set_healthy(self, healthy: bool) -> None:
+        """Health follows the background tasks."""
+        if self._server is not None and not self._draining:
+            await self._server.set_serving(healthy)
 
     def _drain_ordered(self, timeout_s: float | None) -> None:
+        """A controller's heartbeat answer asks for it; each does, as long as the order stands."""
         if timeout_s is not None:
             self._drain_timeout_s = timeout_s
-        if not self._stop.is_set():
+        if not self._ordered.is_set() and not self._stop.is_set():
             logger.info("a controller asked this worker to drain")
-            self._stop.set()
+            self._withdrawn.clear()
+            self._ordered.set()
 
-    async def _drain(self, server: RpcServer) -> None:
-        """Take nothing new, let what runs end, and evict what has not ended in time."""
-        await server.set_serving(False)
-        if not self._generation.opened:  # its model did not load
+    def _undrain_ordered(self) -> None:
+        if self._ordered.is_set() and not self._stop.is_set():
+            logger.info("a controller withdrew its order to drain")
+            self._ordered.clear()
+            self._withdrawn.set()
+
+    async def _close_admission(self) -> None:
+        """Take nothing new."""
+        self._draining = True
+        self._draining_since = monotonic()
+        assert self._server is not None
+        await self._server.set_serving(False)
+        if self._generation.opened:  # its model did load
+            self._generation.admission.close()
+            self._monitor.set_state(WorkerState.DRAINING)
+
+    async def _reopen(self) -> None:
+        """Take requests again."""
+        self._draining = False
+        self._generation.admission.reopen()
+        self._monitor.set_state(WorkerState.SERVING)
+        assert self._server is not None
+        await self._server.set_serving(self._supervisor.healthy)
+
+    async def _drain(self) -> None:
+        """Let what runs end, and evict what has not ended in time."""
+        # What an order has begun goes on with the time that it has left.
+        drained_for_s = monotonic() - self._draining_since if self._draining else 0.0
+        if not self._draining:
+            await self._close_admission()
+        if not self._generation.opened:
             return
         admission = self._generation.admission
-        admission.close()
-        self._monitor.set_state(WorkerState.DRAINING)
-        try:
-            async with asyncio.timeout(self._drain_timeout_s):
-                await admission.idle()
-        except TimeoutError:
+        if not await any_of(admission.idle(), timeout_s=max(self._drain_timeout_s - drained_for_s, 0)):
             logger.warning("drain timeout: %d requests are evicted", admission.running + admission.waiting)
             self._generation.evict()
+
+
+async def any_of(*waits: Coroutine[Any, Any, object], timeout_s: float | None = None) -> bool:
+    """Wait until one of them is over; False if the time is over first. The others are cancelled."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        done, _ = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        return bool(done)
+    finally:
+        for task in tasks:
+            task.cancel()

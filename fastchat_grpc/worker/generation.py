@@ -6,10 +6,12 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from time import monotonic
 
 from fastchat_grpc.backends.base import Backend
 from fastchat_grpc.core import Delta, EmbedRequest, EmbedResult, Event, GenerateRequest, ModelInfo, Prompt
 from fastchat_grpc.errors import Draining, InvalidArgument, ModelNotFound, Starting
+from fastchat_grpc.worker.active import Active
 from fastchat_grpc.worker.admission import Admission
 
 
@@ -20,7 +22,8 @@ class LocalGeneration:
         self._backend = backend
         self._admission: Admission | None = None
         self._models: dict[str, ModelInfo] = {}
-        self._active: set[asyncio.Task[object]] = set()
+        self._active: set[Active] = set()
+        self._dropping: set[asyncio.Task[None]] = set()
         self._evicting = False
         self.output_tokens = 0
         """Tokens sent since start."""
@@ -62,24 +65,32 @@ class LocalGeneration:
         return self._models[name]
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-        """Events of one request, as `Backend.generate`. Closing the generator frees its slot."""
+        """Events of one request, as `Backend.generate`. Closing the generator frees its slot.
+
+        Raises ReaderTooSlow to a caller that comes back after its slot was taken for want of reading.
+        """
         model = self.model(request.model)
         request = replace(request, model=model.name, sampling=request.sampling.filled(model.default_sampling))
-        async with self._evictable(), self.admission.slot(request.priority):
-            # Closed inside the slot: the engine lets go of the request before another takes its place.
-            events = self._backend.generate(request)
+        resumed = request.resume is not None
+        async with (
+            self._evictable() as active,
+            self.admission.slot(request.priority, weight=_sequences(request), resumed=resumed) as active.slot,
+        ):
+            events = active.events = self._backend.generate(request)
             try:
                 async for event in events:
                     if isinstance(event, Delta):
                         self.output_tokens += len(event.token_ids)
+                    active.sent()
                     yield event
+                    active.read()
             finally:
-                await events.aclose()
+                await active.end()
 
     async def embed(self, request: EmbedRequest) -> EmbedResult:
         """Embed, in a slot."""
         request = replace(request, model=self.model(request.model).name)
-        async with self._evictable(), self.admission.slot():
+        async with self._evictable() as active, self.admission.slot() as active.slot:
             return await self._backend.embed(request)
 
     async def tokenize(self, model: str, prompt: Prompt) -> Sequence[int]:
@@ -94,24 +105,45 @@ class LocalGeneration:
         """The model's chat template, or an empty string."""
         return self._backend.chat_template(self.model(model).name)
 
+    @property
+    def awaiting(self) -> int:
+        """Requests to which the engine owes something: neither those that wait nor those that nobody reads."""
+        return sum(active.awaits_engine for active in self._active)
+
+    def drop_unread(self, bound_s: float) -> int:
+        """Take their slots from requests whose callers have not read for `bound_s` seconds. How many those are."""
+        now = monotonic()
+        unread = [active for active in self._active if active.unread_s(now) > bound_s]
+        for active in unread:
+            task = active.drop(now)
+            self._dropping.add(task)
+            task.add_done_callback(self._dropping.discard)
+        return len(unread)
+
     def evict(self) -> None:
         """End what runs with UNAVAILABLE, so that callers resume it elsewhere."""
         self._evicting = True
-        for task in self._active:
-            task.cancel()
+        for active in self._active:
+            active.task.cancel()
 
     @asynccontextmanager
-    async def _evictable(self) -> AsyncIterator[None]:
+    async def _evictable(self) -> AsyncIterator[Active]:
         """Run the body as something that `evict` may end; its cancel becomes Draining."""
         task = asyncio.current_task()
         assert task is not None
-        self._active.add(task)
+        active = Active(task)
+        self._active.add(active)
         try:
-            yield
+            yield active
         except asyncio.CancelledError:
             if not self._evicting:
                 raise
             task.uncancel()
             raise Draining("this worker's time to drain is over; the request may go on elsewhere") from None
         finally:
-            self._active.discard(task)
+            self._active.discard(active)
+
+
+def _sequences(request: GenerateRequest) -> int:
+    """How many sequences a request generates: its choices, without those that a resumed one has finished."""
+    return request.output.n - sum(choice.finished for choice in request.resume or ())

@@ -7,8 +7,9 @@ import logging
 from collections.abc import Callable
 from time import monotonic
 
-from fastchat_grpc.backends.base import Backend
+from fastchat_grpc.backends.base import Backend, BackendLoad
 from fastchat_grpc.core import Load, WorkerState
+from fastchat_grpc.rpc.supervise import ErrorLog
 from fastchat_grpc.worker.generation import LocalGeneration
 
 logger = logging.getLogger(__name__)
@@ -18,11 +19,16 @@ SPEED_WINDOW_S = 5.0
 
 
 class Monitor:
-    """Reads load for heartbeats and watches for a wedged engine.
+    """Reads load for heartbeats, and watches for a wedged engine and for callers that do not read.
+
+    A backend that cannot say its load makes the worker DEGRADED until it can; it ends nothing.
 
     Args:
-        stall_s: seconds without progress, with requests running, after which the worker says DEGRADED.
-        on_change: called when the load has changed so much that the controllers should know early.
+        stall_s: seconds without progress, with requests that wait for the engine, after which the worker
+            says DEGRADED.
+        on_change: called when the controllers should know early: with True when the state has changed, with
+            False when the load has changed much.
+        send_timeout_s: how long what was generated may stay unread before the request loses its slot.
     """
 
     def __init__(
@@ -30,15 +36,20 @@ class Monitor:
         backend: Backend,
         generation: LocalGeneration,
         stall_s: float,
-        on_change: Callable[[], None],
+        on_change: Callable[[bool], None],
+        send_timeout_s: float = 60.0,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self._backend = backend
         self._generation = generation
         self._stall_s = stall_s
         self._on_change = on_change
+        self._send_timeout_s = send_timeout_s
         self._clock = clock
         self._state = WorkerState.STARTING
+        self._read = BackendLoad(max_running=0)
+        self._unreadable = False
+        self._errors = ErrorLog(clock=clock)
         self._progress = (0, clock())
         self._stalled = False
         self._speed = 0.0
@@ -46,24 +57,27 @@ class Monitor:
         self._told = Load()
 
     def set_state(self, state: WorkerState) -> None:
-        """Enter a state of the worker's life: SERVING, then DRAINING."""
+        """Enter a state of the worker's life: SERVING, then DRAINING, and perhaps SERVING again."""
         self._state = state
-        self._progress = self._tokens = (0, self._clock())  # what came before, such as loading, is no stall
-        self._on_change()
+        now = self._clock()  # what came before, such as loading, is no stall and no speed
+        self._progress = (self._read.processed_tokens, now)
+        self._tokens = (self._generation.output_tokens, now)
+        self._on_change(True)
 
     def load(self) -> Load:
         """Load at this moment."""
         if self._state is WorkerState.STARTING:
             return Load(state=WorkerState.STARTING)
         admission = self._generation.admission
-        degraded = self._stalled and self._state is WorkerState.SERVING
+        backend = self._backend_load()
+        degraded = (self._stalled or self._unreadable) and self._state is WorkerState.SERVING
         self._told = Load(
             state=WorkerState.DEGRADED if degraded else self._state,
             running=admission.running,
             waiting=admission.waiting,
             max_running=admission.max_running,
             max_waiting=admission.max_waiting,
-            kv_cache_usage=self._backend.load().kv_cache_usage,
+            kv_cache_usage=backend.kv_cache_usage,
             tokens_per_second=self._speed,
         )
         return self._told
@@ -73,17 +87,45 @@ class Monitor:
         while True:
             await asyncio.sleep(SAMPLE_S)
             self.sample()
+            if dropped := self._generation.drop_unread(self._send_timeout_s):
+                logger.warning("%d requests were not read for %g s and lose their slots", dropped, self._send_timeout_s)
 
     def sample(self) -> None:
         """Look once at speed, progress and load."""
         now = self._clock()
         self._measure_speed(now)
         self._watch_progress(now)
-        admission = self._generation.admission
+        if self._changed_much():
+            self._on_change(False)
+
+    def _changed_much(self) -> bool:
+        """Whether what the controllers were told misleads them.
+
+        It does when the worker has become full, or has room again, and when the queue has changed by a quarter of
+        the capacity; by two at least, or a small worker would report each request.
+        """
+        admission, told = self._generation.admission, self._told
         queue_length = admission.running + admission.waiting
-        # A quarter of the capacity, up or down, changes where a controller should send work.
-        if abs(queue_length - self._told.queue_length) >= max(1, admission.max_running // 4):
-            self._on_change()
+        if (queue_length >= admission.max_running) != (told.queue_length >= admission.max_running):
+            return True
+        return abs(queue_length - told.queue_length) >= max(2, admission.max_running // 4)
+
+    def _backend_load(self) -> BackendLoad:
+        """The backend's load, or the last one that it could say."""
+        try:
+            self._read = self._backend.load()
+        except Exception as error:
+            if self._errors.report("load", error) is not None:
+                logger.exception("the backend cannot say its load: this worker is DEGRADED until it can")
+            self._set_unreadable(True)
+        else:
+            self._set_unreadable(False)
+        return self._read
+
+    def _set_unreadable(self, unreadable: bool) -> None:
+        if unreadable is not self._unreadable:
+            self._unreadable = unreadable
+            self._on_change(True)
 
     def _measure_speed(self, now: float) -> None:
         tokens, since = self._tokens
@@ -95,19 +137,21 @@ class Monitor:
 
     def _watch_progress(self, now: float) -> None:
         processed, since = self._progress
-        current = self._backend.load().processed_tokens
-        idle = self._generation.admission.running == 0
-        if idle or current != processed:
+        current = self._backend_load().processed_tokens
+        # Not what admission counts as running: a caller that does not read its stream holds a slot, and the
+        # engine has nothing to do for it.
+        awaiting = self._generation.awaiting
+        if awaiting == 0 or current != processed:
             self._progress = (current, now)
             if self._stalled:
                 self._stalled = False
                 logger.warning("the engine makes progress again")
-                self._on_change()
+                self._on_change(True)
         elif now - since >= self._stall_s and not self._stalled:
             self._stalled = True
             logger.error(
-                "no token for %.0f s with %d requests running: this worker is DEGRADED until there is progress",
+                "no token for %.0f s with %d requests waiting for one: this worker is DEGRADED until there is progress",
                 now - since,
-                self._generation.admission.running,
+                awaiting,
             )
-            self._on_change()
+            self._on_change(True)

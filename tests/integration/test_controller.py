@@ -357,7 +357,7 @@ class TestDrain:
         for _ in range(3):
             await client.complete("x")
         assert worker.reserved_count == 1, "nothing new goes there"
-        await eventually(old._stop.is_set)
+        await eventually(old._ordered.is_set)
         await old.stop()
         assert (await running).text == text
         assert controller.relay.failover.resumed == 0
@@ -378,7 +378,7 @@ class TestDrain:
         await start_worker(controllers=(controller.address,), worker_id="new")
         await joined(controller, 2)
         await stub.DrainWorker(pb.DrainWorkerRequest(worker_id="old", timeout=duration_pb2.Duration()))
-        await eventually(old._stop.is_set)
+        await eventually(old._ordered.is_set)
         await old.stop()
         assert (await running).text == text
         assert controller.relay.failover.resumed == 1

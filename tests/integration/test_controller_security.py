@@ -87,7 +87,7 @@ class TestJoinToken:
                 with pytest.raises(errors.Unauthenticated):
                     await client.drain_worker(worker.worker_id)
                 assert await client.drain_worker(worker.worker_id, drain_timeout_s=5, join_token=TOKEN) == 0
-                await eventually(worker._stop.is_set)
+                await eventually(worker._ordered.is_set)
                 assert worker._drain_timeout_s == 5
 
     async def test_it_is_in_no_log_and_no_repr(

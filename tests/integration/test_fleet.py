@@ -91,15 +91,14 @@ async def test_a_worker_that_leaves_is_gone_at_once() -> None:
 
 async def test_draining_by_the_controller_stops_new_work_and_lets_streams_end() -> None:
     async with running_controller() as controller, AsyncClient(controller.address) as client:
-        stop = asyncio.Event()
-        app = WorkerApp(echo_config("m", controllers=(controller.address,), options={"delay_ms": "20"}), stop)
+        app = WorkerApp(echo_config("m", controllers=(controller.address,), options={"delay_ms": "20"}))
         await app.start()
         try:
             await eventually(lambda: app.registered)
             running = asyncio.create_task(client.complete(TEXT, model="m"))
             await eventually(lambda: app._generation.admission.running == 1)
             assert await client.drain_worker(app.worker_id) == 1
-            await asyncio.wait_for(stop.wait(), 5)
+            await asyncio.wait_for(app._ordered.wait(), 5)
             leaving = asyncio.create_task(app.stop())
             with pytest.raises(errors.NoLiveWorker):
                 await client.complete("new", model="m")
@@ -155,7 +154,7 @@ def test_the_registration_survives_a_push_that_meets_its_cancel() -> None:
             async with running_worker(echo_config("m", controllers=(controller.address,), drain_timeout_s=0)) as app:
                 await eventually(lambda: app.registered)
                 await asyncio.sleep(0.15)  # inside the wait for the next heartbeat
-                app._load_changed()
+                app._load_changed(True)
                 await asyncio.wait_for(app.stop(), 5)
 
     for _ in range(3):

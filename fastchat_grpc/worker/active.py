@@ -1,0 +1,71 @@
+"""One request under way on this worker: whose turn it is, the engine's or the reader's."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from time import monotonic
+
+from fastchat_grpc.core import Event
+from fastchat_grpc.errors import ReaderTooSlow
+from fastchat_grpc.worker.admission import Slot
+
+logger = logging.getLogger(__name__)
+
+
+class Active:
+    """A request that runs, or waits for its slot."""
+
+    def __init__(self, task: asyncio.Task[object]) -> None:
+        self.task = task
+        self.slot: Slot | None = None
+        self.events: AsyncGenerator[Event, None] | None = None
+        self._unread_since: float | None = None
+        self._unread_s = 0.0
+        self._dropping: asyncio.Task[None] | None = None
+
+    @property
+    def awaits_engine(self) -> bool:
+        """Whether the engine owes this request something."""
+        return self.slot is not None and not self.slot.released and self._unread_since is None
+
+    def unread_s(self, now: float) -> float:
+        """Seconds for which an event has been waiting for the caller to read it."""
+        return 0.0 if self._unread_since is None or self._dropping is not None else now - self._unread_since
+
+    def sent(self) -> None:
+        """An event goes to the caller."""
+        self._unread_since = monotonic()
+
+    def read(self) -> None:
+        """The caller has taken the event. Raises ReaderTooSlow if that took too long."""
+        self._unread_since = None
+        if self._dropping is not None:
+            raise ReaderTooSlow(
+                f"what was generated was not read for {self._unread_s:.0f} s (--send-timeout), so the request "
+                "was ended to free its slot"
+            )
+
+    def drop(self, now: float) -> asyncio.Task[None]:
+        """Take the slot from a caller that does not read: it finds out when it reads again."""
+        self._unread_s = self.unread_s(now)
+        self._dropping = asyncio.get_running_loop().create_task(self._end())
+        return self._dropping
+
+    async def end(self) -> None:
+        """Let the engine let go of the request, before its slot goes to another."""
+        if self._dropping is not None:
+            await asyncio.wait([self._dropping])
+        elif self.events is not None:
+            await self.events.aclose()
+
+    async def _end(self) -> None:
+        try:
+            if self.events is not None:
+                await self.events.aclose()
+        except Exception:
+            logger.exception("the backend failed to end a request that was not read")
+        finally:
+            if self.slot is not None:
+                self.slot.release()
