@@ -213,6 +213,7 @@ class Call(Generic[T]):
         self._made = 0
         self._attempts = 0
         self._losses = 0
+        self._displaced = False
         self._funded = True
         self._last: FastChatError | None = None
         self._verdict: Verdict | None = None
@@ -275,10 +276,13 @@ class Call(Generic[T]):
         self._last = error = attempt.failed(error, verdict)
         if isinstance(error, QueueFull):
             self._full = error
+        self._displaced = self._displaced or verdict in (Verdict.LOST, Verdict.LEAVING)
         if self.started:
             if verdict is not Verdict.UNABLE:
                 self._loss = self._loss or error
             self._losses += verdict is Verdict.LOST
+        elif verdict is Verdict.FULL and self._displaced:
+            self._attempts -= 1
         elif verdict is not Verdict.FINAL and self._attempts < self._owner.config.max_attempts:
             self._funded = self._owner.budget.withdraw()
 
@@ -295,6 +299,7 @@ class Call(Generic[T]):
         situation = Situation(
             last=self._verdict,
             started=self.started or self._arrived_resumed,
+            displaced=self._displaced,
             resumable=self.state is not None and not (self.state.started and self.state.obstacle),
             attempts=self._attempts,
             losses=self._losses,

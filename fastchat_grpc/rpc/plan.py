@@ -45,10 +45,12 @@ class Situation:
     """How its last attempt ended; None before the first."""
     started: bool = False
     """Whether its caller has seen an event: from then on it can only be resumed, not made again."""
+    displaced: bool = False
+    """Whether a server that had it went away: it has waited its turn once."""
     resumable: bool = True
     """Whether another server could go on with it."""
     attempts: int = 0
-    """Attempts that were made before the first event."""
+    """Attempts that were made before the first event; not counted: refusals for want of room of what is displaced."""
     losses: int = 0
     """Servers that were lost after it."""
     funded: bool = True
@@ -91,4 +93,6 @@ def _worth_waiting(situation: Situation, outlook: Outlook) -> bool:
             return True
         case None | Verdict.EMPTY:
             return outlook is Outlook.COMING
+        case Verdict.FULL:
+            return situation.displaced
     return False

@@ -47,6 +47,11 @@ def test_the_table(started: bool, last: Verdict | None, outlook: Outlook, step: 
     assert next_step(situation, outlook, LIMITS) is step
 
 
+def test_what_has_waited_its_turn_once_waits_for_room_again() -> None:
+    for outlook, step in ((READY, TRY), (COMING, WAIT), (OPEN, WAIT), (CLOSED, STOP)):
+        assert next_step(Situation(last=FULL, displaced=True, attempts=1), outlook, LIMITS) is step
+
+
 LIMIT_CASES = {
     "as many attempts as allowed": (Situation(last=LOST, attempts=2), TRY),
     "one more": (Situation(last=LOST, attempts=3), STOP),
