@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from fastchat_grpc.controller.dispatch import PickRequest
 from fastchat_grpc.controller.fleet import Change, ChangeKind, Reservation, Worker
 from fastchat_grpc.controller.health import Tier
-from fastchat_grpc.core import Capability, ModelInfo, WorkerState
+from fastchat_grpc.core import ModelInfo, WorkerState
 from fastchat_grpc.errors import (
-    AdapterNotFound,
     Code,
     FastChatError,
     ModelNotFound,
@@ -36,41 +36,6 @@ _IN_USE = math.inf
 """When an attempt failed that still runs, or at a worker that cannot do it at all."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """What a worker of the model must have to take a call, or to go on with it. Empty: anything will do."""
-
-    adapter: str = ""
-    """A LoRA adapter that it has loaded."""
-    needs: frozenset[Capability] = frozenset()
-    fingerprint: str = ""
-    """Identity of weights and tokenizer; a worker that does not know its own is taken by the model's name."""
-    backend: str = ""
-    """Only the same backend draws the same random numbers."""
-
-    @property
-    def plain(self) -> bool:
-        """Whether every worker of the model will do."""
-        return not (self.adapter or self.needs or self.fingerprint or self.backend)
-
-    def fits(self, worker: Worker, model: str) -> bool:
-        """Whether a worker has it."""
-        info = worker.model(model)
-        if info is None or not self.needs <= info.capabilities:
-            return False
-        if self.backend and info.backend != self.backend:
-            return False
-        known: str = getattr(info, "fingerprint", "")
-        if self.fingerprint and known and known != self.fingerprint:
-            return False
-        return not self.adapter or _holds(worker, self.adapter)
-
-
-def _holds(worker: Worker, adapter: str) -> bool:
-    info = worker.model(adapter)
-    return info is not None and bool(info.base_model)
-
-
 Open = Callable[[PooledChannel, ModelInfo, Call[bytes]], Any]
 """Starts the call on a channel, to a worker that serves the model like this."""
 
@@ -84,11 +49,13 @@ class Candidates:
     Args:
         model: as the caller named it; empty for the only one.
         key: what prefix_affinity groups by.
-        wants: what a worker must have now; asked at each pick.
+        wants: what a worker must have now to take the call; asked at each pick.
         open: starts the call.
     """
 
-    def __init__(self, relay: Relay, model: str, key: str, wants: Callable[[Call[bytes]], Wanted], open: Open) -> None:
+    def __init__(
+        self, relay: Relay, model: str, key: str, wants: Callable[[Call[bytes]], PickRequest], open: Open
+    ) -> None:
         self._relay = relay
         self._registry = relay.dispatcher.registry
         self._model = model
@@ -101,12 +68,14 @@ class Candidates:
         """The model as the worker serves it that began the generation."""
 
     def pick(self, call: Call[bytes]) -> Attempt[bytes]:
-        """See Servers."""
-        wanted = self._wants(call)
+        """See Servers. Raises as `Dispatcher.pick`, too."""
+        request = self._wants(call)
         try:
-            reservation = self._reserve(wanted, lambda: attempt.move())
+            self._resolve(request.adapter)
+            request = self._completed(request)
+            reservation = self._relay.dispatcher.pick(request, lambda: attempt.move())
         except (NoLiveWorker, Starting) as error:
-            raise self._nobody(wanted, error) from None
+            raise self._nobody(request, error) from None
         self._tried[reservation.instance_id] = _IN_USE
         channel = self._relay.pool.get(reservation.address)
         try:
@@ -122,16 +91,21 @@ class Candidates:
 
     async def wait(self, call: Call[bytes], timeout_s: float) -> None:
         """See Servers."""
-        wanted = self._wants(call)
-        await self._relay.wait_for_room(self._model, timeout_s, lambda worker: self._eligible(worker, wanted))
-        for instance_id in self._full:  # there may be room now
+        for instance_id in self._full:  # who is woken for one of them finds room there
             self._tried.pop(instance_id, None)
         self._full.clear()
+        request = self._completed(self._wants(call))
+        await self._registry.room.wait(self._model, timeout_s, request.accepts)
 
     def others(self, call: Call[bytes]) -> bool:
         """Whether a worker in good order could go on with the call now."""
-        wanted = self._wants(call)
-        return any(self._eligible(worker, wanted) for worker in self._members() if worker.tier is Tier.READY)
+        request = self._completed(self._wants(call))
+        try:
+            _, pool = self._registry.pool(self._model)
+        except FastChatError:
+            return False
+        ready = pool.indexes(Tier.READY, request.suits)
+        return any(request.accepts(worker) for index in ready for worker in index.items)
 
     def failed(self, instance_id: str, verdict: Verdict) -> None:
         """An attempt has ended with an error."""
@@ -140,58 +114,35 @@ class Candidates:
         if verdict is Verdict.FULL:
             self._full.add(instance_id)
 
-    def _eligible(self, worker: Worker, wanted: Wanted) -> bool:
-        instance_id = worker.spec.instance_id
-        fresh = instance_id in self._full or self._tried.get(instance_id, -math.inf) < worker.recovered_at
-        return fresh and wanted.fits(worker, self._model)
+    def _completed(self, request: PickRequest) -> PickRequest:
+        return replace(request, model=self._model, key=self._key, tried=self._tried)
 
-    def _members(self) -> Iterable[Worker]:
-        try:
-            return self._registry.pool(self._model)[1].members
-        except FastChatError:
-            return ()
+    def _resolve(self, adapter: str) -> None:
+        """Find the model's full name. Raises as `Registry.pool`."""
+        if adapter and not self._model:
+            with suppress(ModelNotFound):
+                infos = (worker.model(adapter) for worker in self._registry.pool(adapter)[1].members)
+                self._model = next((info.base_model for info in infos if info is not None), "")
+        self._model, _ = self._registry.pool(self._model)
 
-    def _reserve(self, wanted: Wanted, on_trouble: Callable[[], None]) -> Reservation:
-        """A worker that was not tried; else one that is back. Raises as `Dispatcher.pick`, and AdapterNotFound."""
-        if wanted.adapter:
-            self._check_adapter(wanted.adapter)
-        self._model, pool = self._registry.pool(self._model)
-        unfit = set() if wanted.plain else {w.spec.instance_id for w in pool.members if not wanted.fits(w, self._model)}
-        dispatcher, closed = self._relay.dispatcher, {*self._tried, *unfit}
-        try:
-            return dispatcher.pick(PickRequest(model=self._model, key=self._key, excluded=closed), on_trouble)
-        except NoLiveWorker:
-            tried = [worker for worker in pool.members if worker.spec.instance_id in self._tried]
-            back = {worker.spec.instance_id for worker in tried if self._eligible(worker, wanted)}
-            if not back:
-                raise
-            wanted_again = PickRequest(model=self._model, key=self._key, excluded=closed - back)
-            return dispatcher.pick(wanted_again, on_trouble)
-
-    def _check_adapter(self, adapter: str) -> None:
-        """Find the model of an adapter where the caller names none. Raises AdapterNotFound, and as `Registry.pool`."""
-        try:
-            _, pool = self._registry.pool(adapter)
-        except ModelNotFound:
-            raise AdapterNotFound(f"lora_adapter: no worker has loaded an adapter {adapter[:128]!r}") from None
-        if not self._model:
-            infos = (worker.model(adapter) for worker in pool.members)
-            self._model = next((info.base_model for info in infos if info is not None), "")
-
-    def _nobody(self, wanted: Wanted, error: FastChatError) -> Nobody:
+    def _nobody(self, request: PickRequest, error: FastChatError) -> Nobody:
         if isinstance(error, Starting) or self._registry.recovering(self._model):
             return Nobody(Outlook.COMING, error)
-        if wanted.needs and not self._capable(wanted):
-            lacking = ", ".join(sorted(capability.value for capability in wanted.needs))
+        if request.needs and not self._capable(request):
+            lacking = ", ".join(sorted(capability.value for capability in request.needs))
             why = f"no worker of model {self._model!r} can: such a request needs a backend that is capable of {lacking}"
             return Nobody(Outlook.CLOSED, NotResumable(why, metadata={"model": self._model[:128]}))
         return Nobody(Outlook.OPEN, error)
 
-    def _capable(self, wanted: Wanted) -> bool:
+    def _capable(self, request: PickRequest) -> bool:
         """Whether a worker that could do it is, or was, there: then one may come."""
-        if self.origin is None or wanted.needs <= self.origin.capabilities:
+        if self.origin is None or request.needs <= self.origin.capabilities:
             return True
-        return any(wanted.fits(worker, self._model) for worker in self._members())
+        try:
+            _, pool = self._registry.pool(self._model)
+        except FastChatError:
+            return False
+        return any(request.suits(replicas) for replicas in pool.replicas)
 
 
 class WorkerAttempt(Attempt[bytes]):

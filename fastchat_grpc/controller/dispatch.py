@@ -38,6 +38,7 @@ class PickRequest(NamedTuple):
         key: what prefix_affinity groups by.
         needs: what the worker's model must be able to do.
         fingerprint: identity of weights and tokenizer; a worker that does not know its own is taken by the name.
+        backend: name of the backend, where only the same one draws the same random numbers; empty: any.
         excluded: worker ids or instance ids not to pick.
         tried: instance ids at which this request has failed, and when, by the registry's clock. One of them
             is picked only where nobody else is left, and if it has shown a sign of life since.
@@ -48,6 +49,7 @@ class PickRequest(NamedTuple):
     key: str = ""
     needs: frozenset[Capability] = frozenset()
     fingerprint: str = ""
+    backend: str = ""
     excluded: Collection[str] = ()
     tried: Mapping[str, float] = _NONE
 
@@ -60,7 +62,9 @@ class PickRequest(NamedTuple):
         """Whether workers with these models can take it, by what they serve."""
         if self.adapter and self.adapter not in replicas.models:
             return False
-        return replicas.serves(self.model, self.needs, self.fingerprint)
+        if not replicas.serves(self.model, self.needs, self.fingerprint):
+            return False
+        return not self.backend or replicas.models[self.model].backend == self.backend
 
     def accepts(self, worker: Worker) -> bool:
         """Whether it may go to a worker, who may have been tried but has come back since."""

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastchat_grpc.config import DispatchMethod, FailoverConfig
-from fastchat_grpc.controller.candidates import Candidates, Stranded, Wanted
-from fastchat_grpc.controller.dispatch import Dispatcher
-from fastchat_grpc.controller.fleet import Worker
+from fastchat_grpc.controller.candidates import Candidates, Stranded
+from fastchat_grpc.controller.dispatch import Dispatcher, PickRequest
 from fastchat_grpc.core import Capability, ModelInfo
 from fastchat_grpc.errors import RelayLoop
 from fastchat_grpc.rpc.failover import Call, Failover
@@ -70,12 +69,8 @@ class Relay:
             multicallable = channel.unary_unary(method)
             return multicallable(named(info.name), timeout=call.remaining_s(), metadata=caller.metadata)
 
-        candidates = Candidates(self, model, "", lambda call: Wanted(), start)
+        candidates = Candidates(self, model, "", lambda call: PickRequest(), start)
         return await self.failover.call(candidates, caller.deadline)
-
-    async def wait_for_room(self, model: str, timeout_s: float, fits: Callable[[Worker], bool]) -> None:
-        """Return when a worker of a model that fits may have room, or after the timeout."""
-        await self.dispatcher.registry.room.wait(model, timeout_s, fits)
 
     def affinity_key(self, request: pb.GenerateRequest) -> str:
         """What prefix_affinity groups a request by; empty where nothing goes by it."""
@@ -137,13 +132,13 @@ class _Generation:
         self._arrived_resumed = request.HasField("resume")
         self.candidates = Candidates(relay, request.model, relay.affinity_key(request), self._wanted, self._open)
 
-    def _wanted(self, call: Call[bytes]) -> Wanted:
+    def _wanted(self, call: Call[bytes]) -> PickRequest:
         request, state, origin = self._request, call.state, self.candidates.origin
         if state is None or not (state.started or self._arrived_resumed):
-            return Wanted(adapter=request.lora_adapter)
+            return PickRequest(adapter=request.lora_adapter)
         needs = resume_needs(request, continues=state.continues or continues(request.resume))
         known = origin if state.started else None
-        return Wanted(
+        return PickRequest(
             adapter=request.lora_adapter,
             needs=needs,
             fingerprint=getattr(known or request.resume, "fingerprint" if known else "model_fingerprint", ""),
