@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import grpc
 
 from fastchat_grpc.config import ControllerConfig
+from fastchat_grpc.controller.callers import OnBehalf
 from fastchat_grpc.controller.dispatch import Dispatcher
 from fastchat_grpc.controller.fleet import Change, ChangeKind, Removal
-from fastchat_grpc.controller.generation import GenerationServicer, OnBehalf, RelayedGeneration
+from fastchat_grpc.controller.generation import GenerationServicer, RelayedGeneration
 from fastchat_grpc.controller.parents import Parents
 from fastchat_grpc.controller.registry import Registry
 from fastchat_grpc.controller.relay import Relay
@@ -145,7 +146,7 @@ class ControllerApp:
             (
                 "fastchat_grpc.v1.OpenAIService",
                 lambda server: openai_pb2_grpc.add_OpenAIServiceServicer_to_server(
-                    OnBehalf(OpenAIServicer(self.generation)), server
+                    OnBehalf(OpenAIServicer(self.generation), self.registry, self._config.failover.wait_s), server
                 ),
             ),
             *(self.bridge.services() if self.bridge is not None else ()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Callable
 from contextlib import suppress
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from fastchat_grpc.controller.relay import Relay
 
 _FAULTS = frozenset({Code.INTERNAL, Code.UNKNOWN, Code.DATA_LOSS})
+UNNAMED_LOOK_S = 0.1
 _IN_USE = math.inf
 """When an attempt failed that still runs, or at a worker that cannot do it at all."""
 
@@ -94,6 +96,9 @@ class Candidates:
         for instance_id in self._full:  # who is woken for one of them finds room there
             self._tried.pop(instance_id, None)
         self._full.clear()
+        if not self._model:  # no model is known yet, so that there is no queue to wait in
+            await asyncio.sleep(min(timeout_s, UNNAMED_LOOK_S))
+            return
         request = self._completed(self._wants(call))
         await self._registry.room.wait(self._model, timeout_s, request.accepts)
 

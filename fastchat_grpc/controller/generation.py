@@ -6,7 +6,6 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
-from contextvars import ContextVar
 from time import monotonic
 from typing import Any
 
@@ -14,7 +13,8 @@ import grpc
 from google.api.httpbody_pb2 import HttpBody
 
 from fastchat_grpc import __version__
-from fastchat_grpc.controller.relay import NOBODY, Caller, Relay, forwarded, naming
+from fastchat_grpc.controller.callers import CALLER, caller_of
+from fastchat_grpc.controller.relay import Relay, naming
 from fastchat_grpc.core import (
     EmbedRequest,
     EmbedResult,
@@ -34,34 +34,6 @@ Context = grpc.aio.ServicerContext[Any, Any]
 SERVICE = "fastchat_grpc.v1.GenerationService"
 IDLE_LOOK_S = 0.02
 DETOKENIZE = "/fastchat_grpc.v1.OpenAIService/Detokenize"
-
-CALLER: ContextVar[Caller] = ContextVar("CALLER", default=NOBODY)
-"""Whose call this is, for services that reach the fleet through the GenerationPort: its methods have no context."""
-
-
-def caller_of(context: Context) -> Caller:
-    """Deadline and metadata that a relayed call has of its caller's. Raises RelayLoop."""
-    left_s = context.time_remaining()
-    return Caller(
-        deadline=None if left_s is None else monotonic() + left_s,
-        metadata=forwarded(context.invocation_metadata()),
-    )
-
-
-class OnBehalf:
-    """A servicer whose calls keep deadline and metadata of their callers on the way to the worker."""
-
-    def __init__(self, servicer: Any) -> None:
-        self._servicer = servicer
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._servicer, name)
-
-        def called(request: Any, context: Context) -> Any:
-            CALLER.set(caller_of(context))  # each call has a task, and so a context, of its own
-            return method(request, context)
-
-        return called
 
 
 class RelayedGeneration:

@@ -6,40 +6,25 @@ know what the caller has if the worker dies (see `fastchat_grpc.rpc.failover`).
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from fastchat_grpc.config import DispatchMethod, FailoverConfig
+from fastchat_grpc.controller.callers import NOBODY, Caller
 from fastchat_grpc.controller.candidates import Candidates, Stranded
 from fastchat_grpc.controller.dispatch import Dispatcher, PickRequest
 from fastchat_grpc.core import Capability, ModelInfo
-from fastchat_grpc.errors import RelayLoop
 from fastchat_grpc.rpc.failover import Call, Failover
 from fastchat_grpc.rpc.pool import ChannelPool, PooledChannel
 from fastchat_grpc.rpc.resume import RAW, SpareSeed, continues, obstacle, resume_needs, resume_request
 from fastchat_grpc.v1 import generation_pb2 as pb
 
 GENERATE = "/fastchat_grpc.v1.GenerationService/Generate"
-FORWARDED = frozenset({"traceparent", "tracestate", "baggage", "x-request-id"})
-HOPS = "x-fastchat-grpc-hops"
-MAX_HOPS = 8
 AFFINITY_CHARACTERS = 256
 """Length of prompt that prefix_affinity goes by where there is no session key."""
 
-
 Named = Callable[[str], bytes]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Caller:
-    """What a relayed call keeps of its caller's: the deadline (monotonic seconds; None: none) and the metadata."""
-
-    deadline: float | None = None
-    metadata: Sequence[tuple[str, str]] = ()
-
-
-NOBODY = Caller()
+"""Serializes a request with the model's full name in it."""
 
 
 class Relay:
@@ -89,21 +74,6 @@ def naming(message: Any) -> Named:
         return bytes(copy.SerializeToString())
 
     return named
-
-
-def forwarded(metadata: Iterable[tuple[str, Any]] | None) -> list[tuple[str, str]]:
-    """The metadata that goes on to the worker. Raises RelayLoop."""
-    passed: list[tuple[str, str]] = []
-    hops = 0
-    for key, value in metadata or ():
-        if key in FORWARDED:
-            passed.append((key, value))
-        elif key == HOPS and str(value).isdigit():
-            hops = int(value)
-    if hops >= MAX_HOPS:
-        raise RelayLoop(f"the request has passed {hops} controllers; check --parent-address for a circle")
-    passed.append((HOPS, str(hops + 1)))
-    return passed
 
 
 def _prefix(request: pb.GenerateRequest) -> str:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
+import grpc
 import pytest
 from google.api.httpbody_pb2 import HttpBody
 
@@ -16,13 +17,14 @@ from fastchat_grpc import errors
 from fastchat_grpc.client import AsyncClient
 from fastchat_grpc.config import FailoverConfig, LeaseConfig
 from fastchat_grpc.controller.app import ControllerApp
-from fastchat_grpc.controller.relay import HOPS
+from fastchat_grpc.controller.callers import HOPS
 from fastchat_grpc.core import Capability, Delta, GenerateRequest, WorkerState
 from fastchat_grpc.errors import UnsupportedField
 from fastchat_grpc.openai.servicer import OpenAIServicer
 from fastchat_grpc.rpc.channels import open_channel
 from fastchat_grpc.v1 import generation_pb2 as pb
 from fastchat_grpc.v1.generation_pb2_grpc import GenerationServiceStub
+from fastchat_grpc.v1.openai_pb2 import GetOpenAIModelRequest
 from fastchat_grpc.v1.openai_pb2_grpc import OpenAIServiceStub
 from fastchat_grpc.worker.app import WorkerApp
 from fastchat_grpc.worker.servicer import GenerationServicer
@@ -138,6 +140,71 @@ class TestFullFleets:
                 await start_worker(controllers=(controller.address,), options=SLOW)
                 assert await asyncio.wait_for(stream, 20) == TEXT
                 await asyncio.wait_for(stopping, 20)
+
+
+class TestYoungControllers:
+    """Who asks before the fleet has come back waits, and never hears that a model does not exist."""
+
+    @pytest.fixture
+    async def young(self) -> AsyncIterator[ControllerApp]:
+        slow = LeaseConfig(time_to_live_s=30, heartbeat_interval_s=10)  # it stays young for longer than the test
+        async with running_controller(young=True, lease=slow) as controller:
+            yield controller
+
+    @pytest.mark.parametrize("model", ["echo", ""])
+    async def test_a_request_waits_for_its_worker(
+        self, young: ControllerApp, start_worker: StartWorker, model: str
+    ) -> None:
+        async with AsyncClient(young.address, failover=FailoverConfig(max_attempts=1)) as client:
+            asking = [
+                asyncio.create_task(said(client.generate("abc", model=model))),
+                asyncio.create_task(client.count_tokens("abc", model=model)),
+            ]
+            await eventually(lambda: young.relay.failover.running == 2)
+            await start_worker(controllers=(young.address,))
+            assert await asyncio.wait_for(asyncio.gather(*asking), 10) == ["abc", 3]
+
+    async def test_an_openai_request_waits_for_its_worker(
+        self, young: ControllerApp, start_worker: StartWorker
+    ) -> None:
+        async with open_channel(young.address) as channel:
+            stub = OpenAIServiceStub(channel)
+            chat = {"model": "echo", "messages": [{"role": "user", "content": "hello"}], "stream": True}
+            streamed = stub.ChatCompletions(HttpBody(data=json.dumps(chat).encode()))
+            tokens = stub.Tokenize(HttpBody(data=b'{"model": "echo", "prompt": "abc"}'))
+            model = stub.GetModel(GetOpenAIModelRequest(model="echo"))
+            reading = asyncio.create_task(streamed.read())
+            await asyncio.sleep(0.2)
+            assert not any(call.done() for call in (reading, tokens, model))
+            await start_worker(controllers=(young.address,))
+            async with asyncio.timeout(10):
+                assert b"chat.completion" in (await reading).data
+                assert json.loads((await tokens).data)["tokens"] == [97, 98, 99]
+                assert json.loads((await model).data)["id"] == "echo"
+
+    async def test_it_is_told_to_come_again_when_none_comes(self) -> None:
+        slow = LeaseConfig(time_to_live_s=30, heartbeat_interval_s=10)
+        async with (
+            running_controller(young=True, lease=slow, failover=FailoverConfig(wait_s=0.2)) as controller,
+            AsyncClient(controller.address, failover=FailoverConfig(wait_s=0)) as client,
+            open_channel(controller.address) as channel,
+        ):
+            with pytest.raises(errors.Starting):
+                await client.complete("abc", model="nobody-knows")
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await OpenAIServiceStub(channel).GetModel(GetOpenAIModelRequest(model="nobody-knows"))
+            assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+
+    async def test_a_client_goes_to_another_controller(self, start_worker: StartWorker) -> None:
+        slow = LeaseConfig(time_to_live_s=30, heartbeat_interval_s=10)
+        async with (
+            running_controller(young=True, lease=slow, failover=FailoverConfig(wait_s=0)) as young,
+            running_controller(lease=QUICK) as old,
+            AsyncClient([young.address, old.address]) as client,
+        ):
+            await start_worker(controllers=(old.address,))
+            await eventually(lambda: len(old.registry) == 1)
+            assert (await asyncio.wait_for(client.complete("abc", model="echo"), 5)).text == "abc"
 
 
 async def trouble(controller: ControllerApp, worker: WorkerApp) -> None:
