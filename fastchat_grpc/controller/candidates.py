@@ -6,7 +6,6 @@ import asyncio
 import math
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +119,7 @@ class Candidates:
             self._full.add(instance_id)
 
     def _completed(self, request: PickRequest) -> PickRequest:
-        return replace(request, model=self._model, key=self._key, tried=self._tried)
+        return request._replace(model=self._model, key=self._key, tried=self._tried)
 
     def _resolve(self, adapter: str) -> None:
         """Find the model's full name. Raises as `Registry.pool`."""
