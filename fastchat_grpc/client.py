@@ -59,6 +59,8 @@ from fastchat_grpc.v1.registry_pb2_grpc import ControllerServiceStub as Controll
 
 DEFAULT_ADDRESS = f"127.0.0.1:{CONTROLLER_PORT}"
 
+PAGE_SIZE = 1000
+
 T = TypeVar("T")
 PromptLike = str | Sequence[int] | Sequence[ChatMessage] | Sequence[Mapping[str, Any]] | Prompt
 """A text, token ids, messages (also as mappings with role and content), or a prompt of `core`."""
@@ -269,13 +271,27 @@ class AsyncClient:
 
     async def models(self) -> Sequence[registry_pb2.FleetModel]:
         """Models of the fleet. Asks a controller."""
-        return list((await self._call(ControllerStub, "ListModels", registry_pb2.ListModelsRequest())).models)
+        found: list[registry_pb2.FleetModel] = []
+        token = ""
+        while True:
+            request = registry_pb2.ListModelsRequest(page_size=PAGE_SIZE, page_token=token)
+            page = await self._call(ControllerStub, "ListModels", request)
+            found += page.models
+            token = page.next_page_token
+            if not token:
+                return found
 
     async def workers(self, model: str = "") -> Sequence[registry_pb2.Worker]:
         """Live workers. Asks a controller."""
-        return list(
-            (await self._call(ControllerStub, "ListWorkers", registry_pb2.ListWorkersRequest(model=model))).workers
-        )
+        found: list[registry_pb2.Worker] = []
+        token = ""
+        while True:
+            request = registry_pb2.ListWorkersRequest(model=model, page_size=PAGE_SIZE, page_token=token)
+            page = await self._call(ControllerStub, "ListWorkers", request)
+            found += page.workers
+            token = page.next_page_token
+            if not token:
+                return found
 
     async def drain_worker(
         self, worker_id: str, *, drain_timeout_s: float | None = None, join_token: str | None = None
@@ -291,6 +307,11 @@ class AsyncClient:
             request.timeout.CopyFrom(convert.duration(drain_timeout_s))
         response = await self._call(ControllerStub, "DrainWorker", request, bearer(join_token) or self._metadata)
         return int(response.running_count)
+
+    async def undrain_worker(self, worker_id: str, *, join_token: str | None = None) -> None:
+        """Take a drain back: the worker takes new requests again, if its process still runs. Asks a controller."""
+        request = registry_pb2.UndrainWorkerRequest(worker_id=worker_id)
+        await self._call(ControllerStub, "UndrainWorker", request, bearer(join_token) or self._metadata)
 
     def _deadline(self) -> float | None:
         return None if self._timeout_s is None else monotonic() + self._timeout_s

@@ -9,6 +9,7 @@ such as the context length, is checked by the backend.
 from __future__ import annotations
 
 import enum
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -270,13 +271,50 @@ class Image:
     media_type: str = ""
 
 
+def json_object(text: str, path: str) -> dict[str, Any]:
+    """The JSON object that a field holds as text; empty text is an empty object. Order and integers are kept.
+
+    Raises:
+        InvalidArgument: it is no JSON object, with the field's path.
+    """
+    if not text:
+        return {}
+    try:
+        value = json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        place = f" (line {error.lineno}, column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
+        raise InvalidArgument(path, f"is not valid JSON{place}") from None
+    if not isinstance(value, dict):
+        raise InvalidArgument(path, "must be a JSON object")
+    return value
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tool:
-    """A function that the model may call; `parameters` is a JSON Schema object."""
+    """A function that the model may call; `parameters_json` is a JSON Schema object, empty for no arguments.
+
+    It stays text until it is used: every process that reads it sees the same members in the same order.
+    """
 
     name: str
     description: str = ""
-    parameters: Mapping[str, Any] | None = None
+    parameters_json: str = ""
+
+    def parameters(self) -> dict[str, Any] | None:
+        """The schema; None: no arguments. Parsed anew at each call."""
+        return json_object(self.parameters_json, "parameters_json") if self.parameters_json else None
+
+
+class ToolChoice(enum.Enum):
+    """How freely the model decides on calls."""
+
+    AUTO = "auto"
+    NONE = "none"
+    REQUIRED = "required"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -304,12 +342,16 @@ CHAT_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatPrompt:
-    """A conversation for the model's chat template."""
+    """A conversation for the model's chat template.
+
+    `tool_choice` as a string is the name of the one tool that must be called. `template_arguments_json` is a JSON
+    object, or empty; as the schemas of tools it stays text until it is used.
+    """
 
     messages: tuple[ChatMessage, ...]
     tools: tuple[Tool, ...] = ()
-    tool_choice: str = "auto"
-    template_arguments: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    tool_choice: ToolChoice | str = ToolChoice.AUTO
+    template_arguments_json: str = ""
     continue_final_message: bool = False
 
     def __post_init__(self) -> None:
@@ -324,6 +366,20 @@ class ChatPrompt:
             )
         if self.continue_final_message and self.messages[-1].role != "assistant":
             raise InvalidArgument("chat.continue_final_message", "the last message must be the assistant's")
+        for i, tool in enumerate(self.tools):
+            json_object(tool.parameters_json, f"chat.tools[{i}].parameters_json")
+        json_object(self.template_arguments_json, "chat.template_arguments_json")
+        if isinstance(self.tool_choice, str) and all(tool.name != self.tool_choice for tool in self.tools):
+            raise InvalidArgument("chat.tool_choice.function", "is not the name of a tool of this request")
+
+    @property
+    def offered(self) -> tuple[Tool, ...]:
+        """The tools that the model hears of."""
+        return () if self.tool_choice is ToolChoice.NONE else self.tools
+
+    def template_arguments(self) -> dict[str, Any]:
+        """Further variables of the chat template. Parsed anew at each call."""
+        return json_object(self.template_arguments_json, "chat.template_arguments_json")
 
 
 Prompt: TypeAlias = TextPrompt | TokenPrompt | ChatPrompt
@@ -378,6 +434,8 @@ class GenerateRequest:
     truncate_prompt_tokens: int | None = None
     resume: tuple[ResumedChoice, ...] | None = None
     """None for a new generation. A resumed one sends no prompt event again, even when empty."""
+    resume_fingerprint: str = ""
+    """`ModelInfo.fingerprint` of the model that began a resumed generation; empty: unknown."""
 
     def __post_init__(self) -> None:
         _require(
@@ -468,6 +526,16 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Who answered which request: names, and the model's fingerprint. Empty where unknown."""
+
+    model: str = ""
+    worker_id: str = ""
+    request_id: str = ""
+    model_fingerprint: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """The end of one choice. `matched` is the stop string or the request's stop token that ended it."""
 
@@ -476,6 +544,8 @@ class Completion:
     usage: Usage
     matched: str | int | None = None
     timings: Timings = Timings()
+    origin: Origin | None = None
+    """Who answered; set where the answer leaves a worker."""
 
 
 Event: TypeAlias = PromptEcho | Delta | Completion
@@ -510,7 +580,7 @@ class EmbedResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """A model as served. Sizes are 0 where unknown or absent."""
+    """A model as served. Sizes are 0, texts empty, where unknown or absent."""
 
     name: str
     context_length: int
@@ -519,6 +589,12 @@ class ModelInfo:
     backend: str = ""
     embedding_size: int = 0
     vocabulary_size: int = 0
+    fingerprint: str = ""
+    """Identity of weights, number format, adapters and tokenizer: equal ones may go on with each other's streams."""
+    revision: str = ""
+    quantization: str = ""
+    tokenizer_fingerprint: str = ""
+    max_output_length: int = 0
     default_sampling: SamplingDefaults = NO_DEFAULTS
     """For the sampling fields that a request leaves unset. Known on the worker alone."""
 
@@ -534,6 +610,8 @@ class Load:
     max_waiting: int = 0
     kv_cache_usage: float = 0.0
     tokens_per_second: float = 0.0
+    kv_free_tokens: int = 0
+    oldest_waiting_s: float | None = None
 
     @property
     def queue_length(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from fastchat_grpc.core import (
@@ -18,6 +17,7 @@ from fastchat_grpc.core import (
     TextPrompt,
     TokenPrompt,
     Tool,
+    ToolChoice,
 )
 from fastchat_grpc.errors import UnsupportedField
 
@@ -79,29 +79,30 @@ def _chat(chat: ChatPrompt, vllm: bool) -> dict[str, Any]:
     if chat.continue_final_message:
         _need(vllm, "chat.continue_final_message")
         body |= {"continue_final_message": True, "add_generation_prompt": False}
-    if chat.template_arguments:
-        _need(vllm, "chat.template_arguments")
-        body["chat_template_kwargs"] = _plain(chat.template_arguments)
+    if arguments := chat.template_arguments():
+        _need(vllm, "chat.template_arguments_json")
+        body["chat_template_kwargs"] = arguments
     return body
 
 
 def _tools(request: GenerateRequest) -> dict[str, Any]:
     chat = request.prompt
-    if not isinstance(chat, ChatPrompt) or not chat.tools or chat.tool_choice == "none":
+    if not isinstance(chat, ChatPrompt) or not chat.offered:
         return {}
     # What follows a grammar is the answer as a whole, and our own API finds the calls in it.
-    choice: Any = "none" if request.grammar is not None else chat.tool_choice
-    if choice not in ("none", "auto", "required"):
-        choice = {"type": "function", "function": {"name": choice}}
-    return {"tools": [_tool(tool) for tool in chat.tools], "tool_choice": choice}
+    choice = ToolChoice.NONE if request.grammar is not None else chat.tool_choice
+    named = {"type": "function", "function": {"name": choice}}
+    tools = [_tool(tool) for tool in chat.tools]
+    return {"tools": tools, "tool_choice": named if isinstance(choice, str) else choice.value}
 
 
 def _tool(tool: Tool) -> dict[str, Any]:
     function: dict[str, Any] = {"name": tool.name}
     if tool.description:
         function["description"] = tool.description
-    if tool.parameters is not None:
-        function["parameters"] = _plain(tool.parameters)
+    parameters = tool.parameters()
+    if parameters is not None:
+        function["parameters"] = parameters
     return {"type": "function", "function": function}
 
 
@@ -190,11 +191,3 @@ def _grammar(request: GenerateRequest) -> dict[str, Any]:
 def _need(vllm: bool, path: str) -> None:
     if not vllm:
         raise UnsupportedField(path, "needs a server of vLLM's dialect: --backend-option dialect=vllm")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value

@@ -27,6 +27,7 @@ class LazyGroup(click.Group):
         "models": "calls:models",
         "workers": "calls:workers",
         "drain": "calls:drain",
+        "undrain": "calls:undrain",
         "backends": "backends:backends",
         "new-key": "keys:new_key_command",
     }

@@ -1,4 +1,4 @@
-"""`fastchat-grpc generate`, `models`, `workers` and `drain`: calls to a running fleet."""
+"""`fastchat-grpc generate`, `models`, `workers`, `drain` and `undrain`: calls to a running fleet."""
 
 from __future__ import annotations
 
@@ -134,6 +134,22 @@ def drain(worker_id: str, address: str, join_token: str | None, drain_timeout: f
             return await client.drain_worker(worker_id, drain_timeout_s=drain_timeout, join_token=join_token)
 
     print(f"{worker_id} drains; requests that still run there: {asyncio.run(run())}")
+
+
+@click.command()
+@click.argument("worker_id")
+@address_option
+@click.option("--join-token", envvar="FASTCHAT_GRPC_JOIN_TOKEN", help="The fleet's token, where it has one.")
+def undrain(worker_id: str, address: str, join_token: str | None) -> None:
+    """Take a drain back: the worker takes new requests again. Ask the controller that was asked to drain it."""
+    from fastchat_grpc.client import AsyncClient
+
+    async def run() -> None:
+        async with AsyncClient(address, timeout_s=10) as client:
+            await client.undrain_worker(worker_id, join_token=join_token)
+
+    asyncio.run(run())
+    print(f"{worker_id} is asked to take requests again")
 
 
 def _table(columns: list[str], address: str, api_key: str | None, call: Any) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from time import monotonic
 from typing import Any
 
 import grpc
-from google.api.httpbody_pb2 import HttpBody
 
 from fastchat_grpc import __version__
 from fastchat_grpc.controller.callers import CALLER, caller_of
@@ -33,7 +31,6 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 SERVICE = "fastchat_grpc.v1.GenerationService"
 IDLE_LOOK_S = 0.02
-DETOKENIZE = "/fastchat_grpc.v1.OpenAIService/Detokenize"
 
 
 class RelayedGeneration:
@@ -77,7 +74,7 @@ class RelayedGeneration:
         """Token ids of a prompt."""
         asked = convert.generate_request_to_pb(GenerateRequest(prompt=prompt))
         self.check()
-        message = pb.CountTokensRequest(model=model, include_token_ids=True)
+        message = pb.TokenizeRequest(model=model)
         match asked.WhichOneof("input"):
             case "prompt":
                 message.prompt = asked.prompt
@@ -85,19 +82,15 @@ class RelayedGeneration:
                 message.chat.CopyFrom(asked.chat)
             case _:
                 return list(asked.prompt_token_ids.ids)
-        raw = await self._relay.call(f"/{SERVICE}/CountTokens", model, naming(message), CALLER.get())
-        return list(pb.CountTokensResponse.FromString(raw).token_ids)
+        raw = await self._relay.call(f"/{SERVICE}/Tokenize", model, naming(message), CALLER.get())
+        return list(pb.TokenizeResponse.FromString(raw).token_ids)
 
     async def detokenize(self, model: str, token_ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens included. Asks the worker's OpenAIService, which alone offers it."""
+        """Text of token ids, special tokens included."""
         self.check()
-
-        def named(name: str) -> bytes:
-            data = json.dumps({"model": name, "tokens": list(token_ids)}).encode()
-            return bytes(HttpBody(content_type="application/json", data=data).SerializeToString())
-
-        raw = await self._relay.call(DETOKENIZE, model, named, CALLER.get())
-        return str(json.loads(HttpBody.FromString(raw).data)["prompt"])
+        message = pb.DetokenizeRequest(model=model, token_ids=token_ids)
+        raw = await self._relay.call(f"/{SERVICE}/Detokenize", model, naming(message), CALLER.get())
+        return pb.DetokenizeResponse.FromString(raw).text
 
     def models(self) -> Sequence[ModelInfo]:
         """The models of the live workers."""
@@ -148,6 +141,8 @@ class GenerationServicer:
             "Generate": grpc.unary_stream_rpc_method_handler(self.Generate, pb.GenerateRequest.FromString),
             "Embed": unary(self._relayed("Embed", pb.EmbedRequest)),
             "CountTokens": unary(self._relayed("CountTokens", pb.CountTokensRequest)),
+            "Tokenize": unary(self._relayed("Tokenize", pb.TokenizeRequest)),
+            "Detokenize": unary(self._relayed("Detokenize", pb.DetokenizeRequest)),
             "GetModelInfo": unary(self._relayed("GetModelInfo", pb.GetModelInfoRequest)),
             "GetStatus": unary(self.GetStatus, pb.GetStatusRequest.FromString, pb.GetStatusResponse.SerializeToString),
         }

@@ -50,12 +50,15 @@ class Health:
         "drain",
         "recovered_at",
         "state",
+        "undrain",
     )
 
     def __init__(self, state: WorkerState, now: float, config: BreakerConfig) -> None:
         self._config = config
         self.state = state
         self.drain: Drain | None = None
+        self.undrain = False
+        """Whether the worker is to hear that its drain was taken back."""
         self.recovered_at = now
         """Time of the last evidence of life: a heartbeat, or a connection that stands again."""
         self._suspect_until: float | None = None
@@ -97,6 +100,18 @@ class Health:
                 return Tier.DEGRADED
         return Tier.NONE
 
+    # ------------------------------------------------------------------------ what people order
+
+    def drained(self, order: Drain) -> None:
+        """It is to take nothing more."""
+        self.drain = order
+        self.undrain = False
+
+    def undrained(self) -> None:
+        """It is to take work again. It does so when it has heard of it, and says so."""
+        self.undrain = self.drain is not None or self.state is WorkerState.DRAINING
+        self.drain = None
+
     # ------------------------------------------------------------------------ what the worker says
 
     def heard(self, state: WorkerState, now: float) -> bool:
@@ -106,6 +121,8 @@ class Health:
         that report lately: whoever reported it watches no more, and would not say when it is over.
         """
         self.recovered_at = now
+        if state is not WorkerState.DRAINING:
+            self.undrain = False
         if state is self.state and self._suspect_until is None and self._unreachable_at is None:
             return False
         self.state = state

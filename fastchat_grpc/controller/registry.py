@@ -134,7 +134,14 @@ class Registry(Accounts):
     def drain(self, worker_id: str, timeout_s: float | None) -> Worker:
         """Stop new work on a worker; its heartbeats tell it to drain. Raises WorkerNotFound."""
         worker = self.worker(worker_id)
-        worker.health.drain = Drain(timeout_s)
+        worker.health.drained(Drain(timeout_s))
+        self._settle(worker)
+        return worker
+
+    def undrain(self, worker_id: str) -> Worker:
+        """Take a drain back; the worker's heartbeats tell it to take work again. Raises WorkerNotFound."""
+        worker = self.worker(worker_id)
+        worker.health.undrained()
         self._settle(worker)
         return worker
 

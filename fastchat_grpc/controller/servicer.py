@@ -11,7 +11,8 @@ import grpc
 
 from fastchat_grpc.controller.dispatch import Dispatcher, PickRequest
 from fastchat_grpc.controller.fleet import ChangeKind, LeaseTerms, Worker, WorkerSpec
-from fastchat_grpc.controller.registry import Registry
+from fastchat_grpc.controller.listing import models_page, worker_to_pb, workers_page
+from fastchat_grpc.controller.picks import Picks
 from fastchat_grpc.controller.watch import Watch
 from fastchat_grpc.errors import InvalidArgument
 from fastchat_grpc.rpc import convert
@@ -55,11 +56,14 @@ class ControllerServicer(registry_pb2_grpc.ControllerServiceServicer):
         self._terms: LeaseTerms | None = None
         self._confirmation = pb.HeartbeatResponse()
         self._watches: set[Watch] = set()
+        self._picks = Picks()
+        self._pick_ttl = convert.duration(self._picks.ttl_s)
 
     def close(self) -> None:
-        """End the watches, which would not end by themselves."""
+        """End the watches, which would not end by themselves, and the picks."""
         for watch in self._watches:
             watch.close()
+        self._picks.close()
 
     async def Register(self, request: pb.RegisterRequest, context: Context) -> pb.RegisterResponse:
         self._join_token.check(context.invocation_metadata())
@@ -77,7 +81,11 @@ class ControllerServicer(registry_pb2_grpc.ControllerServiceServicer):
         confirmation = self._confirm(worker.terms)
         drain = worker.health.drain
         if drain is None:
-            return confirmation
+            if not worker.health.undrain:
+                return confirmation
+            response = pb.HeartbeatResponse(undrain=True)
+            response.MergeFrom(confirmation)
+            return response
         response = pb.HeartbeatResponse(drain=pb.DrainOrder())
         response.MergeFrom(confirmation)
         if drain.timeout_s is not None:
@@ -89,8 +97,10 @@ class ControllerServicer(registry_pb2_grpc.ControllerServiceServicer):
         return pb.DeregisterResponse()
 
     async def ListWorkers(self, request: pb.ListWorkersRequest, context: Context) -> pb.ListWorkersResponse:
-        workers = self._registry.workers(request.model)
-        return pb.ListWorkersResponse(workers=[worker_to_pb(worker, self._registry) for worker in workers])
+        return await workers_page(self._registry, request)
+
+    async def GetWorker(self, request: pb.GetWorkerRequest, context: Context) -> pb.GetWorkerResponse:
+        return pb.GetWorkerResponse(worker=worker_to_pb(self._registry.worker(request.worker_id), self._registry))
 
     async def WatchWorkers(
         self, request: pb.WatchWorkersRequest, context: Context
@@ -107,22 +117,29 @@ class ControllerServicer(registry_pb2_grpc.ControllerServiceServicer):
             watch.close()
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
-        return pb.ListModelsResponse(
-            models=[
-                pb.FleetModel(model=convert.model_to_pb(model), worker_count=count)
-                for model, count in self._registry.catalogue()
-            ]
+        return await models_page(self._registry.catalogue(), request)
+
+    async def PickWorker(self, request: pb.PickWorkerRequest, context: Context) -> pb.PickWorkerResponse:
+        reservation = self._dispatcher.pick(
+            PickRequest(
+                model=request.model,
+                adapter=request.lora_adapter,
+                key=request.session_key,
+                excluded=request.excluded_worker_ids,
+            )
+        )
+        spec = reservation.worker.spec
+        return pb.PickWorkerResponse(
+            address=spec.address,
+            worker_id=spec.worker_id,
+            instance_id=spec.instance_id,
+            pick_id=self._picks.hold(reservation),
+            time_to_live=self._pick_ttl,
         )
 
-    async def GetWorkerAddress(
-        self, request: pb.GetWorkerAddressRequest, context: Context
-    ) -> pb.GetWorkerAddressResponse:
-        _, worker = self._dispatcher.choose(
-            PickRequest(model=request.model, key=request.session_key, excluded=request.excluded_worker_ids)
-        )
-        self._registry.count_pick(worker)
-        spec = worker.spec
-        return pb.GetWorkerAddressResponse(address=spec.address, worker_id=spec.worker_id, instance_id=spec.instance_id)
+    async def ReleasePick(self, request: pb.ReleasePickRequest, context: Context) -> pb.ReleasePickResponse:
+        self._picks.release(request.pick_id)
+        return pb.ReleasePickResponse()
 
     async def DrainWorker(self, request: pb.DrainWorkerRequest, context: Context) -> pb.DrainWorkerResponse:
         self._join_token.check(context.invocation_metadata())
@@ -131,6 +148,11 @@ class ControllerServicer(registry_pb2_grpc.ControllerServiceServicer):
             raise InvalidArgument("timeout", f"must be at least 0 s, got {timeout_s:g}")
         worker = self._registry.drain(request.worker_id, timeout_s)
         return pb.DrainWorkerResponse(running_count=max(worker.load.running, worker.reserved_count))
+
+    async def UndrainWorker(self, request: pb.UndrainWorkerRequest, context: Context) -> pb.UndrainWorkerResponse:
+        self._join_token.check(context.invocation_metadata())
+        self._registry.undrain(request.worker_id)
+        return pb.UndrainWorkerResponse()
 
     async def RefreshWorkers(self, request: pb.RefreshWorkersRequest, context: Context) -> pb.RefreshWorkersResponse:
         self._join_token.check(context.invocation_metadata())
@@ -212,22 +234,3 @@ def _labels(labels: Mapping[str, str]) -> dict[str, str]:
 def _check_length(field: str, value: str, low: int, high: int) -> None:
     if not low <= len(value) <= high:
         raise InvalidArgument(field, f"must be {low} to {high} characters long, got {len(value)}")
-
-
-def worker_to_pb(worker: Worker, registry: Registry) -> pb.Worker:
-    """A worker as callers see it; its lease id stays secret."""
-    spec = worker.spec
-    return pb.Worker(
-        worker_id=spec.worker_id,
-        instance_id=spec.instance_id,
-        address=spec.address,
-        models=[convert.model_to_pb(model) for model in spec.models],
-        weight=spec.weight,
-        load=convert.load_to_pb(worker.load),
-        labels=dict(spec.labels),
-        check_heartbeat=spec.check_heartbeat,
-        reserved_count=worker.reserved_count,
-        heartbeat_age=convert.duration(registry.heartbeat_age_s(worker)),
-        suspect=worker.health.recovering,
-        version=spec.version,
-    )

@@ -26,7 +26,7 @@ OPEN_PREFIXES = (
 )
 READS = tuple(
     f"/fastchat_grpc.v1.ControllerService/{name}"
-    for name in ("ListWorkers", "WatchWorkers", "ListModels", "GetWorkerAddress")
+    for name in ("ListWorkers", "GetWorker", "WatchWorkers", "ListModels", "PickWorker", "ReleasePick")
 )
 """What callers may see of the fleet. Registration and drains are for the controller's own address."""
 FORBIDDEN = "this method is not open through the gateway; call the controller's own address"

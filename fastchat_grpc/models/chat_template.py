@@ -45,7 +45,7 @@ class ChatTemplate:
         template = self._template_for(chat)
         arguments = self._arguments(chat, template)
         messages = [self._message(i, message, template) for i, message in enumerate(chat.messages)]
-        tools = [_tool(tool) for tool in chat.tools] if chat.tools and chat.tool_choice != "none" else None
+        tools = [_tool(tool) for tool in chat.offered] or None
         if chat.continue_final_message:
             messages[-1]["content"] += _HERE
         try:
@@ -62,18 +62,19 @@ class ChatTemplate:
         template = self._templates.get("tool_use", self.source) if chat.tools else self.source
         if not template:
             raise InvalidArgument("chat", "the model has no chat template; send a prompt instead of messages")
-        if chat.tools and chat.tool_choice != "none" and "tools" not in template:
+        if chat.offered and "tools" not in template:
             raise InvalidArgument("chat.tools", "the model's chat template takes no tools")
         return template
 
     def _arguments(self, chat: ChatPrompt, template: str) -> dict[str, Any]:
-        for key in chat.template_arguments:
+        given = chat.template_arguments()
+        for key in given:
             if key in self._reserved:
-                raise InvalidArgument(f"chat.template_arguments.{key}", "is set by the server")
+                raise InvalidArgument(f"chat.template_arguments_json.{key}", "is set by the server")
         arguments: dict[str, Any] = {"add_generation_prompt": not chat.continue_final_message}
         if not self._adds_bos and template in CHAT_TEMPLATES.values():
             arguments["bos_token"] = ""
-        arguments |= dict(chat.template_arguments)
+        arguments |= given
         if chat.continue_final_message and arguments["add_generation_prompt"]:
             raise InvalidArgument(
                 "chat.continue_final_message", "the final message is continued, or an answer begun, not both"
@@ -122,10 +123,9 @@ def _up_to_here(text: str) -> str:
 
 
 def _tool(tool: Tool) -> dict[str, Any]:
+    parameters = tool.parameters()
     function: dict[str, Any] = {"name": tool.name, "description": tool.description}
-    function["parameters"] = (
-        _plain(tool.parameters) if tool.parameters is not None else {"type": "object", "properties": {}}
-    )
+    function["parameters"] = parameters if parameters is not None else {"type": "object", "properties": {}}
     return {"type": "function", "function": function}
 
 
@@ -135,15 +135,6 @@ def _parsed(arguments_json: str) -> Any:
         return json.loads(arguments_json)
     except ValueError:
         return arguments_json
-
-
-def _plain(value: Any) -> Any:
-    """Mappings and sequences as dicts and lists, which Jinja's tojson understands."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _parameters(function: Any) -> frozenset[str]:

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fastchat_grpc.core import DEFAULT_MAX_NEW_TOKENS, MAX_LOGPROBS, Capability, ChatPrompt, ModelInfo
+from fastchat_grpc.core import DEFAULT_MAX_NEW_TOKENS, MAX_LOGPROBS, Capability, ChatPrompt, ModelInfo, ToolChoice
 from fastchat_grpc.errors import UnsupportedField
 from fastchat_grpc.openai.call import Call, ToolMode, ToolOptions
 from fastchat_grpc.openai.fields import Fields
 from fastchat_grpc.openai.grammar import forced_call, parse_grammar
-from fastchat_grpc.openai.jsonio import MAX_STRUCT_DEPTH, check_depth
+from fastchat_grpc.openai.jsonio import dumps
 from fastchat_grpc.openai.messages import first_image, last_text, parse_messages, parse_tools
 from fastchat_grpc.openai.paths import GRAMMAR
 from fastchat_grpc.openai.settings import RENAMES, find_model, model_name, parse_generation, parse_reply, refuse_rest
@@ -26,7 +26,7 @@ _RENAMES = {
     "chat.messages": "messages",
     "chat.tools": "tools",
     "chat.tool_choice": "tool_choice",
-    "chat.template_arguments": "chat_template_kwargs",
+    "chat.template_arguments_json": "chat_template_kwargs",
     "chat.continue_final_message": "continue_final_message",
 }
 
@@ -82,21 +82,20 @@ def parse_conversation(fields: Fields) -> tuple[ChatPrompt, ToolOptions]:
         messages=messages,
         tools=() if options.mode is ToolMode.NONE else tools,
         tool_choice=choice,
-        template_arguments=_template_arguments(fields),
+        template_arguments_json=_template_arguments(fields),
         continue_final_message=continues,
     )
     return chat, options
 
 
-def _template_arguments(fields: Fields) -> Mapping[str, Any]:
+def _template_arguments(fields: Fields) -> str:
     arguments = dict(fields.table("chat_template_kwargs") or {})
-    check_depth(arguments, MAX_STRUCT_DEPTH, "chat_template_kwargs")
     if (effort := fields.text("reasoning_effort")) is not None:
         arguments.setdefault("reasoning_effort", effort)
-    return arguments
+    return dumps(arguments).decode() if arguments else ""
 
 
-def _tool_choice(fields: Fields, names: tuple[str, ...]) -> tuple[str, ToolOptions]:
+def _tool_choice(fields: Fields, names: tuple[str, ...]) -> tuple[ToolChoice | str, ToolOptions]:
     value = fields.raw("tool_choice")
     parallel = fields.flag("parallel_tool_calls") is not False
     if value is None:
@@ -107,10 +106,10 @@ def _tool_choice(fields: Fields, names: tuple[str, ...]) -> tuple[str, ToolOptio
     if value not in ("none", "auto", "required"):
         raise fields.wrong("tool_choice", "must be none, auto, required, or an object that names a function")
     if value == "none":
-        return "none", ToolOptions()
+        return ToolChoice.NONE, ToolOptions()
     if not names:
         raise fields.wrong("tool_choice", f"{value} needs tools")
-    return value, ToolOptions(mode=ToolMode(value), names=names, parallel=parallel)
+    return ToolChoice(value), ToolOptions(mode=ToolMode(value), names=names, parallel=parallel)
 
 
 def _named_tool(wanted: Fields, names: tuple[str, ...]) -> str:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastchat_grpc.core import Grammar, GrammarKind, Tool
+from fastchat_grpc.core import Grammar, GrammarKind, Tool, ToolChoice
 from fastchat_grpc.errors import InvalidArgument, UnsupportedField
 from fastchat_grpc.openai.fields import Fields, strings
 from fastchat_grpc.openai.jsonio import type_name
@@ -115,7 +115,7 @@ def _parse_schema(text: str, path: str) -> Any:
         raise InvalidArgument(path, "is not valid JSON") from None
 
 
-def forced_call(tools: Sequence[Tool], choice: str, *, parallel: bool) -> Grammar:
+def forced_call(tools: Sequence[Tool], choice: ToolChoice | str, *, parallel: bool) -> Grammar:
     """The grammar of an output that must be a call: the arguments of the named tool, or a list of calls.
 
     The list is `[{"name": ..., "parameters": {...}}, ...]`, as vLLM asks for it.
@@ -144,7 +144,7 @@ def forced_call(tools: Sequence[Tool], choice: str, *, parallel: bool) -> Gramma
 
 def _arguments_schema(tool: Tool, definitions: dict[str, Any]) -> dict[str, Any]:
     # References are absolute ("#/$defs/X"), so a tool's definitions must stand at the root of the whole schema.
-    schema: Mapping[str, Any] = tool.parameters or {"type": "object", "properties": {}}
+    schema = tool.parameters() or {"type": "object", "properties": {}}
     own = schema.get("$defs") or {}
     if not isinstance(own, Mapping):
         raise InvalidArgument("tools", f"$defs of {tool.name} must be an object, got {type_name(own)}")

@@ -13,9 +13,6 @@ MAX_BODY_BYTES = 8 * 1024 * 1024
 """Bytes of a request body. A prompt that fills a context of a million tokens takes about half of it."""
 MAX_DEPTH = 64
 """Nested objects and lists of a request body."""
-MAX_STRUCT_DEPTH = 24
-"""Nested objects and lists of a value that travels as google.protobuf.Struct: each level costs three of the
-hundred nested messages that protobuf parsers accept."""
 
 
 def parse_object(body: bytes, max_bytes: int = MAX_BODY_BYTES) -> dict[str, Any]:

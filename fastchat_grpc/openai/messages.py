@@ -10,7 +10,7 @@ from typing import Any
 from fastchat_grpc.core import CHAT_ROLES, ChatMessage, Image, Tool, ToolCall
 from fastchat_grpc.errors import InvalidArgument, UnsupportedField
 from fastchat_grpc.openai.fields import Fields, objects
-from fastchat_grpc.openai.jsonio import MAX_STRUCT_DEPTH, check_depth, type_name
+from fastchat_grpc.openai.jsonio import dumps, type_name
 
 MAX_TOOLS = 128
 MAX_MESSAGES = 16_384
@@ -149,9 +149,11 @@ def _tool(fields: Fields) -> Tool:
     if _TOOL_NAME.fullmatch(name) is None:
         raise function.wrong("name", "must be 1 to 64 letters, digits, underscores, dots and dashes")
     parameters = function.table("parameters")
-    if parameters is not None:
-        check_depth(parameters, MAX_STRUCT_DEPTH, function.path("parameters"))
-    tool = Tool(name=name, description=function.text("description") or "", parameters=parameters)
+    tool = Tool(
+        name=name,
+        description=function.text("description") or "",
+        parameters_json=dumps(parameters).decode() if parameters is not None else "",
+    )
     # Arguments follow their schema strictly where tool_choice forces a call; else as well as the model can.
     function.flag("strict")
     function.finish()

@@ -6,10 +6,11 @@ what the wire allows and the domain does not, and raises InvalidArgument with th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
-from google.protobuf import duration_pb2, json_format, struct_pb2
+from google.protobuf import duration_pb2
 
 from fastchat_grpc.core import (
     Capability,
@@ -27,6 +28,7 @@ from fastchat_grpc.core import (
     Image,
     Load,
     ModelInfo,
+    Origin,
     OutputOptions,
     Prompt,
     PromptEcho,
@@ -39,6 +41,7 @@ from fastchat_grpc.core import (
     TokenPrompt,
     Tool,
     ToolCall,
+    ToolChoice,
     TopLogprob,
     Usage,
     WorkerState,
@@ -52,6 +55,8 @@ _FINISH_TO_PB = {
     FinishReason.ABORT: pb.FINISH_REASON_ABORT,
 }
 _FINISH_FROM_PB = {number: reason for reason, number in _FINISH_TO_PB.items()}
+_CHOICE_TO_PB: dict[ToolChoice, Any] = {c: pb.ToolChoiceMode.Value(f"TOOL_CHOICE_MODE_{c.name}") for c in ToolChoice}
+_CHOICE_FROM_PB = {number: choice for choice, number in _CHOICE_TO_PB.items()} | {0: ToolChoice.AUTO}
 _STATE_TO_PB = {
     WorkerState.STARTING: pb.WORKER_STATE_STARTING,
     WorkerState.SERVING: pb.WORKER_STATE_SERVING,
@@ -61,6 +66,9 @@ _STATE_TO_PB = {
 _STATE_FROM_PB = {number: state for state, number in _STATE_TO_PB.items()}
 _CAPABILITY_TO_PB: dict[Capability, Any] = {c: pb.Capability.Value(f"CAPABILITY_{c.name}") for c in Capability}
 _CAPABILITY_FROM_PB = {number: c for c, number in _CAPABILITY_TO_PB.items()}
+
+
+_NOBODY = Origin()
 
 
 def duration(seconds: float) -> duration_pb2.Duration:
@@ -97,6 +105,7 @@ def generate_request_from_pb(message: pb.GenerateRequest) -> GenerateRequest:
         lora_adapter=message.lora_adapter,
         session_key=message.session_key,
         resume=_resume_from_pb(message.resume) if message.HasField("resume") else None,
+        resume_fingerprint=message.resume.model_fingerprint,
         **_present(message, "truncate_prompt_tokens"),
     )
 
@@ -134,7 +143,7 @@ def generate_request_to_pb(request: GenerateRequest) -> pb.GenerateRequest:
         lora_adapter=request.lora_adapter,
         session_key=request.session_key,
         truncate_prompt_tokens=request.truncate_prompt_tokens,
-        resume=_resume_to_pb(request.resume) if request.resume is not None else None,
+        resume=_resume_to_pb(request.resume, request.resume_fingerprint) if request.resume is not None else None,
     )
     match request.prompt:
         case TextPrompt(text):
@@ -146,7 +155,7 @@ def generate_request_to_pb(request: GenerateRequest) -> pb.GenerateRequest:
     return message
 
 
-def _prompt_from_pb(message: pb.GenerateRequest | pb.CountTokensRequest) -> Prompt:
+def _prompt_from_pb(message: pb.GenerateRequest | pb.CountTokensRequest | pb.TokenizeRequest) -> Prompt:
     match message.WhichOneof("input"):
         case "prompt":
             return TextPrompt(message.prompt)
@@ -157,8 +166,8 @@ def _prompt_from_pb(message: pb.GenerateRequest | pb.CountTokensRequest) -> Prom
     raise InvalidArgument("input", "set prompt, prompt_token_ids or chat")
 
 
-def count_tokens_prompt(message: pb.CountTokensRequest) -> Prompt:
-    """The input of a CountTokensRequest. Raises InvalidArgument."""
+def text_or_chat(message: pb.CountTokensRequest | pb.TokenizeRequest) -> Prompt:
+    """The input of a request that takes a text or a conversation. Raises InvalidArgument."""
     return _prompt_from_pb(message)
 
 
@@ -232,8 +241,9 @@ def _resume_from_pb(message: pb.Resume) -> tuple[ResumedChoice, ...]:
     )
 
 
-def _resume_to_pb(choices: Iterable[ResumedChoice]) -> pb.Resume:
+def _resume_to_pb(choices: Iterable[ResumedChoice], fingerprint: str) -> pb.Resume:
     return pb.Resume(
+        model_fingerprint=fingerprint,
         choices=[
             pb.ResumedChoice(
                 index=choice.index,
@@ -242,7 +252,7 @@ def _resume_to_pb(choices: Iterable[ResumedChoice]) -> pb.Resume:
                 finished=choice.finished,
             )
             for choice in choices
-        ]
+        ],
     )
 
 
@@ -254,15 +264,11 @@ def chat_from_pb(message: pb.ChatInput) -> ChatPrompt:
     return ChatPrompt(
         messages=tuple(_message_from_pb(item, f"chat.messages[{i}]") for i, item in enumerate(message.messages)),
         tools=tuple(
-            Tool(
-                name=tool.name,
-                description=tool.description,
-                parameters=json_format.MessageToDict(tool.parameters) if tool.HasField("parameters") else None,
-            )
+            Tool(name=tool.name, description=tool.description, parameters_json=tool.parameters_json)
             for tool in message.tools
         ),
-        tool_choice=message.tool_choice or "auto",
-        template_arguments=json_format.MessageToDict(message.template_arguments),
+        tool_choice=_choice_from_pb(message.tool_choice),
+        template_arguments_json=message.template_arguments_json,
         continue_final_message=message.continue_final_message,
     )
 
@@ -272,23 +278,28 @@ def chat_to_pb(chat: ChatPrompt) -> pb.ChatInput:
     return pb.ChatInput(
         messages=[_message_to_pb(message) for message in chat.messages],
         tools=[
-            pb.Tool(
-                name=tool.name,
-                description=tool.description,
-                parameters=_struct(tool.parameters) if tool.parameters is not None else None,
-            )
+            pb.Tool(name=tool.name, description=tool.description, parameters_json=tool.parameters_json)
             for tool in chat.tools
         ],
-        tool_choice=chat.tool_choice,
-        template_arguments=_struct(chat.template_arguments) if chat.template_arguments else None,
+        tool_choice=_choice_to_pb(chat.tool_choice),
+        template_arguments_json=chat.template_arguments_json,
         continue_final_message=chat.continue_final_message,
     )
 
 
-def _struct(values: Mapping[str, Any]) -> struct_pb2.Struct:
-    struct = struct_pb2.Struct()
-    json_format.ParseDict(dict(values), struct)
-    return struct
+def _choice_from_pb(message: pb.ToolChoice) -> ToolChoice | str:
+    if message.WhichOneof("choice") == "function":
+        return message.function
+    choice = _CHOICE_FROM_PB.get(message.mode)
+    if choice is None:
+        raise InvalidArgument("chat.tool_choice.mode", f"is no mode of this version: {message.mode}")
+    return choice
+
+
+def _choice_to_pb(choice: ToolChoice | str) -> pb.ToolChoice | None:
+    if isinstance(choice, str):
+        return pb.ToolChoice(function=choice)
+    return pb.ToolChoice(mode=_CHOICE_TO_PB[choice]) if choice is not ToolChoice.AUTO else None
 
 
 def _message_from_pb(message: pb.ChatMessage, path: str) -> ChatMessage:
@@ -412,6 +423,11 @@ def _completion_to_pb(event: Completion) -> pb.Completion:
         message.stop_string = event.matched
     elif event.matched is not None:
         message.stop_token_id = event.matched
+    if event.origin is not None:
+        message.model = event.origin.model
+        message.worker_id = event.origin.worker_id
+        message.request_id = event.origin.request_id
+        message.model_fingerprint = event.origin.model_fingerprint
     return message
 
 
@@ -433,7 +449,18 @@ def _completion_from_pb(message: pb.Completion) -> Completion:
             time_to_first_token_s=seconds(message.timings.time_to_first_token),
             total_s=seconds(message.timings.total),
         ),
+        origin=_origin_from_pb(message),
     )
+
+
+def _origin_from_pb(message: pb.Completion) -> Origin | None:
+    origin = Origin(
+        model=message.model,
+        worker_id=message.worker_id,
+        request_id=message.request_id,
+        model_fingerprint=message.model_fingerprint,
+    )
+    return origin if origin != _NOBODY else None
 
 
 def _usage_to_pb(usage: Usage) -> pb.Usage:
@@ -530,8 +557,9 @@ def embed_result_from_pb(message: pb.EmbedResponse) -> EmbedResult:
 # --------------------------------------------------------------------------- models and load
 
 
+@lru_cache(maxsize=4096)
 def model_to_pb(model: ModelInfo) -> pb.ModelInfo:
-    """Convert a model's description."""
+    """Convert a model's description. Not to be changed: equal descriptions share one message."""
     return pb.ModelInfo(
         name=model.name,
         context_length=model.context_length,
@@ -540,6 +568,11 @@ def model_to_pb(model: ModelInfo) -> pb.ModelInfo:
         backend=model.backend,
         embedding_size=model.embedding_size,
         vocabulary_size=model.vocabulary_size,
+        fingerprint=model.fingerprint,
+        revision=model.revision,
+        quantization=model.quantization,
+        tokenizer_fingerprint=model.tokenizer_fingerprint,
+        max_output_length=model.max_output_length,
     )
 
 
@@ -553,7 +586,17 @@ def model_from_pb(message: pb.ModelInfo) -> ModelInfo:
         backend=message.backend,
         embedding_size=message.embedding_size,
         vocabulary_size=message.vocabulary_size,
+        fingerprint=message.fingerprint,
+        revision=message.revision,
+        quantization=message.quantization,
+        tokenizer_fingerprint=message.tokenizer_fingerprint,
+        max_output_length=message.max_output_length,
     )
+
+
+def state_to_pb(state: WorkerState) -> Any:
+    """The number of a state in the contract."""
+    return _STATE_TO_PB[state]
 
 
 def load_to_pb(load: Load) -> pb.WorkerLoad:
@@ -566,6 +609,8 @@ def load_to_pb(load: Load) -> pb.WorkerLoad:
         max_waiting_count=load.max_waiting,
         kv_cache_usage=load.kv_cache_usage,
         tokens_per_second=load.tokens_per_second,
+        kv_free_token_count=load.kv_free_tokens,
+        oldest_waiting_age=None if load.oldest_waiting_s is None else duration(load.oldest_waiting_s),
     )
 
 
@@ -579,4 +624,6 @@ def load_from_pb(message: pb.WorkerLoad) -> Load:
         max_waiting=message.max_waiting_count,
         kv_cache_usage=message.kv_cache_usage,
         tokens_per_second=message.tokens_per_second,
+        kv_free_tokens=message.kv_free_token_count,
+        oldest_waiting_s=seconds(message.oldest_waiting_age) if message.HasField("oldest_waiting_age") else None,
     )

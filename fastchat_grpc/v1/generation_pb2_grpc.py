@@ -54,6 +54,16 @@ class GenerationServiceStub:
                 request_serializer=fastchat__grpc_dot_v1_dot_generation__pb2.CountTokensRequest.SerializeToString,
                 response_deserializer=fastchat__grpc_dot_v1_dot_generation__pb2.CountTokensResponse.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/fastchat_grpc.v1.GenerationService/Tokenize',
+                request_serializer=fastchat__grpc_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=fastchat__grpc_dot_v1_dot_generation__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/fastchat_grpc.v1.GenerationService/Detokenize',
+                request_serializer=fastchat__grpc_dot_v1_dot_generation__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=fastchat__grpc_dot_v1_dot_generation__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
         self.GetModelInfo = channel.unary_unary(
                 '/fastchat_grpc.v1.GenerationService/GetModelInfo',
                 request_serializer=fastchat__grpc_dot_v1_dot_generation__pb2.GetModelInfoRequest.SerializeToString,
@@ -103,6 +113,21 @@ class GenerationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tokenize(self, request, context):
+        """Tokens of an input exactly as Generate would see it, chat template and
+        special tokens included.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """Text of token ids. INVALID_ARGUMENT: an id is outside the vocabulary.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetModelInfo(self, request, context):
         """Describes one model. NOT_FOUND: it is not served here.
         """
@@ -134,6 +159,16 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.CountTokens,
                     request_deserializer=fastchat__grpc_dot_v1_dot_generation__pb2.CountTokensRequest.FromString,
                     response_serializer=fastchat__grpc_dot_v1_dot_generation__pb2.CountTokensResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=fastchat__grpc_dot_v1_dot_generation__pb2.TokenizeRequest.FromString,
+                    response_serializer=fastchat__grpc_dot_v1_dot_generation__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=fastchat__grpc_dot_v1_dot_generation__pb2.DetokenizeRequest.FromString,
+                    response_serializer=fastchat__grpc_dot_v1_dot_generation__pb2.DetokenizeResponse.SerializeToString,
             ),
             'GetModelInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModelInfo,
@@ -232,6 +267,60 @@ class GenerationService:
             '/fastchat_grpc.v1.GenerationService/CountTokens',
             fastchat__grpc_dot_v1_dot_generation__pb2.CountTokensRequest.SerializeToString,
             fastchat__grpc_dot_v1_dot_generation__pb2.CountTokensResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fastchat_grpc.v1.GenerationService/Tokenize',
+            fastchat__grpc_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
+            fastchat__grpc_dot_v1_dot_generation__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fastchat_grpc.v1.GenerationService/Detokenize',
+            fastchat__grpc_dot_v1_dot_generation__pb2.DetokenizeRequest.SerializeToString,
+            fastchat__grpc_dot_v1_dot_generation__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

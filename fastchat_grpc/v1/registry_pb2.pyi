@@ -18,10 +18,12 @@ class WorkerChangeType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     WORKER_CHANGE_TYPE_ADDED: _ClassVar[WorkerChangeType]
     WORKER_CHANGE_TYPE_UPDATED: _ClassVar[WorkerChangeType]
     WORKER_CHANGE_TYPE_REMOVED: _ClassVar[WorkerChangeType]
+    WORKER_CHANGE_TYPE_LOAD: _ClassVar[WorkerChangeType]
 WORKER_CHANGE_TYPE_UNSPECIFIED: WorkerChangeType
 WORKER_CHANGE_TYPE_ADDED: WorkerChangeType
 WORKER_CHANGE_TYPE_UPDATED: WorkerChangeType
 WORKER_CHANGE_TYPE_REMOVED: WorkerChangeType
+WORKER_CHANGE_TYPE_LOAD: WorkerChangeType
 
 class RegisterRequest(_message.Message):
     __slots__ = ("worker_id", "instance_id", "address", "models", "weight", "load", "labels", "check_heartbeat", "version")
@@ -71,14 +73,16 @@ class HeartbeatRequest(_message.Message):
     def __init__(self, lease_id: _Optional[str] = ..., load: _Optional[_Union[_generation_pb2.WorkerLoad, _Mapping]] = ...) -> None: ...
 
 class HeartbeatResponse(_message.Message):
-    __slots__ = ("time_to_live", "heartbeat_interval", "drain")
+    __slots__ = ("time_to_live", "heartbeat_interval", "drain", "undrain")
     TIME_TO_LIVE_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_INTERVAL_FIELD_NUMBER: _ClassVar[int]
     DRAIN_FIELD_NUMBER: _ClassVar[int]
+    UNDRAIN_FIELD_NUMBER: _ClassVar[int]
     time_to_live: _duration_pb2.Duration
     heartbeat_interval: _duration_pb2.Duration
     drain: DrainOrder
-    def __init__(self, time_to_live: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., heartbeat_interval: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., drain: _Optional[_Union[DrainOrder, _Mapping]] = ...) -> None: ...
+    undrain: bool
+    def __init__(self, time_to_live: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., heartbeat_interval: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., drain: _Optional[_Union[DrainOrder, _Mapping]] = ..., undrain: _Optional[bool] = ...) -> None: ...
 
 class DrainOrder(_message.Message):
     __slots__ = ("timeout",)
@@ -97,28 +101,67 @@ class DeregisterResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class ListWorkersRequest(_message.Message):
-    __slots__ = ("model",)
+    __slots__ = ("model", "page_size", "page_token", "states", "labels", "worker_id_prefix")
+    class LabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    STATES_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    WORKER_ID_PREFIX_FIELD_NUMBER: _ClassVar[int]
     model: str
-    def __init__(self, model: _Optional[str] = ...) -> None: ...
+    page_size: int
+    page_token: str
+    states: _containers.RepeatedScalarFieldContainer[_generation_pb2.WorkerState]
+    labels: _containers.ScalarMap[str, str]
+    worker_id_prefix: str
+    def __init__(self, model: _Optional[str] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., states: _Optional[_Iterable[_Union[_generation_pb2.WorkerState, str]]] = ..., labels: _Optional[_Mapping[str, str]] = ..., worker_id_prefix: _Optional[str] = ...) -> None: ...
 
 class ListWorkersResponse(_message.Message):
-    __slots__ = ("workers",)
+    __slots__ = ("workers", "next_page_token")
     WORKERS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     workers: _containers.RepeatedCompositeFieldContainer[Worker]
-    def __init__(self, workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ...) -> None: ...
+    next_page_token: str
+    def __init__(self, workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class GetWorkerRequest(_message.Message):
+    __slots__ = ("worker_id",)
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    def __init__(self, worker_id: _Optional[str] = ...) -> None: ...
+
+class GetWorkerResponse(_message.Message):
+    __slots__ = ("worker",)
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    worker: Worker
+    def __init__(self, worker: _Optional[_Union[Worker, _Mapping]] = ...) -> None: ...
 
 class WatchWorkersRequest(_message.Message):
-    __slots__ = ("model",)
+    __slots__ = ("model", "resume_version", "exclude_load")
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    RESUME_VERSION_FIELD_NUMBER: _ClassVar[int]
+    EXCLUDE_LOAD_FIELD_NUMBER: _ClassVar[int]
     model: str
-    def __init__(self, model: _Optional[str] = ...) -> None: ...
+    resume_version: str
+    exclude_load: bool
+    def __init__(self, model: _Optional[str] = ..., resume_version: _Optional[str] = ..., exclude_load: _Optional[bool] = ...) -> None: ...
 
 class WatchWorkersResponse(_message.Message):
-    __slots__ = ("changes",)
+    __slots__ = ("changes", "version", "snapshot")
     CHANGES_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     changes: _containers.RepeatedCompositeFieldContainer[WorkerChange]
-    def __init__(self, changes: _Optional[_Iterable[_Union[WorkerChange, _Mapping]]] = ...) -> None: ...
+    version: str
+    snapshot: bool
+    def __init__(self, changes: _Optional[_Iterable[_Union[WorkerChange, _Mapping]]] = ..., version: _Optional[str] = ..., snapshot: _Optional[bool] = ...) -> None: ...
 
 class WorkerChange(_message.Message):
     __slots__ = ("type", "worker")
@@ -164,14 +207,24 @@ class Worker(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., instance_id: _Optional[str] = ..., address: _Optional[str] = ..., models: _Optional[_Iterable[_Union[_generation_pb2.ModelInfo, _Mapping]]] = ..., weight: _Optional[float] = ..., load: _Optional[_Union[_generation_pb2.WorkerLoad, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ..., check_heartbeat: _Optional[bool] = ..., reserved_count: _Optional[int] = ..., heartbeat_age: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., suspect: _Optional[bool] = ..., version: _Optional[str] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("page_size", "page_token", "name_prefix", "base_model")
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    NAME_PREFIX_FIELD_NUMBER: _ClassVar[int]
+    BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
+    page_size: int
+    page_token: str
+    name_prefix: str
+    base_model: str
+    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., name_prefix: _Optional[str] = ..., base_model: _Optional[str] = ...) -> None: ...
 
 class ListModelsResponse(_message.Message):
-    __slots__ = ("models",)
+    __slots__ = ("models", "next_page_token")
     MODELS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     models: _containers.RepeatedCompositeFieldContainer[FleetModel]
-    def __init__(self, models: _Optional[_Iterable[_Union[FleetModel, _Mapping]]] = ...) -> None: ...
+    next_page_token: str
+    def __init__(self, models: _Optional[_Iterable[_Union[FleetModel, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class FleetModel(_message.Message):
     __slots__ = ("model", "worker_count")
@@ -181,25 +234,41 @@ class FleetModel(_message.Message):
     worker_count: int
     def __init__(self, model: _Optional[_Union[_generation_pb2.ModelInfo, _Mapping]] = ..., worker_count: _Optional[int] = ...) -> None: ...
 
-class GetWorkerAddressRequest(_message.Message):
-    __slots__ = ("model", "session_key", "excluded_worker_ids")
+class PickWorkerRequest(_message.Message):
+    __slots__ = ("model", "session_key", "excluded_worker_ids", "lora_adapter")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     SESSION_KEY_FIELD_NUMBER: _ClassVar[int]
     EXCLUDED_WORKER_IDS_FIELD_NUMBER: _ClassVar[int]
+    LORA_ADAPTER_FIELD_NUMBER: _ClassVar[int]
     model: str
     session_key: str
     excluded_worker_ids: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, model: _Optional[str] = ..., session_key: _Optional[str] = ..., excluded_worker_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+    lora_adapter: str
+    def __init__(self, model: _Optional[str] = ..., session_key: _Optional[str] = ..., excluded_worker_ids: _Optional[_Iterable[str]] = ..., lora_adapter: _Optional[str] = ...) -> None: ...
 
-class GetWorkerAddressResponse(_message.Message):
-    __slots__ = ("address", "worker_id", "instance_id")
+class PickWorkerResponse(_message.Message):
+    __slots__ = ("address", "worker_id", "instance_id", "pick_id", "time_to_live")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    PICK_ID_FIELD_NUMBER: _ClassVar[int]
+    TIME_TO_LIVE_FIELD_NUMBER: _ClassVar[int]
     address: str
     worker_id: str
     instance_id: str
-    def __init__(self, address: _Optional[str] = ..., worker_id: _Optional[str] = ..., instance_id: _Optional[str] = ...) -> None: ...
+    pick_id: str
+    time_to_live: _duration_pb2.Duration
+    def __init__(self, address: _Optional[str] = ..., worker_id: _Optional[str] = ..., instance_id: _Optional[str] = ..., pick_id: _Optional[str] = ..., time_to_live: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class ReleasePickRequest(_message.Message):
+    __slots__ = ("pick_id",)
+    PICK_ID_FIELD_NUMBER: _ClassVar[int]
+    pick_id: str
+    def __init__(self, pick_id: _Optional[str] = ...) -> None: ...
+
+class ReleasePickResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class DrainWorkerRequest(_message.Message):
     __slots__ = ("worker_id", "timeout")
@@ -214,6 +283,16 @@ class DrainWorkerResponse(_message.Message):
     RUNNING_COUNT_FIELD_NUMBER: _ClassVar[int]
     running_count: int
     def __init__(self, running_count: _Optional[int] = ...) -> None: ...
+
+class UndrainWorkerRequest(_message.Message):
+    __slots__ = ("worker_id",)
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    def __init__(self, worker_id: _Optional[str] = ...) -> None: ...
+
+class UndrainWorkerResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class RefreshWorkersRequest(_message.Message):
     __slots__ = ()

@@ -58,6 +58,11 @@ class ControllerServiceStub:
                 request_serializer=fastchat__grpc_dot_v1_dot_registry__pb2.ListWorkersRequest.SerializeToString,
                 response_deserializer=fastchat__grpc_dot_v1_dot_registry__pb2.ListWorkersResponse.FromString,
                 _registered_method=True)
+        self.GetWorker = channel.unary_unary(
+                '/fastchat_grpc.v1.ControllerService/GetWorker',
+                request_serializer=fastchat__grpc_dot_v1_dot_registry__pb2.GetWorkerRequest.SerializeToString,
+                response_deserializer=fastchat__grpc_dot_v1_dot_registry__pb2.GetWorkerResponse.FromString,
+                _registered_method=True)
         self.WatchWorkers = channel.unary_stream(
                 '/fastchat_grpc.v1.ControllerService/WatchWorkers',
                 request_serializer=fastchat__grpc_dot_v1_dot_registry__pb2.WatchWorkersRequest.SerializeToString,
@@ -68,15 +73,25 @@ class ControllerServiceStub:
                 request_serializer=fastchat__grpc_dot_v1_dot_registry__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=fastchat__grpc_dot_v1_dot_registry__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
-        self.GetWorkerAddress = channel.unary_unary(
-                '/fastchat_grpc.v1.ControllerService/GetWorkerAddress',
-                request_serializer=fastchat__grpc_dot_v1_dot_registry__pb2.GetWorkerAddressRequest.SerializeToString,
-                response_deserializer=fastchat__grpc_dot_v1_dot_registry__pb2.GetWorkerAddressResponse.FromString,
+        self.PickWorker = channel.unary_unary(
+                '/fastchat_grpc.v1.ControllerService/PickWorker',
+                request_serializer=fastchat__grpc_dot_v1_dot_registry__pb2.PickWorkerRequest.SerializeToString,
+                response_deserializer=fastchat__grpc_dot_v1_dot_registry__pb2.PickWorkerResponse.FromString,
+                _registered_method=True)
+        self.ReleasePick = channel.unary_unary(
+                '/fastchat_grpc.v1.ControllerService/ReleasePick',
+                request_serializer=fastchat__grpc_dot_v1_dot_registry__pb2.ReleasePickRequest.SerializeToString,
+                response_deserializer=fastchat__grpc_dot_v1_dot_registry__pb2.ReleasePickResponse.FromString,
                 _registered_method=True)
         self.DrainWorker = channel.unary_unary(
                 '/fastchat_grpc.v1.ControllerService/DrainWorker',
                 request_serializer=fastchat__grpc_dot_v1_dot_registry__pb2.DrainWorkerRequest.SerializeToString,
                 response_deserializer=fastchat__grpc_dot_v1_dot_registry__pb2.DrainWorkerResponse.FromString,
+                _registered_method=True)
+        self.UndrainWorker = channel.unary_unary(
+                '/fastchat_grpc.v1.ControllerService/UndrainWorker',
+                request_serializer=fastchat__grpc_dot_v1_dot_registry__pb2.UndrainWorkerRequest.SerializeToString,
+                response_deserializer=fastchat__grpc_dot_v1_dot_registry__pb2.UndrainWorkerResponse.FromString,
                 _registered_method=True)
         self.RefreshWorkers = channel.unary_unary(
                 '/fastchat_grpc.v1.ControllerService/RefreshWorkers',
@@ -121,31 +136,52 @@ class ControllerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListWorkers(self, request, context):
-        """Lists the live workers. Changes nothing.
+        """Lists the live workers, in pages. Changes nothing.
+
+        INVALID_ARGUMENT: the page token is not one of this list.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetWorker(self, request, context):
+        """Describes one live worker. NOT_FOUND: there is none of that id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchWorkers(self, request, context):
-        """Streams the live workers once, then every change, until the caller ends it.
+        """Streams the live workers once, then every change, until the caller ends
+        it. A caller that comes back with the version of its last message gets
+        only what changed meanwhile, where the controller still knows that.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """Lists the models of the live workers. Changes nothing.
+        """Lists the models of the live workers, in pages. Changes nothing.
+
+        INVALID_ARGUMENT: the page token is not one of this list.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def GetWorkerAddress(self, request, context):
+    def PickWorker(self, request, context):
         """Picks a worker for one request of a model. The pick counts as load of
-        that worker until its next heartbeats show it.
+        that worker until ReleasePick, or until its time is over.
 
         NOT_FOUND: no worker has served the model. UNAVAILABLE: none serves it now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleasePick(self, request, context):
+        """Ends a pick, when its request has ended. Succeeds for a pick that is over
+        or unknown, too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -154,6 +190,14 @@ class ControllerServiceServicer:
     def DrainWorker(self, request, context):
         """Stops new work on a worker and lets it leave when its streams have ended.
         NOT_FOUND: no such worker.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UndrainWorker(self, request, context):
+        """Takes DrainWorker back: the worker takes new requests again, where its
+        process has not left yet. NOT_FOUND: no such worker.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -189,6 +233,11 @@ def add_ControllerServiceServicer_to_server(servicer, server):
                     request_deserializer=fastchat__grpc_dot_v1_dot_registry__pb2.ListWorkersRequest.FromString,
                     response_serializer=fastchat__grpc_dot_v1_dot_registry__pb2.ListWorkersResponse.SerializeToString,
             ),
+            'GetWorker': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetWorker,
+                    request_deserializer=fastchat__grpc_dot_v1_dot_registry__pb2.GetWorkerRequest.FromString,
+                    response_serializer=fastchat__grpc_dot_v1_dot_registry__pb2.GetWorkerResponse.SerializeToString,
+            ),
             'WatchWorkers': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchWorkers,
                     request_deserializer=fastchat__grpc_dot_v1_dot_registry__pb2.WatchWorkersRequest.FromString,
@@ -199,15 +248,25 @@ def add_ControllerServiceServicer_to_server(servicer, server):
                     request_deserializer=fastchat__grpc_dot_v1_dot_registry__pb2.ListModelsRequest.FromString,
                     response_serializer=fastchat__grpc_dot_v1_dot_registry__pb2.ListModelsResponse.SerializeToString,
             ),
-            'GetWorkerAddress': grpc.unary_unary_rpc_method_handler(
-                    servicer.GetWorkerAddress,
-                    request_deserializer=fastchat__grpc_dot_v1_dot_registry__pb2.GetWorkerAddressRequest.FromString,
-                    response_serializer=fastchat__grpc_dot_v1_dot_registry__pb2.GetWorkerAddressResponse.SerializeToString,
+            'PickWorker': grpc.unary_unary_rpc_method_handler(
+                    servicer.PickWorker,
+                    request_deserializer=fastchat__grpc_dot_v1_dot_registry__pb2.PickWorkerRequest.FromString,
+                    response_serializer=fastchat__grpc_dot_v1_dot_registry__pb2.PickWorkerResponse.SerializeToString,
+            ),
+            'ReleasePick': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleasePick,
+                    request_deserializer=fastchat__grpc_dot_v1_dot_registry__pb2.ReleasePickRequest.FromString,
+                    response_serializer=fastchat__grpc_dot_v1_dot_registry__pb2.ReleasePickResponse.SerializeToString,
             ),
             'DrainWorker': grpc.unary_unary_rpc_method_handler(
                     servicer.DrainWorker,
                     request_deserializer=fastchat__grpc_dot_v1_dot_registry__pb2.DrainWorkerRequest.FromString,
                     response_serializer=fastchat__grpc_dot_v1_dot_registry__pb2.DrainWorkerResponse.SerializeToString,
+            ),
+            'UndrainWorker': grpc.unary_unary_rpc_method_handler(
+                    servicer.UndrainWorker,
+                    request_deserializer=fastchat__grpc_dot_v1_dot_registry__pb2.UndrainWorkerRequest.FromString,
+                    response_serializer=fastchat__grpc_dot_v1_dot_registry__pb2.UndrainWorkerResponse.SerializeToString,
             ),
             'RefreshWorkers': grpc.unary_unary_rpc_method_handler(
                     servicer.RefreshWorkers,
@@ -338,6 +397,33 @@ class ControllerService:
             _registered_method=True)
 
     @staticmethod
+    def GetWorker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fastchat_grpc.v1.ControllerService/GetWorker',
+            fastchat__grpc_dot_v1_dot_registry__pb2.GetWorkerRequest.SerializeToString,
+            fastchat__grpc_dot_v1_dot_registry__pb2.GetWorkerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def WatchWorkers(request,
             target,
             options=(),
@@ -392,7 +478,7 @@ class ControllerService:
             _registered_method=True)
 
     @staticmethod
-    def GetWorkerAddress(request,
+    def PickWorker(request,
             target,
             options=(),
             channel_credentials=None,
@@ -405,9 +491,36 @@ class ControllerService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/fastchat_grpc.v1.ControllerService/GetWorkerAddress',
-            fastchat__grpc_dot_v1_dot_registry__pb2.GetWorkerAddressRequest.SerializeToString,
-            fastchat__grpc_dot_v1_dot_registry__pb2.GetWorkerAddressResponse.FromString,
+            '/fastchat_grpc.v1.ControllerService/PickWorker',
+            fastchat__grpc_dot_v1_dot_registry__pb2.PickWorkerRequest.SerializeToString,
+            fastchat__grpc_dot_v1_dot_registry__pb2.PickWorkerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleasePick(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fastchat_grpc.v1.ControllerService/ReleasePick',
+            fastchat__grpc_dot_v1_dot_registry__pb2.ReleasePickRequest.SerializeToString,
+            fastchat__grpc_dot_v1_dot_registry__pb2.ReleasePickResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -435,6 +548,33 @@ class ControllerService:
             '/fastchat_grpc.v1.ControllerService/DrainWorker',
             fastchat__grpc_dot_v1_dot_registry__pb2.DrainWorkerRequest.SerializeToString,
             fastchat__grpc_dot_v1_dot_registry__pb2.DrainWorkerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UndrainWorker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fastchat_grpc.v1.ControllerService/UndrainWorker',
+            fastchat__grpc_dot_v1_dot_registry__pb2.UndrainWorkerRequest.SerializeToString,
+            fastchat__grpc_dot_v1_dot_registry__pb2.UndrainWorkerResponse.FromString,
             options,
             channel_credentials,
             insecure,

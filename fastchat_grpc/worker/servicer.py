@@ -40,12 +40,17 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
 
     async def CountTokens(self, request: pb.CountTokensRequest, context: Context) -> pb.CountTokensResponse:
         model = self._generation.model(request.model)
-        token_ids = await self._generation.tokenize(model.name, convert.count_tokens_prompt(request))
-        return pb.CountTokensResponse(
-            token_count=len(token_ids),
-            context_length=model.context_length,
-            token_ids=token_ids if request.include_token_ids else (),
-        )
+        token_ids = await self._generation.tokenize(model.name, convert.text_or_chat(request))
+        return pb.CountTokensResponse(token_count=len(token_ids), context_length=model.context_length)
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        model = self._generation.model(request.model)
+        token_ids = await self._generation.tokenize(model.name, convert.text_or_chat(request))
+        return pb.TokenizeResponse(token_ids=token_ids, context_length=model.context_length)
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
+        token_ids = tuple(request.token_ids)
+        return pb.DetokenizeResponse(text=await self._generation.detokenize(request.model, token_ids))
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:
         model = self._generation.model(request.model)

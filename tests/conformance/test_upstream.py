@@ -24,6 +24,7 @@ from fastchat_grpc.core import (
     StopConditions,
     TextPrompt,
     Tool,
+    ToolChoice,
 )
 from fastchat_grpc.errors import (
     BackendFailed,
@@ -162,7 +163,7 @@ async def test_the_plain_dialect_sends_no_field_that_openai_does_not_know() -> N
 
 
 CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Paris", "days": [1, 2]}}</tool_call>'
-WEATHER = Tool(name="weather", description="Tells the weather", parameters={"type": "object"})
+WEATHER = Tool(name="weather", description="Tells the weather", parameters_json='{"type": "object"}')
 
 
 def asks_for_tools(content: str, **fields: Any) -> GenerateRequest:
@@ -182,7 +183,7 @@ async def test_calls_that_the_server_finds_come_back_as_text(said: str) -> None:
 
 async def test_a_choice_of_tool_reaches_the_server() -> None:
     async with openai_server() as (server, url), upstream(url) as backend:
-        for choice in ("none", "required", "weather"):
+        for choice in (ToolChoice.NONE, ToolChoice.REQUIRED, "weather"):
             with suppress(InvalidArgument):  # an echo follows no grammar, which a forced call needs
                 await text(backend, asks_for_tools("hi", tool_choice=choice))
     sent = [body.get("tool_choice") for body in server.bodies]

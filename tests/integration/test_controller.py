@@ -288,13 +288,29 @@ class TestRegistryService:
     ) -> None:
         for name in "ab":
             await stub.Register(registration(worker_id=name, instance_id=name, address=f"{name}:1"))
-        picks = [(await stub.GetWorkerAddress(pb.GetWorkerAddressRequest(model="m"))).worker_id for _ in range(6)]
-        assert sorted(picks) == ["a"] * 3 + ["b"] * 3, "every pick counts as load"
-        pick = await stub.GetWorkerAddress(pb.GetWorkerAddressRequest(excluded_worker_ids=["a"]))
+        picks = [await stub.PickWorker(pb.PickWorkerRequest(model="m")) for _ in range(6)]
+        assert sorted(pick.worker_id for pick in picks) == ["a"] * 3 + ["b"] * 3, "every pick counts as load"
+        pick = await stub.PickWorker(pb.PickWorkerRequest(excluded_worker_ids=["a"]))
         assert (pick.address, pick.worker_id, pick.instance_id) == ("b:1", "b", "b")
-        everybody = pb.GetWorkerAddressRequest(excluded_worker_ids=["a", "b"])
-        await fails(stub.GetWorkerAddress(everybody), errors.NoLiveWorker)
-        await fails(stub.GetWorkerAddress(pb.GetWorkerAddressRequest(model="x")), errors.ModelNotFound)
+        everybody = pb.PickWorkerRequest(excluded_worker_ids=["a", "b"])
+        await fails(stub.PickWorker(everybody), errors.NoLiveWorker)
+        await fails(stub.PickWorker(pb.PickWorkerRequest(model="x")), errors.ModelNotFound)
+
+    async def test_a_released_pick_is_load_no_more(self, stub: registry_pb2_grpc.ControllerServiceStub) -> None:
+        await stub.Register(registration(worker_id="a", instance_id="a", address="a:1"))
+
+        async def reserved() -> int:
+            return (await stub.GetWorker(pb.GetWorkerRequest(worker_id="a"))).worker.reserved_count
+
+        pick = await stub.PickWorker(pb.PickWorkerRequest(model="m"))
+        other = await stub.PickWorker(pb.PickWorkerRequest(model="m"))
+        assert pick.pick_id != other.pick_id
+        assert await reserved() == 2
+        for _ in range(2):
+            await stub.ReleasePick(pb.ReleasePickRequest(pick_id=pick.pick_id))
+            assert await reserved() == 1, "and its end counts once"
+        await stub.ReleasePick(pb.ReleasePickRequest(pick_id="guessed"))
+        assert await reserved() == 1
 
     async def test_a_watch_tells_what_is_and_what_changes(self, stub: registry_pb2_grpc.ControllerServiceStub) -> None:
         first = await stub.Register(registration(worker_id="a"))

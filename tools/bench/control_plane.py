@@ -20,7 +20,7 @@ from typing import Any
 from tools.bench.processes import Child, child, percentile, role, table
 
 NAME = "control-plane"
-HELP = "picks in process, CPU per GetWorkerAddress and Heartbeat, memory; FastChat's controller beside it"
+HELP = "picks in process, CPU per PickWorker and Heartbeat, memory; FastChat's controller beside it"
 
 FASTCHAT = Path(".venvs/fastchat/bin/python")
 CLIENTS = 32
@@ -125,17 +125,17 @@ async def _load_controller(controller: Child, options: argparse.Namespace) -> di
             await stub.Heartbeat(pb.HeartbeatRequest(lease_id=rng.choice(leases), load=load))
 
         async def pick() -> None:
-            await stub.GetWorkerAddress(pb.GetWorkerAddressRequest(model=f"model-{rng.randrange(options.models)}"))
+            await stub.PickWorker(pb.PickWorkerRequest(model=f"model-{rng.randrange(options.models)}"))
 
         for warm_up in (heartbeat, pick):
             await _at_once(warm_up, 1_000)
         beat_us, beat_rate = await _cpu_us(controller, heartbeat, options.calls)
         pick_us, pick_rate = await _cpu_us(controller, pick, options.calls)
     return {
-        "CPU us per GetWorkerAddress": pick_us,
+        "CPU us per PickWorker": pick_us,
         "CPU us per Heartbeat": beat_us,
         "CPU us per Register": register_us,
-        "GetWorkerAddress per s": pick_rate,
+        "PickWorker per s": pick_rate,
         "Heartbeats per s": beat_rate,
         "memory MB, empty": empty_mb,
         "memory MB, all registered": full_mb,
@@ -150,7 +150,7 @@ async def _load_empty(server: Child, options: argparse.Namespace) -> float:
     async with _stub(server.answer) as stub:
 
         async def call() -> None:
-            await stub.GetWorkerAddress(pb.GetWorkerAddressRequest(model="model-1"))
+            await stub.PickWorker(pb.PickWorkerRequest(model="model-1"))
 
         await _at_once(call, 1_000)
         return (await _cpu_us(server, call, options.calls))[0]
@@ -313,8 +313,8 @@ async def _serve_empty() -> None:
     from fastchat_grpc.v1 import registry_pb2_grpc
 
     class Empty(registry_pb2_grpc.ControllerServiceServicer):
-        async def GetWorkerAddress(self, request: Any, context: Any) -> Any:
-            return pb.GetWorkerAddressResponse()
+        async def PickWorker(self, request: Any, context: Any) -> Any:
+            return pb.PickWorkerResponse()
 
     server = grpc.aio.server()
     registry_pb2_grpc.add_ControllerServiceServicer_to_server(Empty(), server)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
-from fastchat_grpc.core import ChatMessage, ChatPrompt, Image, Tool, ToolCall
+from fastchat_grpc.core import ChatMessage, ChatPrompt, Image, Tool, ToolCall, ToolChoice
 from fastchat_grpc.errors import InvalidArgument
 from fastchat_grpc.models.chat_template import ChatTemplate
 from fastchat_grpc.models.overrides import CHAT_TEMPLATES
@@ -61,7 +65,7 @@ def test_a_message_is_continued_or_an_answer_begun_not_both() -> None:
         ("user", "a"),
         ("assistant", "b"),
         continue_final_message=True,
-        template_arguments={"add_generation_prompt": True},
+        template_arguments_json='{"add_generation_prompt": true}',
     )
     with pytest.raises(InvalidArgument) as caught:
         template(CHATML).render(both)
@@ -104,15 +108,15 @@ def test_an_override_replaces_the_template() -> None:
 
 def test_template_arguments_reach_the_template() -> None:
     source = "{{ enable_thinking }} {{ add_generation_prompt }}"
-    arguments = {"enable_thinking": False, "add_generation_prompt": False}
-    assert template(source).render(chat(("user", "x"), template_arguments=arguments)) == "False False"
+    arguments = '{"enable_thinking": false, "add_generation_prompt": false}'
+    assert template(source).render(chat(("user", "x"), template_arguments_json=arguments)) == "False False"
 
 
 @pytest.mark.parametrize("name", ["tokenize", "messages", "chat_template", "tools", "return_tensors", "conversation"])
 def test_template_arguments_cannot_replace_the_servers_own(name: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
-        template(CHATML).render(chat(("user", "x"), template_arguments={name: "y"}))
-    assert caught.value.field == f"chat.template_arguments.{name}"
+        template(CHATML).render(chat(("user", "x"), template_arguments_json=json.dumps({name: "y"})))
+    assert caught.value.field == f"chat.template_arguments_json.{name}"
 
 
 def test_tools_and_calls_take_the_shape_that_templates_expect() -> None:
@@ -123,7 +127,7 @@ def test_tools_and_calls_take_the_shape_that_templates_expect() -> None:
             ChatMessage(role="assistant", tool_calls=(call,)),
             ChatMessage(role="tool", content="3", tool_call_id="c1", name="add"),
         ),
-        tools=(Tool(name="add", description="Adds.", parameters={"type": "object"}), Tool(name="now")),
+        tools=(Tool(name="add", description="Adds.", parameters_json='{"type": "object"}'), Tool(name="now")),
     )
     text = template(source).render(prompt)
     assert '"name": "add", "description": "Adds.", "parameters": {"type": "object"}' in text
@@ -135,7 +139,7 @@ def test_tools_are_refused_where_the_template_ignores_them_and_left_out_when_unw
     with pytest.raises(InvalidArgument) as caught:
         template(CHATML).render(chat(("user", "x"), tools=(Tool(name="f"),)))
     assert caught.value.field == "chat.tools"
-    assert template(CHATML).render(chat(("user", "x"), tools=(Tool(name="f"),), tool_choice="none"))
+    assert template(CHATML).render(chat(("user", "x"), tools=(Tool(name="f"),), tool_choice=ToolChoice.NONE))
 
 
 def test_a_template_for_tools_is_used_with_tools() -> None:
@@ -184,3 +188,55 @@ def test_vicuna_and_llama_2_have_their_familys_format() -> None:
     turns = (("system", "S"), ("user", "hi"))
     assert template(None, CHAT_TEMPLATES["vicuna_v1.1"]).render(chat(*turns)) == "S USER: hi ASSISTANT:"
     assert template(None, CHAT_TEMPLATES["llama-2"]).render(chat(*turns)) == "[INST] <<SYS>>\nS\n<</SYS>>\n\nhi [/INST]"
+
+
+RENDERS = """
+import sys
+from fastchat_grpc.rpc import convert
+from fastchat_grpc.v1 import generation_pb2 as pb
+from tests.unit.models.test_chat_template import template
+
+request = pb.GenerateRequest.FromString(sys.stdin.buffer.read())
+if sys.argv[1:] == ["relayed"]:  # as a relay does that knows the request from its OpenAI surface
+    request = convert.generate_request_to_pb(convert.generate_request_from_pb(request))
+source = "{{ tools | tojson }}|{{ z }}{{ names | tojson }}{{ names.values() | list }}"
+print(template(source).render(convert.generate_request_from_pb(request).prompt))
+"""
+
+
+def test_every_process_renders_the_same_prompt_from_the_same_bytes() -> None:
+    """Maps of protobuf have no order, and other numbers than JSON: schemas travel as text."""
+    from fastchat_grpc.v1 import generation_pb2 as pb
+
+    schema = '{"type": "object", "z": 1, "a": 1.0, "minimum": 9007199254740993, "m": {"y": [1], "x": -0.0, "b": 1e3}}'
+    arguments = '{"z": 1, "names": {"zeta": 3, "alpha": 2.0, "mid": 18446744073709551617}}'
+    request = pb.GenerateRequest(
+        chat=pb.ChatInput(
+            messages=[pb.ChatMessage(role="user", content="x")],
+            tools=[pb.Tool(name="f", parameters_json=schema)],
+            template_arguments_json=arguments,
+        )
+    )
+    expected = (
+        '[{"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object", "z": 1, '
+        '"a": 1.0, "minimum": 9007199254740993, "m": {"y": [1], "x": -0.0, "b": 1000.0}}}}]'
+        '|1{"zeta": 3, "alpha": 2.0, "mid": 18446744073709551617}[3, 2.0, 18446744073709551617]'
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", RENDERS, *mode],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        )
+        for seed, mode in (("1", []), ("2", []), ("3", ["relayed"]))
+    ]
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write(request.SerializeToString())
+        process.stdin.close()
+    for process in processes:
+        assert process.stdout is not None
+        with process.stdout as out:
+            assert out.read().decode().splitlines()[-1] == expected
+        assert process.wait() == 0

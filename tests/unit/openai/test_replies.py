@@ -241,7 +241,7 @@ async def test_a_failure_before_the_first_event_is_raised_with_the_callers_field
         ("chat.messages[1].parts[0].image", "messages[1].content[0].image"),
         ("stopping.max_new_tokens", "max_completion_tokens"),
         ("structured_output.json_schema", "response_format"),
-        ("chat.template_arguments", "chat_template_kwargs"),
+        ("chat.template_arguments_json", "chat_template_kwargs"),
         ("prompt", "messages"),
         ("output.n", "n"),
         ("model", "model"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import grpc
@@ -71,14 +72,17 @@ messages = st.builds(
 )
 json_objects = st.dictionaries(st.text(max_size=4), st.booleans() | st.text(max_size=4), max_size=3)
 tools = st.builds(
-    core.Tool, name=st.text(max_size=4), description=st.text(max_size=4), parameters=st.none() | json_objects
+    core.Tool,
+    name=st.text(max_size=4),
+    description=st.text(max_size=4),
+    parameters_json=st.just("") | json_objects.map(json.dumps),
 )
 chats = st.builds(
     core.ChatPrompt,
     messages=st.lists(messages, min_size=1, max_size=3).map(tuple),
-    tools=st.lists(tools, max_size=2).map(tuple),
-    tool_choice=st.sampled_from(["auto", "none", "f"]),
-    template_arguments=json_objects,
+    tools=st.lists(tools, max_size=2).map(lambda listed: (core.Tool(name="none"), *listed)),
+    tool_choice=st.sampled_from([*core.ToolChoice, "none"]),
+    template_arguments_json=st.just("") | json_objects.map(json.dumps),
 )
 prompts = (
     st.text(min_size=1).map(core.TextPrompt)
@@ -116,6 +120,7 @@ requests = st.builds(
     session_key=st.text(max_size=5),
     truncate_prompt_tokens=st.none() | st.integers(1, 99),
     resume=resumes,
+    resume_fingerprint=st.just(""),
 )
 
 
@@ -156,6 +161,8 @@ events = (
         finish_reason=st.sampled_from(core.FinishReason),
         usage=usages,
         matched=st.none() | st.text() | st.integers(0, 99),
+        origin=st.none()
+        | st.builds(core.Origin, model=st.text(min_size=1), worker_id=st.text(), request_id=st.text(max_size=5)),
         timings=st.builds(core.Timings, queued_s=st.just(0.5), time_to_first_token_s=st.just(1.25), total_s=st.just(2)),
     )
     | st.builds(core.PromptEcho, text=st.text(), token_ids=token_ids, logprobs=logprobs)
@@ -176,6 +183,22 @@ def test_an_unset_field_takes_its_default_and_a_zero_stays_a_zero() -> None:
     assert zero.sampling.greedy
 
 
+USER = pb.ChatMessage(role="user", content="x")
+TOOL = pb.Tool(name="f")
+
+
+def test_a_choice_of_tools_is_no_name_of_a_function() -> None:
+    function = pb.Tool(name="none", parameters_json='{"b": 1, "a": 2.0}')
+    modes = {pb.TOOL_CHOICE_MODE_NONE: core.ToolChoice.NONE, 0: core.ToolChoice.AUTO}
+    for mode, choice in modes.items():
+        chat = pb.ChatInput(messages=[USER], tools=[function], tool_choice=pb.ToolChoice(mode=mode))  # type: ignore[arg-type]
+        assert convert.chat_from_pb(chat).tool_choice is choice
+    named = pb.ChatInput(messages=[USER], tools=[function], tool_choice=pb.ToolChoice(function="none"))
+    assert convert.chat_from_pb(named).tool_choice == "none"
+    assert convert.chat_to_pb(convert.chat_from_pb(named)) == named
+    assert convert.chat_from_pb(pb.ChatInput(messages=[USER])).tool_choice is core.ToolChoice.AUTO
+
+
 @pytest.mark.parametrize(
     ("message", "field"),
     [
@@ -190,6 +213,33 @@ def test_an_unset_field_takes_its_default_and_a_zero_stays_a_zero() -> None:
                 chat=pb.ChatInput(messages=[pb.ChatMessage(role="user", content="x", parts=[pb.ContentPart(text="y")])])
             ),
             "chat.messages[0]",
+        ),
+        *[
+            (
+                pb.GenerateRequest(chat=pb.ChatInput(messages=[USER], tools=[TOOL, tool])),
+                "chat.tools[1].parameters_json",
+            )
+            for tool in (
+                pb.Tool(name="g", parameters_json="{"),
+                pb.Tool(name="g", parameters_json="[1]"),
+                pb.Tool(name="g", parameters_json='{"minimum": NaN}'),
+                pb.Tool(name="g", parameters_json="[" * 100_000),
+                pb.Tool(name="g", parameters_json='{"minimum": ' + "9" * 5000 + "}"),
+            )
+        ],
+        (
+            pb.GenerateRequest(chat=pb.ChatInput(messages=[USER], template_arguments_json="null")),
+            "chat.template_arguments_json",
+        ),
+        (
+            pb.GenerateRequest(
+                chat=pb.ChatInput(messages=[USER], tools=[TOOL], tool_choice=pb.ToolChoice(function="none"))
+            ),
+            "chat.tool_choice.function",
+        ),
+        (
+            pb.GenerateRequest(chat=pb.ChatInput(messages=[USER], tool_choice=pb.ToolChoice(mode=99))),  # type: ignore[arg-type]
+            "chat.tool_choice.mode",
         ),
         (pb.GenerateRequest(prompt="x", structured_output=pb.StructuredOutput()), "structured_output"),
         (pb.GenerateRequest(prompt="x", request_id="r" * 129), "request_id"),
