@@ -7,6 +7,8 @@ ordinary padded batches.
 
 from __future__ import annotations
 
+import math
+import mmap
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -213,9 +215,23 @@ def spread(step: PagedStep) -> Step:
 def make_pools(shapes: Sequence[Shape], tokens: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Room for so many tokens' keys and values in each layer. Zeros: padding reads arbitrary places, and no
     garbage may be NaN there."""
-    keys = [torch.zeros(tokens, heads, k, dtype=t, device=d) for heads, k, _, t, d in shapes]
-    values = [torch.zeros(tokens, heads, v, dtype=t, device=d) for heads, _, v, t, d in shapes]
+    keys = [_zeros((tokens, heads, k), t, d) for heads, k, _, t, d in shapes]
+    values = [_zeros((tokens, heads, v), t, d) for heads, _, v, t, d in shapes]
     return keys, values
+
+
+def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros. In main memory they are pages that take no memory before something is written to them."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    if not size:
+        return torch.zeros(shape, dtype=dtype)
+    try:
+        pages = mmap.mmap(-1, size)
+    except OSError as error:
+        raise MemoryError(f"no memory for {size >> 20} MiB of the KV cache: {error}") from error
+    return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(shape)
 
 
 def _store(pool: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ from fastchat_grpc.engine.sequential_runner import SequentialRunner
 from fastchat_grpc.errors import ModelLoadError
 from fastchat_grpc.models.detect import ModelKind
 from fastchat_grpc.models.loading import LoadedModel
+from fastchat_grpc.models.machine import available_memory, cpu_count
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def build_engine(
         ModelLoadError: not even one block of the cache fits into memory.
     """
     device = loaded.device.type
-    torch.set_num_threads(settings.threads or _cpu_count())
+    torch.set_num_threads(settings.threads or cpu_count())
     with torch.inference_mode():
         runner = _runner(loaded)
     max_running = config.model.max_running or MAX_RUNNING.get(device, MAX_RUNNING_ELSEWHERE)
@@ -118,25 +118,28 @@ def _runner(loaded: LoadedModel) -> ModelRunner:
 
 
 def _block_count(runner: ModelRunner, loaded: LoadedModel, settings: EngineConfig, max_running: int) -> int:
-    """Blocks of the cache. Where caches are the model's own, they only count tokens."""
+    """Blocks of the cache. Where caches are the model's own, they count what those may take."""
     context_blocks = -(-loaded.context_length // BLOCK_SIZE)
     if settings.kv_cache_tokens is not None:
         return max(1, settings.kv_cache_tokens // BLOCK_SIZE)
-    most = context_blocks * max_running
-    if not isinstance(runner, PackedRunner):
-        return min(most, context_blocks * 8)
-    blocks = most
-    for device, per_token in runner.bytes_per_token.items():
-        per_block = per_token * BLOCK_SIZE
+    if loaded.kind is ModelKind.EMBEDDING:
+        return context_blocks  # nothing is ever kept
+    blocks = context_blocks * max_running
+    with torch.inference_mode():
+        sizes = runner.cache_sizes()
+    for device, need in sizes.items():
+        per_block = need.per_token * BLOCK_SIZE
         room = int(_free_bytes(device) * MEMORY_PART.get(device.type, 0.5))
         if device.type == "cpu":
             room = min(room, max(CPU_CACHE_BYTES, CPU_CACHE_CONTEXTS * context_blocks * per_block))
-        if room < per_block:
+        room -= need.per_sequence * max_running
+        if room < max(per_block, 1):
             raise ModelLoadError(
-                f"no memory for the KV cache: {room >> 20} MiB are free on {device}, a block takes {per_block >> 10}"
-                " KiB"
+                f"no memory for the KV cache: {max(room, 0) >> 20} MiB are free on {device} beside"
+                f" {max_running} x {need.per_sequence >> 10} KiB, a block takes {per_block >> 10} KiB"
             )
-        blocks = min(blocks, room // per_block)
+        if per_block:
+            blocks = min(blocks, room // per_block)
     if blocks < context_blocks:
         log.warning(
             "the KV cache holds %d tokens, less than the context of %d", blocks * BLOCK_SIZE, loaded.context_length
@@ -159,15 +162,9 @@ def _capabilities(loaded: LoadedModel) -> frozenset[Capability]:
 
 
 def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
     if device.type == "cpu":
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return available_memory()
     accelerator = getattr(torch, device.type, None)
     if accelerator is not None and hasattr(accelerator, "mem_get_info"):
         return int(accelerator.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
-def _cpu_count() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return available_memory() // 2  # mps: the main memory, shared with everything else

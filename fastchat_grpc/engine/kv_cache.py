@@ -71,7 +71,8 @@ class BlockPool:
                 if block in self._key_of:
                     self._idle[block] = None
                 else:
-                    self._free.append(block)
+                    # Used next: memory of blocks that were never used is not taken before it is needed.
+                    self._free.appendleft(block)
 
     def match(self, token_ids: Sequence[int], salt: Hashable) -> list[tuple[int, int]]:
         """The longest known prefix as (node, block) pairs, oldest first. Takes no reference."""
@@ -95,14 +96,6 @@ class BlockPool:
             self._nodes[key] = entry
             self._key_of[block] = key
         return entry[0]
-
-    def forget(self) -> None:
-        """Drop all that is kept for reuse."""
-        for block in self._idle:
-            self._free.append(block)
-        self._idle.clear()
-        self._nodes.clear()
-        self._key_of.clear()
 
     def _key(self, parent: int, token_ids: Sequence[int], start: int, salt: Hashable) -> tuple[int, Hashable]:
         content = tuple(token_ids[start : start + self.block_size])

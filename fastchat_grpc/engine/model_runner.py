@@ -51,6 +51,15 @@ class StepLogits:
     """Chunks whose every token's logits are here, and the first one's row."""
 
 
+@dataclass(frozen=True, slots=True)
+class CacheSize:
+    """Bytes of a cache."""
+
+    per_token: int
+    per_sequence: int = 0
+    """Whatever its length, as a recurrent state."""
+
+
 class ModelRunner(Protocol):
     """Computes chunks, and owns what it keeps of sequences."""
 
@@ -62,6 +71,10 @@ class ModelRunner(Protocol):
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
+        ...
+
+    def cache_sizes(self) -> dict[torch.device, CacheSize]:
+        """What a sequence's cache takes on each device."""
         ...
 
     def run(self, batch: Batch) -> StepLogits:
@@ -95,13 +108,11 @@ class PackedRunner:
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
 
-    @property
-    def bytes_per_token(self) -> dict[torch.device, int]:
-        """Size of one token's keys and values on each device that has layers."""
+    def cache_sizes(self) -> dict[torch.device, CacheSize]:
         sizes: dict[torch.device, int] = {}
         for heads, k, v, dtype, device in self._shapes:
             sizes[device] = sizes.get(device, 0) + heads * (k + v) * dtype.itemsize
-        return sizes
+        return {device: CacheSize(size) for device, size in sizes.items()}
 
     def allocate(self, block_count: int) -> None:
         """Make the cache."""

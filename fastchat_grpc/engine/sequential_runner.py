@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from fastchat_grpc.engine.model_runner import StepLogits, Wanted, by_adapter, wants_every
-from fastchat_grpc.engine.request import Batch, Chunk, Sequence
+from fastchat_grpc.core import GenerateRequest, TokenPrompt
+from fastchat_grpc.engine.model_runner import CacheSize, StepLogits, Wanted, by_adapter, wants_every
+from fastchat_grpc.engine.request import Batch, Chunk, Request, Sequence
 
 CACHE_NAMES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 """Under which models return what the next call must be given (transformers.generation.utils)."""
+MEASURED_LENGTHS = 16, 48
+"""Tokens of the prompts by which the size of a cache is measured."""
 RENAMED = {"mems": "past_key_values", "past_buckets_states": "past_key_values"}
 
 
@@ -57,6 +60,29 @@ class SequentialRunner:
 
     def release(self, sequence: Sequence) -> None:
         sequence.runner_state = None
+
+    def cache_sizes(self) -> dict[torch.device, CacheSize]:
+        """Measured: two prompts of different lengths, and what the model keeps of each."""
+        short, long = (self._kept_of(length) for length in MEASURED_LENGTHS)
+        sizes: dict[torch.device, CacheSize] = {}
+        for device, size in long.items():
+            per_token = max(0, size - short.get(device, 0)) // (MEASURED_LENGTHS[1] - MEASURED_LENGTHS[0])
+            sizes[device] = CacheSize(per_token, max(0, size - per_token * MEASURED_LENGTHS[1]))
+        return sizes
+
+    def _kept_of(self, length: int) -> dict[torch.device, int]:
+        """Bytes that the model keeps of a prompt, by device."""
+        tokens = [1] * length
+        request = Request(spec=GenerateRequest(prompt=TokenPrompt((1,))), prompt=tokens, sink=None, arrival=0.0)
+        sequence = Sequence(request=request, index=0, tokens=tokens, seed=0)
+        self._activate("")
+        self._forward(Chunk(sequence, 0, length, samples=True), every=False)
+        tensors: dict[int, torch.Tensor] = {}
+        _collect(sequence.runner_state, tensors, set())
+        sizes: dict[torch.device, int] = {}
+        for tensor in tensors.values():
+            sizes[tensor.device] = sizes.get(tensor.device, 0) + tensor.untyped_storage().nbytes()
+        return sizes
 
     def _forward(self, chunk: Chunk, *, every: bool) -> torch.Tensor:
         """Logits (1 or all tokens of the chunk, vocabulary) in float32."""
@@ -105,3 +131,23 @@ class SequentialRunner:
 
 def _fork(state: _State) -> _State:
     return _State(copy.deepcopy(state.cache), state.encoder_outputs)
+
+
+def _collect(value: Any, found: dict[int, torch.Tensor], seen: set[int]) -> None:
+    """All tensors within a value, by their storage, whatever objects hold them."""
+    if isinstance(value, torch.Tensor):
+        found[value.untyped_storage().data_ptr()] = value
+        return
+    if id(value) in seen or isinstance(value, (str, bytes, int, float, type(None), torch.nn.Module)):
+        return
+    seen.add(id(value))
+    if isinstance(value, Mapping):
+        parts: list[Any] = list(value.values())
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        parts = list(value)
+    elif isinstance(value, _State):
+        parts = [value.cache, value.encoder_outputs]
+    else:
+        parts = list(vars(value).values()) if hasattr(value, "__dict__") else []
+    for part in parts:
+        _collect(part, found, seen)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastchat_grpc.config import ModelConfig
 from fastchat_grpc.errors import ModelLoadError
+from fastchat_grpc.models.machine import available_memory
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +46,7 @@ def place(config: ModelConfig) -> Placement:
         raise ModelLoadError("--cpu-offloading and --max-gpu-memory need discrete GPUs; mps shares the main memory")
     limits: dict[int | str, str | int] = {i: config.max_gpu_memory or _gpu_share(kind, i) for i in indices}
     if config.cpu_offloading:
-        limits["cpu"] = int(_free_memory() * _CPU_SHARE)
+        limits["cpu"] = int(available_memory() * _CPU_SHARE)
     # Filling one GPU after the other suits GPUs of unlike sizes; equal limits ask for an even spread.
     strategy = "auto" if config.max_gpu_memory else "sequential"
     return Placement(device=device, device_map=strategy, max_memory=limits, offload=config.cpu_offloading)
@@ -139,12 +140,6 @@ def _gpu_share(kind: str, index: int) -> int:
     return int(free * _GPU_SHARE)
 
 
-def _free_memory() -> int:
-    import psutil  # type: ignore[import-untyped]  # comes with accelerate
-
-    return int(psutil.virtual_memory().available)
-
-
 def _cpu_has_bf16() -> bool:
     import torch
 
@@ -158,7 +153,7 @@ def check_memory(source: Path, placement: Placement, dtype: torch.dtype, stored:
         return
     size = source.stat().st_size if source.is_file() else sum(file.stat().st_size for file in _weight_files(source))
     grows = dtype.itemsize / stored.itemsize if stored is not None and source.is_dir() else 1.0
-    needed, free = int(size * grows), _free_memory()
+    needed, free = int(size * grows), available_memory()
     if needed > free:
         hint = ", or load it in half the size with --dtype bfloat16" if dtype.itemsize == 4 else ""
         raise ModelLoadError(

@@ -16,6 +16,7 @@ from fastchat_grpc.engine.attention import PACKED, WholeStep, register, running
 from fastchat_grpc.engine.model_runner import BLOCK_SIZE, PackedRunner
 from fastchat_grpc.engine.request import Batch, Chunk, Request, Sequence
 from fastchat_grpc.errors import ModelLoadError
+from fastchat_grpc.models.detect import ModelKind
 from tests.unit.engine.test_engine import ask, prompt
 from tests.unit.engine.tiny import tiny
 
@@ -80,8 +81,8 @@ def test_a_step_takes_its_places_to_the_device_of_each_layer(runner):
 
 
 def test_the_cache_has_as_many_blocks_as_the_fullest_device_has_room_for(runner, monkeypatch):
-    loaded = type("Loaded", (), {"context_length": 512})()
-    per_block = {device: size * BLOCK_SIZE for device, size in runner.bytes_per_token.items()}
+    loaded = type("Loaded", (), {"context_length": 512, "kind": ModelKind.DECODER})()
+    per_block = {device: size.per_token * BLOCK_SIZE for device, size in runner.cache_sizes().items()}
     assert set(per_block) == {FIRST, SECOND}
     free = {FIRST: 1 << 30, SECOND: 40 * per_block[SECOND]}
     monkeypatch.setattr(build, "_free_bytes", lambda device: free[device])
