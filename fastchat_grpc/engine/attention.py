@@ -65,13 +65,28 @@ def current_step() -> Step | None:
     return getattr(_current, "step", None)
 
 
+@contextmanager
+def masks_of() -> Iterator[list[Any]]:
+    """Collect the mask functions that a model asks for in this thread, outside a step."""
+    _current.masks = []
+    try:
+        yield _current.masks
+    finally:
+        _current.masks = None
+
+
 def register() -> None:
     """Make `PACKED` known to transformers. Safe to call again."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     def mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-        return None if current_step() is not None else sdpa_mask(*args, **kwargs)
+        if current_step() is not None:
+            return None
+        masks: list[Any] | None = getattr(_current, "masks", None)
+        if masks is not None and kwargs.get("mask_function") is not None:
+            masks.append(kwargs["mask_function"])
+        return sdpa_mask(*args, **kwargs)
 
     AttentionInterface.register(PACKED, _packed_attention)
     AttentionMaskInterface.register(PACKED, mask)

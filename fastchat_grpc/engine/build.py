@@ -113,8 +113,12 @@ def build_engine(
 
 
 def _runner(loaded: LoadedModel) -> ModelRunner:
-    runner = make_packed_runner(loaded.base, loaded.adapters.activate) if loaded.kind is ModelKind.DECODER else None
-    return runner or SequentialRunner(loaded.base, loaded.adapters.activate)
+    activate = loaded.adapters.activate
+    if loaded.kind is ModelKind.DECODER:
+        packed = make_packed_runner(loaded.base, activate, context_length=loaded.context_length)
+        if packed is not None:
+            return packed
+    return SequentialRunner(loaded.base, activate)
 
 
 def _block_count(runner: ModelRunner, loaded: LoadedModel, settings: EngineConfig, max_running: int) -> int:

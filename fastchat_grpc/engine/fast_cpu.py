@@ -75,9 +75,10 @@ class FastLayer:
         self._index: int = attention.layer_idx
         self._size: int = attention.head_dim
         self._scale: float = attention.scaling
-        self._window: int | None = getattr(attention, "sliding_window", None)
+        window: int | None = getattr(attention, "sliding_window", None)
         if type(attention).__name__ == "MistralAttention":
-            self._window = attention.config.sliding_window
+            window = attention.config.sliding_window
+        self._window = window
         self._heads: int = attention.config.num_attention_heads
         self._kv_heads: int = attention.config.num_key_value_heads
         self._norms = [(n.weight, n.variance_epsilon) for n in (layer.input_layernorm, layer.post_attention_layernorm)]
@@ -93,6 +94,17 @@ class FastLayer:
         self._whole = self._in_8_bits()
         self.decoder: DecodeKernel | None = None
         """All layers of the model, for steps of single tokens."""
+
+    @property
+    def sliding_window(self) -> int | None:
+        """Latest tokens that each one attends to, itself included; None: all."""
+        return self._window
+
+    @sliding_window.setter
+    def sliding_window(self, window: int | None) -> None:
+        self._window = window
+        if self._whole is not None:
+            self._whole.struct.window = window or 0
 
     def _in_8_bits(self) -> LayerKernels | None:
         """What stands around attention as two calls, where all weights have 8 bits."""

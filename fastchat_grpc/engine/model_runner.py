@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,10 +25,11 @@ from fastchat_grpc.engine.attention import (
     spread,
 )
 from fastchat_grpc.engine.fast_cpu import speed_up
+from fastchat_grpc.engine.lengths import limits_sight, short_windows, turns_by_length
 from fastchat_grpc.engine.probe import Probe
 from fastchat_grpc.engine.request import Batch, Chunk, Sequence
 from fastchat_grpc.models.quantization import Int8Linear
-from fastchat_grpc.native.kernels import kernels
+from fastchat_grpc.native.kernels import Kernels, kernels
 
 log = logging.getLogger(__name__)
 
@@ -247,28 +249,56 @@ def wants_every(chunk: Chunk) -> bool:
     return chunk.sequence.request.wants_prompt_logprobs and chunk.start < chunk.sequence.prompt_length
 
 
-def make_packed_runner(model: Any, activate: Callable[[str], None], *, fast: bool = True) -> PackedRunner | None:
+def make_packed_runner(
+    model: Any, activate: Callable[[str], None], *, fast: bool = True, context_length: int | None = None
+) -> PackedRunner | None:
     """A PackedRunner if the model computes the same with it as without, else None and the model as it was.
 
-    `fast` allows the kernels and layers that are made for CPUs; they are kept only if they change nothing either.
+    Args:
+        fast: allow the kernels and layers that are made for CPUs; they are kept only if they change nothing either.
+        context_length: longest sequence that will come; None: any.
     """
     before = model.config._attn_implementation
     rough = any(isinstance(module, Int8Linear) for module in model.modules())
     tolerance = INT8_TOLERANCE if rough else PROBE_TOLERANCE
     register()
     try:
+        if turns_by_length(model.config, context_length):
+            raise CannotPack("its rotary embedding depends on the longest sequence of a step")
         model.set_attn_implementation(PACKED)
-        probe = Probe(model)
-        if not (probe.passes(tolerance) and probe.decodes(tolerance, None)):
-            raise CannotPack(f"the output is off by {probe.error:.2g}")
+        probes = _probes(model, context_length)
+        _check(probes, tolerance, None)
     except Exception as error:
         log.info("packed attention does not suit this model: %s", error)
         model.set_attn_implementation(before)
         return None
     native = kernels() if fast else None
     undo = speed_up(model, native) if native is not None else None
-    tolerance = INT8_TOLERANCE if rough else FAST_TOLERANCE
-    if undo is not None and not (probe.passes(tolerance) and probe.decodes(tolerance, native)):
-        log.warning("the fast path for CPUs is off by %.2g on this model, and left out", probe.error)
-        undo()
-    return PackedRunner(model, probe.shapes, activate, fast)
+    if undo is not None:
+        try:
+            _check(probes, INT8_TOLERANCE if rough else FAST_TOLERANCE, native)
+        except CannotPack as error:
+            log.warning("the fast path for CPUs does not suit this model, and is left out: %s", error)
+            undo()
+    return PackedRunner(model, probes[0].shapes, activate, fast)
+
+
+def _probes(model: Any, context_length: int | None) -> list[Probe]:
+    """The model as it is; and with short windows, where it has any."""
+    plain = Probe(model)
+    with short_windows(model) as has_windows:
+        short = Probe(model) if has_windows else plain
+    if torch.equal(short.expected, plain.expected):
+        longest = context_length or model.config.get_text_config().max_position_embeddings
+        if any(limits_sight(mask, longest) for mask in plain.masks):
+            raise CannotPack("its attention is limited in a way that cannot be tried out")
+        return [plain]
+    return [plain, short]
+
+
+def _check(probes: list[Probe], tolerance: float, native: Kernels | None) -> None:
+    """Raise CannotPack where the packed model computes something else."""
+    for i, probe in enumerate(probes):
+        with short_windows(probe.model) if i > 0 else nullcontext():
+            if not (probe.passes(tolerance) and probe.decodes(tolerance, native)):
+                raise CannotPack(f"the output is off by {probe.error:.2g}")

@@ -8,25 +8,42 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastchat_grpc.engine.attention import PagedStep, Prefill, Shape, Step, WholeStep, make_pools, running, spread
+from fastchat_grpc.engine.attention import (
+    PagedStep,
+    Prefill,
+    Shape,
+    Step,
+    WholeStep,
+    make_pools,
+    masks_of,
+    running,
+    spread,
+)
 from fastchat_grpc.native.kernels import Kernels
 
 LENGTHS = 7, 5
 
 
 class Probe:
-    """Two short sequences packed, against each one alone, computed by transformers in its own way."""
+    """Two short sequences packed, against each one alone, computed by transformers in its own way.
+
+    Short ones show no window: see `lengths.short_windows`.
+    """
 
     def __init__(self, model: Any) -> None:
         embedding = model.get_input_embeddings().weight
         generator = torch.Generator().manual_seed(0)
         pieces = [torch.randint(embedding.shape[0], (1, n), generator=generator) for n in LENGTHS]
-        self._model = model
+        self.model = model
         self._device: torch.device = embedding.device
         self._ids = torch.cat(pieces, dim=1)[0]
         self._positions = torch.cat([torch.arange(n) for n in LENGTHS])
-        alone = [model(input_ids=ids.to(self._device), use_cache=False).logits[0] for ids in pieces]
-        self._expected = torch.cat(alone).float()
+        with masks_of() as masks:
+            alone = [model(input_ids=ids.to(self._device), use_cache=False).logits[0] for ids in pieces]
+        self.masks = masks
+        """The mask functions that the model made for them."""
+        self.expected = torch.cat(alone).float()
+        """Logits of each sequence alone, one after the other."""
         self.shapes: list[Shape] = []
         """What each layer stores of a token, known after `passes`."""
         self.error = float("inf")
@@ -72,7 +89,7 @@ class Probe:
     def _run(self, step: Step, places: torch.Tensor) -> torch.Tensor:
         """Logits of the tokens at `places`."""
         with running(step):
-            output = self._model(
+            output = self.model(
                 input_ids=self._ids[places].to(self._device)[None],
                 position_ids=self._positions[places].to(self._device)[None],
                 use_cache=False,
@@ -82,6 +99,6 @@ class Probe:
         return logits
 
     def _is_close(self, logits: torch.Tensor, places: torch.Tensor, tolerance: float) -> bool:
-        expected = self._expected[places.to(self._expected.device)].to(logits.device)
+        expected = self.expected[places.to(self.expected.device)].to(logits.device)
         self.error = float((logits - expected).norm() / expected.norm())
         return self.error < tolerance

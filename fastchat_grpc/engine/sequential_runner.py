@@ -31,6 +31,8 @@ class _State:
 
     cache: dict[str, Any] = field(default_factory=dict)
     encoder_outputs: Any = None
+    rotary: list[dict[str, Any]] = field(default_factory=list)
+    """What dynamic rotary embeddings know of the sequence's length."""
 
 
 class SequentialRunner:
@@ -44,6 +46,8 @@ class SequentialRunner:
         self._activate = activate
         self.device: torch.device = model.get_input_embeddings().weight.device
         self._encoder_decoder = bool(model.config.is_encoder_decoder)
+        self._rotary = [m for m in model.modules() if getattr(m, "rope_type", None) == "dynamic"]
+        self._fresh_rotary = [_rotary_state(module) for module in self._rotary]
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def run(self, batch: Batch) -> StepLogits:
@@ -89,7 +93,7 @@ class SequentialRunner:
         sequence = chunk.sequence
         first = chunk.start == 0
         if first:
-            sequence.runner_state = _State()
+            sequence.runner_state = _State(rotary=self._fresh_rotary)
         state: _State = sequence.runner_state
         token_ids, fresh = sequence.tokens, chunk.count
         arguments: dict[str, Any] = {"use_cache": True, **state.cache}
@@ -110,7 +114,12 @@ class SequentialRunner:
         )
         if self._keeps_logits and not every:
             inputs["logits_to_keep"] = 1
+        # They change with every call, and remember the longest sequence of all.
+        for module, lengths in zip(self._rotary, state.rotary, strict=True):
+            for name, value in lengths.items():
+                setattr(module, name, value)
         output = self._model(**inputs, return_dict=True)
+        state.rotary = [_rotary_state(module) for module in self._rotary]
         state.cache = {RENAMED.get(n, n): output[n] for n in CACHE_NAMES if output.get(n) is not None}
         logits: torch.Tensor = output.logits[0] if every else output.logits[0, -1:]
         return logits.float()
@@ -130,7 +139,11 @@ class SequentialRunner:
 
 
 def _fork(state: _State) -> _State:
-    return _State(copy.deepcopy(state.cache), state.encoder_outputs)
+    return _State(copy.deepcopy(state.cache), state.encoder_outputs, state.rotary)
+
+
+def _rotary_state(module: Any) -> dict[str, Any]:
+    return {"max_seq_len_cached": module.max_seq_len_cached, "inv_freq": module.inv_freq}
 
 
 def _collect(value: Any, found: dict[int, torch.Tensor], seen: set[int]) -> None:
