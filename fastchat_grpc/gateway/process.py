@@ -8,7 +8,6 @@ import json
 import logging
 import re
 import shutil
-import tempfile
 from collections import deque
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from fastchat_grpc.config import GatewayConfig
 from fastchat_grpc.errors import ConfigError
 from fastchat_grpc.gateway.admin import Admin, AdminError
 from fastchat_grpc.gateway.binary import find_envoy
+from fastchat_grpc.gateway.machine import cores, short_folder
 from fastchat_grpc.gateway.render import bootstrap
 
 logger = logging.getLogger(__name__)
@@ -48,8 +48,7 @@ class EnvoyProcess:
 
     async def start(self) -> None:
         """Start, and return when requests are taken. Raises ConfigError if Envoy refuses its configuration."""
-        # A Unix socket's path must be short, so the folder is not below a caller's long temporary path.
-        self._folder = Path(tempfile.mkdtemp(prefix="fastchat-grpc-", dir="/tmp"))
+        self._folder = short_folder("admin.sock")
         self._admin = Admin(self._folder / "admin.sock")
         settings = self._folder / "envoy.json"
         settings.touch(mode=0o600)  # it may hold the join token
@@ -61,7 +60,7 @@ class EnvoyProcess:
             *("--log-level", "warning"),
             *("--drain-time-s", "1"),
             "--use-dynamic-base-id",
-            *(["--concurrency", str(self._config.concurrency)] if self._config.concurrency else []),
+            *("--concurrency", str(self._config.concurrency or cores())),
             stdin=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
         )

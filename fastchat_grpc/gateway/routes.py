@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 from fastchat_grpc.config import GatewayConfig, GatewayMode
-from fastchat_grpc.gateway.clusters import API, EXT_AUTHZ, WORKERS
-from fastchat_grpc.gateway.shape import Tree, typed
-from fastchat_grpc.rpc.bridge import GATEWAY_KEY
+from fastchat_grpc.gateway.checks import key_check_settings, pick_settings, unpicked_settings
+from fastchat_grpc.gateway.clusters import API
+from fastchat_grpc.gateway.shape import Tree, glob_regex, seconds, typed
+from fastchat_grpc.rpc.bridge import CLUSTER_HEADER, STREAM_HEADER
 
 PICKED = (
     "/fastchat_grpc.v1.OpenAIService/ChatCompletions",
@@ -24,54 +23,52 @@ OPEN_PREFIXES = (
     "/grpc.reflection.v1alpha.ServerReflection/",
     "/grpc.reflection.v1.ServerReflection/",
 )
+SILENT = ("/fastchat_grpc.v1.OpenAIService/", "/fastchat_grpc.v1.GenerationService/Embed")
+"""Methods whose answer may come in one piece at the end: until then silence says nothing."""
 READS = tuple(
-    f"/fastchat_grpc.v1.ControllerService/{name}"
-    for name in ("ListWorkers", "GetWorker", "WatchWorkers", "ListModels", "PickWorker", "ReleasePick")
+    f"/fastchat_grpc.v1.ControllerService/{name}" for name in ("ListWorkers", "GetWorker", "WatchWorkers", "ListModels")
 )
-"""What callers may see of the fleet. Registration and drains are for the controller's own address."""
+"""What callers may see of the fleet. Registration, picks and drains are for the controller's own address."""
 FORBIDDEN = "this method is not open through the gateway; call the controller's own address"
+NO_PATH = "no such path; see the API's documentation"
 _CORS = "envoy.filters.http.cors"
-HTTP_PREFIXES = ("/v1/", "/api/", "/tokenize", "/detokenize")
-"""What the paths of the HTTP API begin with."""
+_GRPC = {"name": "content-type", "string_match": {"prefix": "application/grpc"}}
 
 
 def virtual_host(config: GatewayConfig, node_id: str) -> Tree:
     """All routes, and who may call them from a web page."""
-    routes = [_preflight(config, prefix) for prefix in HTTP_PREFIXES]
+    routes: list[Tree] = []
     if config.mode is GatewayMode.DIRECT:
-        routes += [_picked(config, path, node_id) for path in PICKED]
-    prefixes = [{"prefix": prefix} for prefix in OPEN_PREFIXES]
-    reads = [{"path": path} for path in READS] if config.mode is not GatewayMode.SIDECAR else []
-    routes += [_api(config, match) for match in (*prefixes, *reads)]
-    routes.append(_refused(config, "/fastchat_grpc.v1.ControllerService/", 403, FORBIDDEN))
-    routes.append(_refused(config, "/", 404, "no such path; see the API's documentation"))
+        routes += [route for path in PICKED for route in _picked(config, path, node_id)]
+    routes += [_api(config, {"prefix": prefix}, silent=prefix.startswith(SILENT)) for prefix in OPEN_PREFIXES]
+    if config.mode is not GatewayMode.SIDECAR:
+        routes += [_api(config, {"path": path}) for path in READS]
+    routes.append(_refused(config, {"prefix": "/fastchat_grpc.v1.ControllerService/"}, 403, FORBIDDEN))
+    routes.append(_refused(config, {"prefix": "/", "headers": [_GRPC]}, 404, NO_PATH))
+    # An HTTP path, before the transcoder puts a method in its place or refuses it: a real route, since filters
+    # pass over requests whose route is a direct response, that of CORS among them.
+    routes.append(_api(config, {"prefix": "/"}))
     return {
         "name": "all",
         "domains": ["*"],
-        "typed_per_filter_config": {_CORS: _cors(config)},
+        "typed_per_filter_config": {_CORS: _cors(config), **key_check_settings(config)},
         "response_headers_to_remove": ["grpc-accept-encoding"],
         "request_body_buffer_limit": config.max_body_bytes + 65_536,
         "routes": routes,
     }
 
 
-def _preflight(config: GatewayConfig, prefix: str) -> Tree:
-    """Where the browser's question whether it may call is matched; the CORS filter answers it before it is routed.
+def _picked(config: GatewayConfig, path: str, node_id: str) -> list[Tree]:
+    """A method's routes to the worker of the picker's choice.
 
-    HTTP paths have no route before the transcoder has replaced them, and on the route of the final refusal,
-    a direct response, the CORS filter does not act.
+    The picker names the cluster, and at most as many retries as there are further workers: what the last of
+    them answers is the caller's answer.
     """
-    asks = [
-        {"name": ":method", "string_match": {"exact": "OPTIONS"}},
-        {"name": "access-control-request-method", "present_match": True},
-    ]
-    return {"match": {"prefix": prefix, "headers": asks}, "route": {"cluster": API}, **_unpicked(config)}
-
-
-def _picked(config: GatewayConfig, path: str, node_id: str) -> Tree:
     # Nothing is sent to a caller before the first token, so whatever fails until then can be done again elsewhere.
     retry = {
-        "retry_on": "connect-failure,refused-stream,reset,unavailable,resource-exhausted",
+        # NOT_FOUND: another server has taken a worker's address, or the worker has other models now.
+        "retry_on": "connect-failure,refused-stream,reset,unavailable,resource-exhausted,retriable-headers",
+        "retriable_headers": [{"name": "grpc-status", "string_match": {"exact": "5"}}],
         "num_retries": config.retries,
         "retry_back_off": {"base_interval": "0.01s", "max_interval": "0.05s"},
         "host_selection_retry_max_attempts": 5,
@@ -82,40 +79,45 @@ def _picked(config: GatewayConfig, path: str, node_id: str) -> Tree:
             }
         ],
     }
-    extensions = {"check_settings": {"context_extensions": {GATEWAY_KEY: node_id}}}
-    return {
-        "match": {"path": path},
-        "route": {"cluster": WORKERS, **_unbounded(), **({"retry_policy": retry} if config.retries else {})},
-        "typed_per_filter_config": {
-            EXT_AUTHZ: typed("envoy.extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute", **extensions)
-        },
-    }
+    action: Tree = {"cluster_header": CLUSTER_HEADER, **_unbounded()}
+    if config.retries:
+        action["retry_policy"] = retry
+    settings = {"typed_per_filter_config": pick_settings(config, node_id)}
+    idle = seconds(config.idle_timeout_s)
+    if not path.startswith(SILENT):
+        return [{"match": {"path": path}, "route": {**action, "idle_timeout": idle}, **settings}]
+    streamed = {"path": path, "headers": [{"name": STREAM_HEADER, "present_match": True}]}
+    return [
+        {"match": streamed, "route": {**action, "idle_timeout": idle}, **settings},
+        {"match": {"path": path}, "route": {**action, "idle_timeout": "0s"}, **settings},
+    ]
 
 
-def _api(config: GatewayConfig, match: Tree) -> Tree:
+def _api(config: GatewayConfig, match: Tree, *, silent: bool = False) -> Tree:
     retry = {
         "retry_on": "connect-failure,refused-stream",
         "num_retries": 2,
         "retry_back_off": {"base_interval": "0.01s", "max_interval": "0.05s"},
     }
-    return {"match": match, "route": {"cluster": API, **_unbounded(), "retry_policy": retry}, **_unpicked(config)}
-
-
-def _refused(config: GatewayConfig, prefix: str, status: int, message: str) -> Tree:
+    idle = "0s" if silent else seconds(config.idle_timeout_s)
     return {
-        "match": {"prefix": prefix},
+        "match": match,
+        "route": {"cluster": API, **_unbounded(), "idle_timeout": idle, "retry_policy": retry},
+        **_unpicked(config),
+    }
+
+
+def _refused(config: GatewayConfig, match: Tree, status: int, message: str) -> Tree:
+    return {
+        "match": match,
         "direct_response": {"status": status, "body": {"inline_string": message}},
         **_unpicked(config),
     }
 
 
 def _unpicked(config: GatewayConfig) -> Tree:
-    if config.mode is not GatewayMode.DIRECT:
-        return {}
-    # Disabled on the route, by the filter's own message: the generic FilterConfig{disabled} on any route lets
-    # transcoded requests of every route pass unchecked.
-    off = typed("envoy.extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute", disabled=True)
-    return {"typed_per_filter_config": {EXT_AUTHZ: off}}
+    settings = unpicked_settings(config)
+    return {"typed_per_filter_config": settings} if settings else {}
 
 
 def _unbounded() -> Tree:
@@ -126,16 +128,11 @@ def _unbounded() -> Tree:
 def _cors(config: GatewayConfig) -> Tree:
     return typed(
         "envoy.extensions.filters.http.cors.v3.CorsPolicy",
-        allow_origin_string_match=[{"safe_regex": {"regex": _glob(origin)}} for origin in config.allowed_origins],
-        allow_methods="GET, POST, OPTIONS",
-        allow_headers="authorization, content-type, x-api-key, x-request-id, x-grpc-web, x-user-agent, grpc-timeout, "
-        "x-stainless-arch, x-stainless-lang, x-stainless-os, x-stainless-package-version, x-stainless-runtime, "
-        "x-stainless-runtime-version, x-stainless-retry-count, x-stainless-timeout, openai-organization, "
-        "openai-project, accept, user-agent",
+        allow_origin_string_match=[{"safe_regex": {"regex": glob_regex(origin)}} for origin in config.allowed_origins],
+        allow_methods="GET, HEAD, POST, OPTIONS",
+        # Whatever headers the page's client sends; a "*" does not stand for authorization.
+        allow_headers="*, authorization",
+        allow_private_network_access=True,
         expose_headers="grpc-status, grpc-message, grpc-status-details-bin, x-request-id, retry-after",
         max_age="600",
     )
-
-
-def _glob(origin: str) -> str:
-    return ".*".join(re.escape(part) for part in origin.split("*"))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ipaddress
+import re
 from typing import Any
 
 from fastchat_grpc.config import TlsConfig, split_address
@@ -52,6 +53,21 @@ def tls_context(tls: TlsConfig) -> Tree:
     return common
 
 
-def without_none(tree: Mapping[str, Any]) -> Tree:
-    """The members that are set."""
-    return {key: value for key, value in tree.items() if value is not None}
+def glob_regex(pattern: str) -> str:
+    """The regular expression of a pattern in which "*" stands for anything."""
+    return ".*".join(re.escape(part) for part in pattern.split("*"))
+
+
+def name_matcher(name: str) -> Tree:
+    """How a certificate's subject alternative name is matched: of which type it is, and "*" for anything."""
+    kind = "URI" if "://" in name else "IP_ADDRESS" if _is_ip(name) else "DNS"
+    matcher = {"safe_regex": {"regex": glob_regex(name)}} if "*" in name else {"exact": name}
+    return {"san_type": kind, "matcher": matcher}
+
+
+def _is_ip(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True

@@ -13,12 +13,12 @@ HTTP_STATUS: dict[Code, int] = {
     Code.NOT_FOUND: 404,
     Code.PERMISSION_DENIED: 403,
     Code.RESOURCE_EXHAUSTED: 429,
-    Code.UNIMPLEMENTED: 501,
+    Code.UNIMPLEMENTED: 400,  # which clients do not send again, as they do 501
     Code.INTERNAL: 500,
     Code.UNAVAILABLE: 503,
     Code.UNAUTHENTICATED: 401,
 }
-"""HTTP status of each code, as Envoy's transcoder maps them."""
+"""HTTP status of each code. They are those of Envoy's transcoder, but for UNIMPLEMENTED."""
 TYPE_BY_STATUS: dict[int, str] = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -29,6 +29,7 @@ TYPE_BY_STATUS: dict[int, str] = {
     409: "conflict_error",
     413: "invalid_request_error",
     415: "invalid_request_error",
+    431: "invalid_request_error",
     429: "rate_limit_error",
     499: "cancelled",
     500: "server_error",

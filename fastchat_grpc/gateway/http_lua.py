@@ -1,0 +1,50 @@
+"""The Lua filter of the gateway: `http.lua`, under the tables by which the services themselves shape errors.
+
+So errors of Envoy, of the services and within streams read alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+
+from fastchat_grpc import __version__
+from fastchat_grpc.config import GatewayConfig, GatewayMode
+from fastchat_grpc.rpc.http_errors import CODE_BY_REASON, PARAM_BY_REASON, TYPE_BY_STATUS
+
+MESSAGES: Mapping[int | str, str] = {
+    404: "no such path; see the API's documentation",
+    405: "this path does not take this HTTP method",
+    408: "the request did not arrive in time",
+    413: "body: must have at most {max_body_bytes} bytes",
+    415: "content-type: must be application/json",
+    429: "too many requests; try again later",
+    431: "the headers are too large",
+    500: "the server failed",
+    502: "the server's answer was broken",
+    503: "no controller or worker can be reached now; try again later",
+    504: "the server gave no sign of life in time",
+    "misled": "no worker of the model can take a request now; try again",
+    "large_answer": "the answer is larger than a message may be; ask for less at a time",
+}
+"""What is said where Envoy says nothing that helps, by HTTP status or name."""
+
+
+def source(config: GatewayConfig) -> str:
+    """The filter's Lua code."""
+    messages = {key: text.format(max_body_bytes=config.max_body_bytes) for key, text in MESSAGES.items()}
+    tables = {"TYPES": TYPE_BY_STATUS, "CODES": CODE_BY_REASON, "PARAMS": PARAM_BY_REASON, "MESSAGES": messages}
+    lines = [f"local {name} = {_table(table)}" for name, table in tables.items()]
+    lines.append(f"local VERSION = {_text(__version__)}")
+    # Where picks take whole bodies of gRPC requests, too, their keys are asked for first.
+    lines.append(f"local KEY_FIRST = {'true' if config.mode is GatewayMode.DIRECT else 'false'}")
+    return "\n".join(lines) + "\n" + resources.files(__package__).joinpath("http.lua").read_text("utf-8")
+
+
+def _table(table: Mapping[int, str] | Mapping[str, str] | Mapping[int | str, str]) -> str:
+    members = (f"[{key if isinstance(key, int) else _text(key)}] = {_text(value)}" for key, value in table.items())
+    return "{" + ", ".join(members) + "}"
+
+
+def _text(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'

@@ -1,0 +1,78 @@
+"""What this machine lets one process have: cores, memory, and a folder for a Unix socket."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from pathlib import Path
+
+from fastchat_grpc.errors import ConfigError
+
+CGROUP = Path("/sys/fs/cgroup")
+SOCKET_PATH_BYTES = 100
+"""Longest path of a Unix socket that all systems take (macOS: 103, Linux: 107)."""
+GIB = 1024**3
+
+
+def cores(cgroup: Path = CGROUP) -> int:
+    """Cores that this process may use: by its affinity, and no more than its cgroup's quota pays for."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    count = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    quota = _quota(cgroup)
+    return max(1, min(count, math.ceil(quota))) if quota is not None else count
+
+
+def heap_bytes(cgroup: Path = CGROUP) -> int:
+    """Most memory that a gateway should take: a quarter of what there is, from 512 MiB to 4 GiB."""
+    limits = [_memory_limit(cgroup), _memory_of_machine()]
+    return min(max(min(limit for limit in limits if limit) // 4, GIB // 2), 4 * GIB) if any(limits) else GIB
+
+
+def short_folder(socket_name: str) -> Path:
+    """A new folder in which a Unix socket of that name can be: under TMPDIR, or under /tmp where that is too long.
+
+    Raises ConfigError where none can be made.
+    """
+    trouble = ""
+    for parent in dict.fromkeys((tempfile.gettempdir(), "/tmp")):
+        if len(os.fsencode(os.path.join(parent, "fastchat-grpc-12345678", socket_name))) > SOCKET_PATH_BYTES:
+            trouble = f"{parent}: the path is too long for a Unix socket"
+            continue
+        try:
+            return Path(tempfile.mkdtemp(prefix="fastchat-grpc-", dir=parent))
+        except OSError as error:
+            trouble = f"{parent}: {error.strerror or error}"
+    raise ConfigError(f"no temporary folder for Envoy's files: set TMPDIR to a short path ({trouble})")
+
+
+def _quota(cgroup: Path) -> float | None:
+    """Cores' worth of time that the cgroup has; None for no limit. Version 2, then version 1."""
+    if (words := _words(cgroup / "cpu.max")) is not None:
+        return None if words[0] == "max" else int(words[0]) / int(words[1])
+    quota, period = _words(cgroup / "cpu/cpu.cfs_quota_us"), _words(cgroup / "cpu/cpu.cfs_period_us")
+    if quota is None or period is None or int(quota[0]) <= 0:
+        return None
+    return int(quota[0]) / int(period[0])
+
+
+def _memory_limit(cgroup: Path) -> int | None:
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        words = _words(cgroup / name)
+        if words is not None and words[0] != "max":
+            return int(words[0])
+    return None
+
+
+def _memory_of_machine() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def _words(path: Path) -> list[str] | None:
+    try:
+        return path.read_text().split() or None
+    except OSError:
+        return None
