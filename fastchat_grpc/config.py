@@ -429,9 +429,6 @@ class GatewayConfig:
     upstream_sans: tuple[str, ...] = ()
     """Names, one of which a controller's or worker's certificate must have: DNS names, IP addresses or URIs such as
     spiffe://fleet/*, where "*" stands for anything. Empty: the name or IP address by which it is reached."""
-    upstream_sans: tuple[str, ...] = ()
-    """Names, one of which a controller's or worker's certificate must have: DNS names, IP addresses or URIs such as
-    spiffe://fleet/*, where "*" stands for anything. Empty: the name or IP address by which it is reached."""
     join_token: str | None = field(default=None, repr=False)
     """Shown to the controller, which lets only members of the fleet see workers and pick them."""
     allowed_origins: tuple[str, ...] = ("http://localhost:*", "http://127.0.0.1:*")

@@ -13,6 +13,7 @@ from __future__ import annotations
 from fastchat_grpc.config import GatewayConfig, GatewayMode
 from fastchat_grpc.gateway.clusters import API, EXT_AUTHZ, controller_cluster, controller_service
 from fastchat_grpc.gateway.shape import Tree, extension, typed
+from fastchat_grpc.rpc.api_keys import HEADERS
 from fastchat_grpc.rpc.bridge import (
     CHOICES_KEY,
     FINAL_KEY,
@@ -20,13 +21,14 @@ from fastchat_grpc.rpc.bridge import (
     KEY_ONLY_KEY,
     LARGE_KEY,
     LUA_NAMESPACE,
+    MISSED_HEADER,
     PLACES_KEY,
 )
 
 KEY_CHECK = f"{EXT_AUTHZ}.key"
 _TYPE = "envoy.extensions.filters.http.ext_authz.v3"
 # The rest of a request's headers, such as its cookies, is none of the controller's business.
-_HEADERS = ("authorization", "x-api-key", "grpc-encoding", "x-request-id", "x-fastchat-missed")
+_HEADERS = (*HEADERS, "grpc-encoding", "x-request-id", MISSED_HEADER)
 
 
 def key_checks(config: GatewayConfig) -> list[Tree]:

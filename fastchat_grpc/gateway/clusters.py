@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastchat_grpc.config import GatewayConfig, GatewayMode, TlsConfig, split_address
 from fastchat_grpc.gateway.shape import Tree, extension, host_of, name_matcher, seconds, tls_context, typed
-from fastchat_grpc.rpc.bridge import PLACES_KEY
+from fastchat_grpc.rpc.bridge import NAMED_KEY, PLACES_KEY
 
 API = "api"
 """Whoever answers what needs no picking: the controllers, or a sidecar's worker."""
@@ -79,17 +79,21 @@ def _api(config: GatewayConfig, addresses: tuple[str, ...] | list[str]) -> Tree:
 
 
 def _static(config: GatewayConfig, name: str, addresses: tuple[str, ...] | list[str]) -> Tree:
-    # The hostname is what a certificate must be for.
+    hosts = [split_address(address)[0] for address in addresses]
     endpoints = [
-        {"endpoint": {"address": host_of(address), "hostname": split_address(address)[0]}} for address in addresses
+        {"endpoint": {"address": host_of(address), "hostname": host}}
+        for address, host in zip(addresses, hosts, strict=True)
     ]
-    return {
+    cluster = {
         "name": name,
         "type": "STRICT_DNS",
         "dns_lookup_family": "V4_PREFERRED",
-        **_http2(config),
+        **_http2(),
         "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": endpoints}]},
     }
+    if config.upstream_tls is not None:
+        cluster["transport_socket"] = _tls(config.upstream_tls, config.upstream_sans or tuple(hosts))
+    return cluster
 
 
 def _workers(config: GatewayConfig, i: int) -> Tree:
@@ -99,7 +103,8 @@ def _workers(config: GatewayConfig, i: int) -> Tree:
         "eds_cluster_config": {
             "eds_config": {
                 "resource_api_version": "V3",
-                "initial_fetch_timeout": "5s",
+                # Requests wait for endpoints at the controller that picks; a dead controller delays no start.
+                "initial_fetch_timeout": "0.5s",
                 "api_config_source": {
                     "api_type": "GRPC",
                     "transport_api_version": "V3",
@@ -107,7 +112,8 @@ def _workers(config: GatewayConfig, i: int) -> Tree:
                 },
             }
         },
-        **_http2(config),
+        **_http2(),
+        **_worker_tls(config),
         "common_lb_config": {"healthy_panic_threshold": {"value": 0}},
         "load_balancing_policy": {"policies": [{"typed_extension_config": _picked()}]},
     }
@@ -139,34 +145,45 @@ def _picked() -> Tree:
     )
 
 
-def _http2(config: GatewayConfig) -> Tree:
+def _http2() -> Tree:
     options = typed(
         "envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
         explicit_http_config={"http2_protocol_options": {"connection_keepalive": _KEEPALIVE}},
     )
-    settings: Tree = {
+    return {
         "connect_timeout": "1s",
         "circuit_breakers": {"thresholds": [_BREAKERS]},
         "per_connection_buffer_limit_bytes": 1024 * 1024,
         "typed_extension_protocol_options": {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": options},
     }
-    if config.upstream_tls is not None:
-        settings["transport_socket"] = _tls(config.upstream_tls, config.upstream_sans)
-    return settings
 
 
-def _tls(tls: TlsConfig, names: tuple[str, ...]) -> Tree:
-    """TLS towards a host, whose certificate must have one of the names or, without any, the host's own."""
+def _worker_tls(config: GatewayConfig) -> Tree:
+    """TLS towards workers, which must have one of the given names or, without any, the name that they advertise.
+
+    For a worker that advertises an IP address Envoy can't tell its certificate from another of the authority.
+    """
+    tls = config.upstream_tls
+    if tls is None:
+        return {}
+    plain = _tls(tls, config.upstream_sans)
+    if config.upstream_sans or tls.ca is None:
+        return {"transport_socket": plain}
+    by_name = {"name": "by name", "match": {NAMED_KEY: True}, "transport_socket": _tls(tls, (), by_name=True)}
+    return {"transport_socket_matches": [by_name, {"name": "by address", "match": {}, "transport_socket": plain}]}
+
+
+def _tls(tls: TlsConfig, names: tuple[str, ...], *, by_name: bool = False) -> Tree:
+    """TLS towards a host whose certificate must have one of the names, or (`by_name`) the host's own."""
     common = {**tls_context(tls), "alpn_protocols": ["h2"]}
-    by_host = not names and tls.ca is not None
-    if names:
+    if names and tls.ca is not None:
         common["validation_context"]["match_typed_subject_alt_names"] = [name_matcher(name) for name in names]
     return extension(
         "envoy.transport_sockets.tls",
         "envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
         common_tls_context=common,
         auto_host_sni=True,
-        **({"auto_sni_san_validation": True} if by_host else {}),
+        **({"auto_sni_san_validation": True} if by_name else {}),
     )
 
 

@@ -3,7 +3,8 @@
 -- Answers: every error in OpenAI's shape, Retry-After, no body for HEAD.
 --
 -- In front of this file stand the tables TYPES, CODES, PARAMS and MESSAGES of the services' own errors, and
--- VERSION and KEY_FIRST. The services' statuses come as the transcoder's JSON of google.rpc.Status, whose members have a fixed order.
+-- VERSION and KEY_FIRST. The services' statuses come as the transcoder's JSON of google.rpc.Status, whose
+-- members have a fixed order.
 
 local SPACE = "fastchat_grpc"
 local PICKS = "envoy.filters.http.ext_authz"
@@ -15,8 +16,8 @@ local OURS = {[408] = true, [413] = true}
 local MAX_HEADERS = 7000
 local OVERHEAD = 32
 -- What stays of headers that are too large: what the services behind read, and what says how the body is to be read.
-local NEEDED = {["authorization"] = true, ["x-api-key"] = true, ["x-request-id"] = true, ["content-type"] = true,
-  ["content-length"] = true, ["content-encoding"] = true, ["transfer-encoding"] = true, ["te"] = true,
+local NEEDED = {["authorization"] = true, ["x-api-key"] = true, ["api-key"] = true, ["x-request-id"] = true,
+  ["content-type"] = true, ["content-length"] = true, ["content-encoding"] = true, ["transfer-encoding"] = true, ["te"] = true,
   ["accept"] = true, ["accept-encoding"] = true, ["user-agent"] = true, ["host"] = true, ["traceparent"] = true,
   ["tracestate"] = true, ["x-forwarded-proto"] = true, ["x-forwarded-for"] = true, ["x-envoy-external-address"] = true}
 -- The key of a request with a larger body than this is asked for before the body is taken.
@@ -139,7 +140,7 @@ function envoy_on_request(handle)
     return refuse(handle, 431, MESSAGES[431], nil)
   end
   if is_grpc then
-    if KEY_FIRST then metadata:set(SPACE, "large", true) end
+    if KEY_FIRST and headers:get(":path"):sub(1, 15) == "/fastchat_grpc." then metadata:set(SPACE, "large", true) end
     return
   end
   local method, path = headers:get(":method"), headers:get(":path")
@@ -154,7 +155,7 @@ function envoy_on_request(handle)
   end
   if method == "GET" then
     answer_probe(handle, path)
-  elseif method ~= "OPTIONS" then
+  elseif method ~= "OPTIONS" and method ~= "DELETE" then
     check_body(handle, headers, metadata)
   end
 end

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import resources
+from typing import Any
 
 from fastchat_grpc import __version__
 from fastchat_grpc.config import GatewayConfig, GatewayMode
@@ -33,7 +34,12 @@ MESSAGES: Mapping[int | str, str] = {
 def source(config: GatewayConfig) -> str:
     """The filter's Lua code."""
     messages = {key: text.format(max_body_bytes=config.max_body_bytes) for key, text in MESSAGES.items()}
-    tables = {"TYPES": TYPE_BY_STATUS, "CODES": CODE_BY_REASON, "PARAMS": PARAM_BY_REASON, "MESSAGES": messages}
+    tables: dict[str, Mapping[Any, str]] = {
+        "TYPES": TYPE_BY_STATUS,
+        "CODES": CODE_BY_REASON,
+        "PARAMS": PARAM_BY_REASON,
+        "MESSAGES": messages,
+    }
     lines = [f"local {name} = {_table(table)}" for name, table in tables.items()]
     lines.append(f"local VERSION = {_text(__version__)}")
     # Where picks take whole bodies of gRPC requests, too, their keys are asked for first.
@@ -41,7 +47,7 @@ def source(config: GatewayConfig) -> str:
     return "\n".join(lines) + "\n" + resources.files(__package__).joinpath("http.lua").read_text("utf-8")
 
 
-def _table(table: Mapping[int, str] | Mapping[str, str] | Mapping[int | str, str]) -> str:
+def _table(table: Mapping[Any, str]) -> str:
     members = (f"[{key if isinstance(key, int) else _text(key)}] = {_text(value)}" for key, value in table.items())
     return "{" + ", ".join(members) + "}"
 

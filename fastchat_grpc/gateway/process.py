@@ -10,6 +10,7 @@ import re
 import shutil
 from collections import deque
 from pathlib import Path
+from time import monotonic
 
 from fastchat_grpc.config import GatewayConfig
 from fastchat_grpc.errors import ConfigError
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 30.0
 POLL_S = 0.05
 KILL_AFTER_S = 5.0
+QUIET_S = 30.0
+"""A controller that is away is spoken of this often."""
 _LOG_LINE = re.compile(r"^\[[^\]]*\]\[\d+\]\[(?P<level>\w+)\]\[[^\]]*\] (\[[^\]]*\] )?(?P<text>.*)$")
 _LEVELS = {"warning": logging.WARNING, "error": logging.ERROR, "critical": logging.CRITICAL}
 
@@ -38,6 +41,7 @@ class EnvoyProcess:
         self._admin: Admin | None = None
         self._reader: asyncio.Task[None] | None = None
         self._last_words: deque[str] = deque(maxlen=20)
+        self._told_at = -QUIET_S
         self.ports: dict[str, int] = {}
         """Ports of the listeners, by name."""
 
@@ -130,5 +134,15 @@ class EnvoyProcess:
             match = _LOG_LINE.match(text)
             level, text = (match["level"], match["text"]) if match is not None else ("warning", text)
             self._last_words.append(text)
-            usual = text.startswith("caught ENVOY_SIG")  # our own word to stop
+            usual = text.startswith("caught ENVOY_SIG") or self._said_lately(text)
             logger.log(logging.DEBUG if usual else _LEVELS.get(level, logging.INFO), "envoy: %s", text)
+
+    def _said_lately(self, text: str) -> bool:
+        """Whether it is one more try to reach a controller that is away, of which there are several a second."""
+        if " gRPC config stream to " not in text:
+            return False
+        now = monotonic()
+        lately = now - self._told_at < QUIET_S
+        if not lately:
+            self._told_at = now
+        return lately

@@ -154,6 +154,7 @@ async def running_gateway(site: Site, mode: str = "direct", **settings: Any) -> 
     settings.setdefault("concurrency", 1)
     settings.setdefault("port", 0)
     settings.setdefault("upstream_tls", site.hop_tls)
+    settings.setdefault("plaintext", True)
     app = GatewayApp(
         GatewayConfig(
             mode=GatewayMode(mode),

@@ -25,6 +25,7 @@ from tests.e2e.gateway_site import Site, content, running_site, sse
 
 pytestmark = pytest.mark.slow
 MODES = ("direct", "relay", "sidecar")
+JSON_HEAD = "content-type: application/json\r\n"
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -280,7 +281,7 @@ async def _raw(site: Site, request: bytes, timeout_s: float = 10.0) -> tuple[int
     ("method", "path", "status"),
     [
         ("GET", "/v1/nothing", 404),
-        ("GET", "/", 404),
+        ("GET", "/v2", 404),
         ("POST", "/v1/models", 405),
         ("DELETE", "/v1/chat/completions", 405),
         ("POST", "/v1//chat/../../etc", 404),
@@ -291,7 +292,7 @@ async def test_paths_and_methods_that_do_not_exist_are_answered_in_openais_shape
 ) -> None:
     async with running_site() as site:
         found, headers, body = await _raw(
-            site, f"{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{{}}".encode()
+            site, f"{method} {path} HTTP/1.1\r\nhost: x\r\n{JSON_HEAD}content-length: 2\r\n\r\n{{}}".encode()
         )
         assert found in (status, 404)
         assert headers["content-type"] == "application/json"

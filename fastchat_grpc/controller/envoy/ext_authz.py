@@ -1,8 +1,11 @@
 """The picker: Envoy asks it, for each request of a model, who may have it and where it goes.
 
 Envoy's external authorization calls `Check` after the transcoder, so that JSON and gRPC requests look
-alike: gRPC-framed messages. The answer names up to three workers as dynamic metadata, the first of them
-reserved; Envoy takes the next one when a worker fails or refuses before its first message.
+alike: gRPC-framed messages. The answer names workers as dynamic metadata, the first of them reserved; Envoy
+takes the next one when a worker fails or refuses before its first message, and nobody that is not named.
+
+A gateway with several controllers asks them one after the other until one has a worker. Only the last one's
+refusal is the caller's answer; the others leave word of theirs in a header.
 """
 
 from __future__ import annotations
@@ -10,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import zlib
 from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import Any, NamedTuple
@@ -21,44 +23,56 @@ from envoy.config.core.v3 import base_pb2
 from envoy.service.auth.v3 import external_auth_pb2 as auth
 from envoy.service.auth.v3 import external_auth_pb2_grpc
 from envoy.type.v3 import http_status_pb2
-from google.api.httpbody_pb2 import HttpBody
 from google.protobuf import struct_pb2
-from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 
-from fastchat_grpc.config import MAX_MESSAGE_BYTES, DispatchMethod
+from fastchat_grpc.config import DispatchMethod
 from fastchat_grpc.controller.dispatch import PickRequest
 from fastchat_grpc.controller.envoy.eds import Endpoints
+from fastchat_grpc.controller.envoy.requests import Asked, read_request
 from fastchat_grpc.controller.envoy.tickets import Tickets
-from fastchat_grpc.controller.fleet import Reservation
-from fastchat_grpc.controller.relay import AFFINITY_CHARACTERS, Relay
-from fastchat_grpc.errors import FastChatError, InvalidArgument, NoLiveWorker
-from fastchat_grpc.openai.jsonio import parse_object
+from fastchat_grpc.controller.fleet import Reservation, Worker
+from fastchat_grpc.controller.relay import Relay
+from fastchat_grpc.errors import AdapterNotFound, Code, FastChatError, ModelNotFound, NoLiveWorker, Starting
+from fastchat_grpc.openai.jsonio import dumps
+from fastchat_grpc.rpc import bridge
 from fastchat_grpc.rpc.api_keys import HEADERS, ApiKeys
-from fastchat_grpc.rpc.bridge import CLIENT_HEADER, GATEWAY_KEY, PLACES_KEY, TICKET_HEADER
-from fastchat_grpc.rpc.http_errors import HTTP_STATUS
+from fastchat_grpc.rpc.http_errors import HTTP_STATUS, error_object
 from fastchat_grpc.rpc.status import error_to_status
-from fastchat_grpc.v1 import generation_pb2 as pb
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 SERVICE_NAME = "envoy.service.auth.v3.Authorization"
 CHOICES = 3
-PATIENCE_S = 0.5
+"""Workers that are named, where the gateway does not say how many it tries."""
+PATIENCE_S = 1.0
 """A request waits this long for a gateway to learn of the only workers that can take it."""
-_FRAME = 5  # a flag for compression, and four bytes of length
-_OPENAI = "/fastchat_grpc.v1.OpenAIService/"
-_TYPED: dict[str, Any] = {
-    "/fastchat_grpc.v1.GenerationService/Generate": pb.GenerateRequest,
-    "/fastchat_grpc.v1.GenerationService/Embed": pb.EmbedRequest,
-}
+YOUNG_PATIENCE_S = 3.0
+"""And this long for a worker to come back to a controller that has just started."""
+LOOK_S = 0.25
+"""Who waits looks again this often, whatever happens."""
+RETRY_AFTER_S = 1.0
+"""When to ask again, where a refusal for the time being does not say it."""
+_PASSING = (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED)
 
 
-class Wish(NamedTuple):
-    """What a request asks for: a model, and what prefix_affinity goes by."""
+class _Terms(NamedTuple):
+    """What the gateway's configuration says of a request."""
 
-    model: str
-    key: str = ""
+    gateway: str
+    choices: int
+    final: bool
+    missed: str
+
+    @staticmethod
+    def read(extensions: Mapping[str, str], headers: Mapping[str, str]) -> _Terms:
+        choices = extensions.get(bridge.CHOICES_KEY, "")
+        return _Terms(
+            extensions.get(bridge.GATEWAY_KEY, ""),
+            int(choices) if choices.isdecimal() else CHOICES,
+            extensions.get(bridge.FINAL_KEY, "") == "1",
+            headers.get(bridge.MISSED_HEADER, ""),
+        )
 
 
 class Picker(external_auth_pb2_grpc.AuthorizationServicer):  # type: ignore[misc]
@@ -72,8 +86,10 @@ class Picker(external_auth_pb2_grpc.AuthorizationServicer):  # type: ignore[misc
     def __init__(
         self, relay: Relay, endpoints: Endpoints, tickets: Tickets, keys: ApiKeys, authorize: Callable[[Any], None]
     ) -> None:
-        self._relay = relay
         self._dispatcher = relay.dispatcher
+        self._registry = relay.dispatcher.registry
+        by_prefix = self._dispatcher.method is DispatchMethod.PREFIX_AFFINITY
+        self._key_of = relay.affinity_key if by_prefix else None
         self._endpoints = endpoints
         self._tickets = tickets
         self._keys = keys
@@ -81,100 +97,123 @@ class Picker(external_auth_pb2_grpc.AuthorizationServicer):  # type: ignore[misc
 
     async def Check(self, request: auth.CheckRequest, context: Context) -> auth.CheckResponse:
         self._authorize(context.invocation_metadata())
-        attributes = request.attributes
-        http = attributes.request.http
+        http, extensions = request.attributes.request.http, request.attributes.context_extensions
+        key_only = extensions.get(bridge.KEY_ONLY_KEY, "") == "1"
         try:
             client = self._keys.check(http.headers.items())
-            wish = self._read(http.path.partition("?")[0], http.headers, http.raw_body)
-            gateway = attributes.context_extensions.get(GATEWAY_KEY, "")
-            reservation, place = await self._reserve(wish, gateway)
-            return self._admit(wish, gateway, client, reservation, place)
+            if key_only:
+                return auth.CheckResponse(status=status_pb2.Status(code=0), ok_response=auth.OkHttpResponse())
+            encoding = http.headers.get("grpc-encoding", "identity")
+            asked = await read_request(http.path.partition("?")[0], encoding, http.raw_body, self._key_of)
+            terms = _Terms.read(extensions, http.headers)
+            try:
+                reservation, place = await self._reserve(asked, terms)
+            except (ModelNotFound, AdapterNotFound, NoLiveWorker, Starting) as error:
+                if not terms.final:
+                    return _missed(error, terms)
+                raise _verdict(error, terms) from None
+            return self._admit(asked, terms, client, reservation, place)
         except FastChatError as error:
-            return _denied(error)
+            # The transcoder makes OpenAI's error of a status; before it has read a request it can't.
+            return _denied(error, as_json=key_only)
 
-    def _read(self, path: str, headers: Mapping[str, str], body: bytes) -> Wish:
-        """The model that a request names. Raises InvalidArgument as its worker would."""
-        message = _unframe(body, headers.get("grpc-encoding", "identity"))
-        try:
-            if path in _TYPED:
-                typed = _TYPED[path].FromString(message)
-                return Wish(typed.model, self._relay.affinity_key(typed) if path.endswith("/Generate") else "")
-            if path.startswith(_OPENAI):
-                return self._read_json(parse_object(HttpBody.FromString(message).data))
-        except DecodeError:
-            raise InvalidArgument("body", "is not a valid message of this method") from None
-        raise InvalidArgument("", "this method is not served through the picker")
-
-    def _read_json(self, values: Mapping[str, Any]) -> Wish:
-        model = values.get("model")
-        if model is not None and not isinstance(model, str):
-            raise InvalidArgument("model", "must be a string")
-        wants_key = self._dispatcher.method is DispatchMethod.PREFIX_AFFINITY
-        return Wish(model or "", _json_key(values) if wants_key else "")
-
-    async def _reserve(self, wish: Wish, gateway: str) -> tuple[Reservation, str]:
-        """A worker, and where the gateway finds it. Waits a moment for a worker that is new to the gateway."""
-        deadline = monotonic() + PATIENCE_S
+    async def _reserve(self, asked: Asked, terms: _Terms) -> tuple[Reservation, str]:
+        """A worker, and where the gateway finds it. Waits a moment for one that is new, here or to the gateway."""
+        began = monotonic()
         while True:
-            found, strangers = self._pick(wish, gateway)
-            if found is not None:
-                return found
-            left_s = deadline - monotonic()
-            if not strangers or left_s <= 0:
-                raise NoLiveWorker(
-                    "no worker of the model can take a request now", metadata={"model": wish.model[:128]}
+            patience_s = PATIENCE_S
+            try:
+                found = self._pick(asked, terms.gateway)
+                if found is not None:
+                    return found
+                trouble: FastChatError = NoLiveWorker(
+                    "no worker of the model can be reached through this gateway now",
+                    metadata={"model": asked.model[:128]},
                 )
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(left_s):
-                    await self._endpoints.acked()
+            except Starting as error:
+                trouble = error
+                patience_s = YOUNG_PATIENCE_S if terms.final else 0.0
+            left_s = began + patience_s - monotonic()
+            if left_s <= 0:
+                raise trouble
+            await self._news(asked, min(left_s, LOOK_S), isinstance(trouble, Starting))
 
-    def _pick(self, wish: Wish, gateway: str) -> tuple[tuple[Reservation, str] | None, bool]:
-        """A worker that the gateway knows, reserved; and whether there are workers that it does not know yet."""
+    async def _news(self, asked: Asked, timeout_s: float, young: bool) -> None:
+        """Return when a worker or a gateway has come, or after `timeout_s` seconds."""
+        if young:
+            await self._registry.room.wait(asked.adapter or asked.model, timeout_s)
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._endpoints.acked()
+
+    def _pick(self, asked: Asked, gateway: str) -> tuple[Reservation, str] | None:
+        """A worker that the gateway knows, reserved; None where there are only workers that it does not know yet."""
         excluded: set[str] = set()
         while True:
             try:
-                reservation = self._dispatcher.pick(PickRequest(model=wish.model, key=wish.key, excluded=excluded))
+                reservation = self._dispatcher.pick(_pick_request(asked, excluded))
             except NoLiveWorker:
                 if not excluded:
                     raise
-                return None, True
+                return None
             place = self._endpoints.location(reservation.worker, gateway)
             if place is not None:
-                return (reservation, place), bool(excluded)
+                return reservation, place
             excluded.add(reservation.instance_id)
             reservation.release()
 
-    def _admit(self, wish: Wish, gateway: str, client: str, reservation: Reservation, place: str) -> auth.CheckResponse:
-        worker = reservation.worker.spec
-        places = [place, *self._further(wish, gateway, {worker.instance_id})]
-        ticket = self._tickets.issue(gateway, reservation, place)
+    def _admit(
+        self, asked: Asked, terms: _Terms, client: str, reservation: Reservation, place: str
+    ) -> auth.CheckResponse:
+        worker = reservation.worker
+        further = self._further(asked, terms, {worker.spec.instance_id})
+        further.pop(place, None)
+        ticket = self._tickets.issue(terms.gateway, reservation, place, further)
         metadata = struct_pb2.Struct()
         metadata.update(
-            {PLACES_KEY: ",".join(places), "client": client, "model": wish.model, "worker": worker.worker_id}
+            {
+                bridge.PLACES_KEY: ",".join((place, *further)),
+                "client": client,
+                "model": asked.model,
+                "worker": worker.spec.worker_id,
+            }
         )
-        headers = [_header(TICKET_HEADER, ticket)]
-        if client:
-            headers.append(_header(CLIENT_HEADER, client))
+        headers = {
+            bridge.TICKET_HEADER: ticket,
+            bridge.CLUSTER_HEADER: self._endpoints.cluster(terms.gateway),
+            # As many as there are workers to go to, so that what the last of them answers is what is answered.
+            "x-envoy-max-retries": str(len(further)),
+            **({bridge.CLIENT_HEADER: client} if client else {}),
+            **({bridge.STREAM_HEADER: "1"} if asked.stream else {}),
+        }
+        # Workers need not see the keys of callers.
+        removed = [bridge.MISSED_HEADER, *(HEADERS if self._keys.required else ())]
         return auth.CheckResponse(
             status=status_pb2.Status(code=0),
-            # Workers need not see the keys of callers.
-            ok_response=auth.OkHttpResponse(headers=headers, headers_to_remove=HEADERS if self._keys.required else ()),
+            ok_response=auth.OkHttpResponse(
+                headers=[_header(name, value) for name, value in headers.items()], headers_to_remove=removed
+            ),
             dynamic_metadata=metadata,
         )
 
-    def _further(self, wish: Wish, gateway: str, excluded: set[str]) -> list[str]:
-        """Places to go to when the first worker fails or refuses."""
-        places: list[str] = []
-        while len(places) < CHOICES - 1:
+    def _further(self, asked: Asked, terms: _Terms, excluded: set[str]) -> dict[str, Worker]:
+        """Workers to go to when the first one fails or refuses, by their places."""
+        found: dict[str, Worker] = {}
+        while len(found) < terms.choices - 1:
             try:
-                _, worker = self._dispatcher.choose(PickRequest(model=wish.model, key=wish.key, excluded=excluded))
+                _, worker = self._dispatcher.choose(_pick_request(asked, excluded))
             except NoLiveWorker:
                 break
             excluded.add(worker.spec.instance_id)
-            place = self._endpoints.location(worker, gateway)
+            place = self._endpoints.location(worker, terms.gateway)
             if place is not None:
-                places.append(place)
-        return places
+                found[place] = worker
+        return found
+
+
+def _pick_request(asked: Asked, excluded: set[str]) -> PickRequest:
+    return PickRequest(model=asked.model, adapter=asked.adapter, key=asked.key, excluded=excluded)
 
 
 def _header(name: str, value: str) -> base_pb2.HeaderValueOption:
@@ -184,45 +223,26 @@ def _header(name: str, value: str) -> base_pb2.HeaderValueOption:
     )
 
 
-def _unframe(body: bytes, encoding: str) -> bytes:
-    """The first gRPC message of a body."""
-    length = int.from_bytes(body[1:_FRAME], "big")
-    message = body[_FRAME : _FRAME + length]
-    if len(body) < _FRAME or len(message) < length:
-        raise InvalidArgument("body", "is cut short or is not a gRPC message")
-    if not body[0]:
-        return message
-    if encoding not in ("gzip", "deflate"):
-        raise InvalidArgument("body", "is compressed by a method other than gzip or deflate")
-    try:
-        inflater = zlib.decompressobj(zlib.MAX_WBITS | 32)
-        message = inflater.decompress(message, MAX_MESSAGE_BYTES)
-    except zlib.error:
-        raise InvalidArgument("body", f"is not valid {encoding}") from None
-    if inflater.unconsumed_tail:
-        raise InvalidArgument("body", f"must have at most {MAX_MESSAGE_BYTES} bytes when decompressed")
-    return message
+def _missed(error: FastChatError, terms: _Terms) -> auth.CheckResponse:
+    """No refusal yet: the gateway asks another controller, and tells it what this one would have said."""
+    passing = str(int(Code.UNAVAILABLE))
+    word = passing if error.code is Code.UNAVAILABLE or terms.missed == passing else str(int(Code.NOT_FOUND))
+    return auth.CheckResponse(
+        status=status_pb2.Status(code=0), ok_response=auth.OkHttpResponse(headers=[_header(bridge.MISSED_HEADER, word)])
+    )
 
 
-def _json_key(values: Mapping[str, Any]) -> str:
-    """What prefix_affinity groups an OpenAI request by: its cache key, or how its prompt begins."""
-    if isinstance(named := values.get("prompt_cache_key"), str) and named:
-        return named
-    if isinstance(prompt := values.get("prompt"), str):
-        return prompt[:AFFINITY_CHARACTERS]
-    text = ""
-    messages = values.get("messages")
-    for message in messages if isinstance(messages, list) else ():
-        if isinstance(message, dict):
-            content = message.get("content")
-            text += f"{message.get('role')}:{content if isinstance(content, str) else ''}\n"
-        if len(text) >= AFFINITY_CHARACTERS:
-            break
-    return text[:AFFINITY_CHARACTERS]
+def _verdict(error: FastChatError, terms: _Terms) -> FastChatError:
+    """The refusal of all controllers: a model that one of them knows is not unknown."""
+    if error.code is Code.NOT_FOUND and terms.missed == str(int(Code.UNAVAILABLE)):
+        return NoLiveWorker("no worker of the model can take a request now", metadata=error.metadata)
+    return error
 
 
-def _denied(error: FastChatError) -> auth.CheckResponse:
+def _denied(error: FastChatError, *, as_json: bool = False) -> auth.CheckResponse:
     """A refusal. Envoy makes a gRPC response of it, which the transcoder turns into HTTP for JSON callers."""
+    if error.code in _PASSING and error.retry_after_s is None:
+        error.retry_after_s = RETRY_AFTER_S
     status = error_to_status(error)
     details = base64.b64encode(status.SerializeToString()).decode().rstrip("=")
     headers = [
@@ -233,7 +253,13 @@ def _denied(error: FastChatError) -> auth.CheckResponse:
     if error.retry_after_s is not None:
         headers.append(_header("retry-after", str(max(1, round(error.retry_after_s)))))
     code: Any = HTTP_STATUS.get(error.code, 500)
+    body = ""
+    if as_json:
+        body = dumps(error_object(error)).decode()
+        headers.append(_header("content-type", "application/json"))
     return auth.CheckResponse(
         status=status_pb2.Status(code=int(error.code), message=error.message),
-        denied_response=auth.DeniedHttpResponse(status=http_status_pb2.HttpStatus(code=code), headers=headers),
+        denied_response=auth.DeniedHttpResponse(
+            status=http_status_pb2.HttpStatus(code=code), headers=headers, body=body
+        ),
     )

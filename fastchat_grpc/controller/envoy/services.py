@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -62,7 +63,9 @@ class EnvoyServices:
 
     async def run(self) -> None:
         """Follow the registry until cancelled."""
-        await self.endpoints.run()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.endpoints.names.run())
+            group.create_task(self.endpoints.run())
 
     def close(self) -> None:
         """Hear of no more changes."""

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
 
-from fastchat_grpc.controller.fleet import Reservation
+from fastchat_grpc.controller.fleet import Reservation, Worker
 
 LIFETIME_S = 3600.0
 """A ticket whose end nobody tells is void after this time."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ticket:
-    """One request of a gateway: the worker that it was sent to first, and where that is."""
+    """One request of a gateway: where it is, as far as is known, and where it goes if that worker fails it.
+
+    Attributes:
+        place: "ip:port" of the worker that `reservation` is for.
+        further: workers that come next, by their places.
+    """
 
     gateway: str
     reservation: Reservation
     place: str
+    further: dict[str, Worker]
     issued_at: float
+
+    def move_on(self, place: str, reservation: Reservation) -> None:
+        """The request has gone on to one of the further workers."""
+        self.reservation.release()
+        self.reservation, self.place = reservation, place
+        del self.further[place]
 
 
 class Tickets:
@@ -34,12 +47,16 @@ class Tickets:
     def __len__(self) -> int:
         return len(self._open)
 
-    def issue(self, gateway: str, reservation: Reservation, place: str) -> str:
+    def issue(self, gateway: str, reservation: Reservation, place: str, further: dict[str, Worker]) -> str:
         """Name of a new ticket, which now owns the reservation."""
         self._void_old()
         name = secrets.token_hex(12)
-        self._open[name] = Ticket(gateway, reservation, place, self._clock())
+        self._open[name] = Ticket(gateway, reservation, place, further, self._clock())
         return name
+
+    def get(self, name: str) -> Ticket | None:
+        """An open ticket; None for one that is unknown, or another controller's."""
+        return self._open.get(name)
 
     def take(self, name: str) -> Ticket | None:
         """End a ticket and release its reservation; None for one that is unknown, or another controller's."""
@@ -48,12 +65,16 @@ class Tickets:
             ticket.reservation.release()
         return ticket
 
-    def void(self, gateway: str) -> int:
-        """End all tickets of a gateway that is gone; returns how many."""
-        names = [name for name, ticket in self._open.items() if ticket.gateway == gateway]
+    def void(self, gateway: str, before: float = math.inf) -> int:
+        """End all tickets of a gateway that were issued before a time; returns how many."""
+        names = [name for name, ticket in self._open.items() if ticket.gateway == gateway and ticket.issued_at < before]
         for name in names:
             self.take(name)
         return len(names)
+
+    def now(self) -> float:
+        """The time by which tickets are issued, in seconds."""
+        return self._clock()
 
     def _void_old(self) -> None:
         oldest = self._clock() - LIFETIME_S

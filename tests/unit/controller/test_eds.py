@@ -14,7 +14,7 @@ from envoy.config.endpoint.v3 import endpoint_pb2
 from envoy.service.discovery.v3 import discovery_pb2
 
 from fastchat_grpc.config import join_address, split_address
-from fastchat_grpc.controller.envoy import eds
+from fastchat_grpc.controller.envoy import eds, names
 from fastchat_grpc.controller.envoy.eds import Endpoints
 from fastchat_grpc.controller.fleet import Worker, WorkerSpec
 from fastchat_grpc.controller.registry import Registry
@@ -66,7 +66,7 @@ class Site:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[AsyncIterator[discovery_pb2.DiscoveryResponse]]:
         """The service at work, and what it sends to the gateway."""
-        following = asyncio.create_task(self.service.run())
+        following = asyncio.gather(self.service.run(), self.service.names.run())
         try:
             async with (
                 asyncio.timeout(30),
@@ -127,10 +127,11 @@ async def test_workers_that_come_and_go_are_told(site: Site) -> None:
 async def test_what_a_gateway_has_confirmed_is_what_it_can_be_sent_to(site: Site) -> None:
     worker = site.add(1)
     async with site.running() as told:
-        assert site.service.location(worker, "gateway") == "10.0.0.1:21002"
+        assert site.service.location(worker, "gateway") is None  # it is not connected here
         site.ask("workers")
         await anext(told)
         second = await anext(told)
+        assert site.service.location(worker, "gateway") is None
         waiting = asyncio.create_task(site.service.acked())
         await asyncio.sleep(0)
         site.ask("workers", version=second.version_info)
@@ -155,8 +156,9 @@ async def test_each_name_is_looked_up_once_however_many_batches_follow(
         await anext(told)
         for i in range(40):
             site.add(i, f"host{i}:21002")
-            found = places(await anext(told))["workers"]
-            assert len(found) == i + 1
+            response = await anext(told)
+            assert len(places(response)["workers"]) == i + 1
+            site.ask("workers", version=response.version_info)
         assert set(site.lookups.values()) == {1}
         site.add(100)
         await anext(told)
@@ -166,7 +168,7 @@ async def test_each_name_is_looked_up_once_however_many_batches_follow(
 async def test_names_are_looked_up_again_from_time_to_time_and_keep_what_they_had(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eds, "RESOLVE_S", 0.01)
+    monkeypatch.setattr(names, "RESOLVE_S", 0.01)
     site.names = {"here": "10.1.0.1"}
     worker = site.add(1, "here:5")
     async with site.running() as told:
@@ -179,15 +181,15 @@ async def test_names_are_looked_up_again_from_time_to_time_and_keep_what_they_ha
         before = site.lookups["here:5"]
         while site.lookups["here:5"] < before + 2:
             await asyncio.sleep(0.01)
-        assert site.service.location(worker, "another") == "10.1.0.2:5"
+        assert site.service.names.get(worker.spec.address) == "10.1.0.2:5"
 
 
 async def test_a_place_stays_while_one_of_its_workers_does(site: Site) -> None:
     first, second = site.add(1, "10.0.0.1:5"), site.add(2, "10.0.0.1:5")
     site.registry.deregister(first.lease_id)
-    assert site.service.location(second, "") == "10.0.0.1:5"
+    assert site.service.names.get(second.spec.address) == "10.0.0.1:5"
     site.registry.deregister(second.lease_id)
-    assert site.service.location(second, "") is None
+    assert site.service.names.get(second.spec.address) is None
 
 
 async def test_a_gateway_that_has_endpoints_keeps_them_while_a_restarted_controller_settles() -> None:
@@ -196,3 +198,109 @@ async def test_a_gateway_that_has_endpoints_keeps_them_while_a_restarted_control
         site.ask("workers", version="of the controller before")
         site.add(1)
         assert places(await anext(told)) == {"workers": {"10.0.0.1:21002"}}  # never the empty set of the start
+
+
+async def test_a_slow_or_malformed_name_holds_no_other_worker_up(site: Site) -> None:
+    async def hang(address: str) -> str | None:
+        await asyncio.sleep(3600)
+        return None
+
+    site.service.names._resolve = hang
+    async with site.running() as told:
+        site.ask("workers")
+        await anext(told)
+        site.add(1, "slow:1")
+        site.add(2, "10.0.0.2:5")
+        assert places(await anext(told)) == {"workers": {"10.0.0.2:5"}}
+
+
+@pytest.mark.parametrize("address", ["a..b:80", "x" * 300 + ":80", "no-port", ":1", "\udc80:1", "[::1:5", "a b:70000"])
+async def test_an_address_that_is_none_ends_nothing(site: Site, address: str) -> None:
+    site.service.names._resolve = site.service.names._ask_resolver
+    async with site.running() as told:
+        site.ask("workers")
+        await anext(told)
+        bad = site.add(1, address)
+        site.add(2, "10.0.0.2:5")
+        assert places(await anext(told)) == {"workers": {"10.0.0.2:5"}}
+        site.registry.deregister(bad.lease_id)
+        site.add(3, "10.0.0.3:5")
+        assert places(await anext(told)) == {"workers": {"10.0.0.2:5", "10.0.0.3:5"}}
+
+
+async def test_a_name_that_resolves_late_is_found_soon(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(names, "FIRST_RETRY_S", 0.01)
+    async with site.running() as told:
+        site.ask("workers")
+        await anext(told)
+        site.add(1, "late:5")
+        while site.lookups["late:5"] < 3:
+            await asyncio.sleep(0.005)
+        site.names["late"] = "10.0.0.9"
+        assert places(await anext(told)) == {"workers": {"10.0.0.9:5"}}
+
+
+async def test_confirmations_that_come_late_count_while_the_fleet_changes(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gateway that is always some versions behind still has what it confirmed."""
+    monkeypatch.setattr(eds, "GATHER_S", 0.0)
+    async with site.running() as told:
+        site.ask("workers")
+        versions = [(await anext(told)).version_info]
+        workers = []
+        for number in range(1, 7):
+            workers.append(site.add(number))
+            versions.append((await anext(told)).version_info)
+            if number > 2:  # two versions behind
+                site.ask("workers", version=versions[number - 2])
+                await site.service.acked()
+                assert site.service.location(workers[number - 3], "gateway") is not None
+                assert site.service.location(workers[number - 1], "gateway") is None
+
+
+async def test_a_gateway_that_confirms_nothing_is_not_sent_more_and_more(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eds, "GATHER_S", 0.0)
+    monkeypatch.setattr(eds, "IN_FLIGHT", 3)
+    async with site.running() as told:
+        site.ask("workers")
+        last = await anext(told)
+        for number in range(1, 3):
+            site.add(number)
+            last = await anext(told)
+        waiting = asyncio.ensure_future(anext(told))
+        site.add(3)
+        site.add(4)
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        site.ask("workers", version=last.version_info)
+        assert len(places(await waiting)["workers"]) == 4
+
+
+async def test_what_many_gateways_are_told_is_built_once(site: Site) -> None:
+    site.add(1)
+    async with site.running() as told:
+        site.ask("workers")
+        first = await anext(told)
+        site.ask("workers", version=first.version_info)
+        stream = next(iter(site.service._streams))
+        assert site.service._answer(stream) is site.service._answer(stream)
+
+
+async def test_an_endpoint_says_the_name_that_its_certificate_must_have(site: Site) -> None:
+    site.names["w1.example"] = "10.0.0.1"
+    site.add(1, "w1.example:5")
+    site.add(2, "10.0.0.2:5")
+    async with site.running() as told:
+        site.ask("workers")
+        response = await anext(told)
+        while len(places(response)["workers"]) < 2:
+            response = await anext(told)
+        assignment = endpoint_pb2.ClusterLoadAssignment.FromString(response.resources[0].value)
+        found = {
+            host.endpoint.hostname: "envoy.transport_socket_match" in host.metadata.filter_metadata
+            for host in assignment.endpoints[0].lb_endpoints
+        }
+        assert found == {"w1.example": True, "10.0.0.2": False}

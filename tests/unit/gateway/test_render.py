@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fastchat_grpc.config import ApiKeyConfig, ControllerConfig, GatewayConfig, GatewayMode
+from fastchat_grpc.config import ApiKeyConfig, ControllerConfig, GatewayConfig, GatewayMode, TlsConfig
 from fastchat_grpc.errors import ConfigError
-from fastchat_grpc.gateway import errors_lua
+from fastchat_grpc.gateway import http_lua
 from fastchat_grpc.gateway.binary import find_envoy
 from fastchat_grpc.gateway.render import bootstrap, render_config
 from fastchat_grpc.gateway.routes import PICKED
@@ -56,7 +57,7 @@ def routes(config: GatewayConfig) -> dict[str, Any]:
 def test_in_direct_mode_nothing_reaches_a_worker_without_the_picker() -> None:
     for path, route in routes(DIRECT).items():
         check = route["typed_per_filter_config"]["envoy.filters.http.ext_authz"]
-        leads_to_workers = route.get("route", {}).get("cluster") == "workers"
+        leads_to_workers = "cluster_header" in route.get("route", {})
         assert leads_to_workers == (path in PICKED)
         assert leads_to_workers != check.get("disabled", False)
         assert check["@type"].endswith("ExtAuthzPerRoute"), "the generic FilterConfig{disabled} would open all routes"
@@ -70,21 +71,67 @@ def test_nobody_registers_or_drains_through_the_gateway() -> None:
     assert not [path for path in found if path.startswith(("/envoy", "/grpc.channelz"))]
 
 
-def test_the_join_token_goes_to_controllers_alone() -> None:
+def test_the_join_token_goes_to_controllers_alone_and_is_never_printed() -> None:
     with_token = bootstrap(CONFIGS["several controllers"])
     services = find(with_token, "initial_metadata")
-    assert len(services) == 4  # the picker, the endpoints, and the log of each of two controllers
+    # The key check, four picks, the endpoints of each of two controllers, and twice the log to each.
+    assert len(services) == 11
     assert all(item == [{"key": "authorization", "value": "Bearer secret"}] for item in services)
-    assert "secret" not in render_config(DIRECT)
+    printed = render_config(CONFIGS["several controllers"])
+    assert "secret" not in printed
+    assert "JOIN-TOKEN" in printed
 
 
-def test_each_controller_hears_of_ended_requests() -> None:
+def test_a_printed_configuration_opens_no_admin_interface() -> None:
+    assert "admin" not in bootstrap(DIRECT)
+    assert "9901" not in render_config(DIRECT)
+
+
+def test_each_controller_has_a_cluster_of_its_own_workers() -> None:
     names = [cluster["name"] for cluster in bootstrap(CONFIGS["several controllers"])["static_resources"]["clusters"]]
-    assert names == ["api", "workers", "controller_0", "controller_1"]
+    assert names == ["api", "controller_0", "workers_0", "controller_1", "workers_1"]
+
+
+def test_no_load_balancer_chooses_a_worker_that_the_picker_did_not_name() -> None:
+    (override,) = find(bootstrap(DIRECT), "load_balancing_policy")
+    (nobody,) = find(override, "fallback_policy")[0]["policies"]
+    assert nobody["typed_extension_config"]["typed_config"]["fallback_policy"] == "NO_FALLBACK"
+
+
+def listener_names(config: GatewayConfig) -> list[str]:
+    return [listener["name"] for listener in bootstrap(config)["static_resources"]["listeners"]]
+
+
+def test_with_tls_the_plaintext_listener_is_off_unless_it_is_asked_for(tmp_path: Path) -> None:
+    pem = tmp_path / "x.pem"
+    pem.touch()
+    tls = TlsConfig(cert=pem, key=pem, ca=pem)
+    assert listener_names(DIRECT) == ["http"]
+    assert listener_names(replace(DIRECT, tls=tls)) == ["https"]
+    assert listener_names(replace(DIRECT, tls=tls, plaintext=True)) == ["http", "https"]
+
+
+def test_a_certificate_must_be_of_the_host_that_is_connected_to(tmp_path: Path) -> None:
+    pem = tmp_path / "x.pem"
+    pem.touch()
+    config = replace(DIRECT, controller_addresses=("ctl.example:1", "10.0.0.1:2"), upstream_tls=TlsConfig(ca=pem))
+    by_name = {cluster["name"]: cluster for cluster in bootstrap(config)["static_resources"]["clusters"]}
+
+    def names(cluster: str) -> list[tuple[str, Any]]:
+        found = find(by_name[cluster], "match_typed_subject_alt_names")
+        return [(name["san_type"], name["matcher"]) for names in found for name in names]
+
+    assert names("controller_0") == [("DNS", {"exact": "ctl.example"})]
+    assert names("controller_1") == [("IP_ADDRESS", {"exact": "10.0.0.1"})]
+    assert True in find(by_name["workers_0"], "auto_sni_san_validation")
+    fleet = replace(config, upstream_sans=("spiffe://fleet/*",))
+    by_name = {cluster["name"]: cluster for cluster in bootstrap(fleet)["static_resources"]["clusters"]}
+    for cluster in ("api", "controller_0", "workers_1"):
+        assert names(cluster) == [("URI", {"safe_regex": {"regex": "spiffe://fleet/.*"}})]
 
 
 def test_the_error_filter_reads_the_tables_of_the_services() -> None:
-    source = errors_lua.source(5000)
+    source = http_lua.source(GatewayConfig(max_body_bytes=5000))
     assert '["PROMPT_TOO_LONG"] = "context_length_exceeded"' in source
     assert '[429] = "rate_limit_error"' in source
     assert "at most 5000 bytes" in source
@@ -105,6 +152,7 @@ def test_the_error_filter_reads_the_tables_of_the_services() -> None:
         {"concurrency": 0},
         {"envoy": Path("/nowhere/envoy")},
         {"drain_timeout_s": -1},
+        {"upstream_sans": ("x",)},
     ],
     ids=str,
 )
