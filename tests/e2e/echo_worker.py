@@ -1,7 +1,9 @@
 """An echo worker, or a controller, in a process of its own, for tests that kill it or load it.
 
-    python -m tests.e2e.echo_worker controller
-    python -m tests.e2e.echo_worker CONTROLLER[,CONTROLLER] [MODEL] [key=value backend options, weight=, max_running=]
+    python -m tests.e2e.echo_worker controller [PORT]
+    python -m tests.e2e.echo_worker CONTROLLER[,CONTROLLER] [MODEL] [SETTING=VALUE ...]
+
+Settings are weight, max_running, port, worker_id, and the options of the backend.
 
 Prints its address once it serves.
 """
@@ -21,7 +23,7 @@ from tests.conftest import echo_config
 
 
 async def main(first: str, *rest: str) -> None:
-    app = _controller() if first == "controller" else _worker(first, *rest)
+    app = _controller(*rest) if first == "controller" else _worker(first, *rest)
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     await app.start()
@@ -30,8 +32,8 @@ async def main(first: str, *rest: str) -> None:
     await app.stop()
 
 
-def _controller() -> ControllerApp:
-    return ControllerApp(ControllerConfig(listen=ListenConfig(), drain_timeout_s=0.0))
+def _controller(port: str = "0") -> ControllerApp:
+    return ControllerApp(ControllerConfig(listen=ListenConfig(port=int(port)), drain_timeout_s=0.0))
 
 
 def _worker(controllers: str, model: str = "echo", *settings: str) -> WorkerApp:
@@ -42,6 +44,8 @@ def _worker(controllers: str, model: str = "echo", *settings: str) -> WorkerApp:
             controllers=tuple(controllers.split(",")),
             weight=float(options.pop("weight", "1")),
             max_running=int(options.pop("max_running", "0")) or None,
+            port=int(options.pop("port", "0")),
+            worker_id=options.pop("worker_id", ""),
             options=options,
             drain_timeout_s=5.0,
         )
@@ -67,9 +71,9 @@ def worker_process(
     return _process(controllers, model, *(f"{key}={value}" for key, value in settings.items()))
 
 
-def controller_process() -> AbstractAsyncContextManager[ServerProcess]:
+def controller_process(port: int = 0) -> AbstractAsyncContextManager[ServerProcess]:
     """Start a controller, and end it by force at the end."""
-    return _process("controller")
+    return _process("controller", str(port))
 
 
 @asynccontextmanager

@@ -155,10 +155,10 @@ async def running_gateway(site: Site, mode: str = "direct", **settings: Any) -> 
     settings.setdefault("port", 0)
     settings.setdefault("upstream_tls", site.hop_tls)
     settings.setdefault("plaintext", True)
+    settings.setdefault("controller_addresses", tuple(controller.address for controller in site.controllers))
     app = GatewayApp(
         GatewayConfig(
             mode=GatewayMode(mode),
-            controller_addresses=tuple(controller.address for controller in site.controllers),
             worker_address=site.workers[0].address if mode == "sidecar" else "",
             **settings,
         )
