@@ -186,7 +186,7 @@ _NUMBERS = (
 class StopConditions:
     """When a generation ends."""
 
-    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+    max_new_tokens: int = UnsetInt(DEFAULT_MAX_NEW_TOKENS)
     min_new_tokens: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()

@@ -361,7 +361,7 @@ TRAITS: Mapping[str, Traits] = MappingProxyType(
                     "needs a server of vLLM's dialect: --backend-option dialect=vllm",
                 ),
                 **dict.fromkeys(
-                    (Feature.LOGPROBS, Feature.TOP_LOGPROBS, Feature.PROMPT_LOGPROBS, Feature.TOKEN_IDS),
+                    (Feature.PROMPT_LOGPROBS, Feature.TOKEN_IDS),
                     "the OpenAI API names no token ids",
                 ),
                 **dict.fromkeys(

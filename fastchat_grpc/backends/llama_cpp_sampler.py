@@ -35,7 +35,7 @@ class Sampler:
         self._greedy = running.job.request.sampling.greedy
         self._place = len(running.token_ids) - running.prompt_length
         self._suppressed = running.min_tokens
-        self._follows_grammar = running.job.request.grammar is not None
+        self._grammar_kind = running.job.request.grammar.kind if running.job.request.grammar is not None else None
         self._chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
         try:
             self._build(tokenizer, running)
@@ -44,11 +44,11 @@ class Sampler:
             raise
 
     def sample(self, row: int) -> int:
-        """The next token, from the logits of a row of the last batch. BackendFailed where nothing may follow."""
+        """The next token, from the logits of a row of the last batch. InvalidArgument where nothing may follow."""
         llama = self._llama
         if not self._greedy:
             llama.llama_sampler_chain_add(self._chain, llama.llama_sampler_init_dist(self._draw_seed()))
-        if self._follows_grammar:
+        if self._grammar_kind is not None:
             token_id = self._sample_checked(row)
         else:
             token_id = int(llama.llama_sampler_sample(self._chain, self._context, row))
@@ -81,7 +81,7 @@ class Sampler:
             return -1
         chosen = candidates.data[candidates.selected]
         if not math.isfinite(chosen.logit):
-            raise BackendFailed("the grammar allows nothing that the model could say next")
+            raise dead_end(self._grammar_kind)
         llama.llama_sampler_accept(self._chain, chosen.id)
         return int(chosen.id)
 
@@ -154,6 +154,12 @@ class Sampler:
         z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
         return (z ^ (z >> 31)) >> 32
+
+
+def dead_end(kind: GrammarKind | None) -> InvalidArgument:
+    """The error for a grammar that nothing can go on with: its author's, not the engine's."""
+    field = f"structured_output.{kind.value}" if kind is not None else "structured_output"
+    return InvalidArgument(field, "allows nothing that the model could say next")
 
 
 def gbnf(grammar: Grammar) -> str:

@@ -9,40 +9,36 @@ own bridge take beside it. What the chosen dialect has no field for is refused.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import os
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
 
 from fastchat_grpc.backends.base import BackendLoad
 from fastchat_grpc.backends.capabilities import TRAITS, Feature, Traits, adapter_not_found, refuse_unsupported
 from fastchat_grpc.backends.driver import Seeds, as_domain_error
+from fastchat_grpc.backends.upstream_answer import Answer
 from fastchat_grpc.backends.upstream_http import UpstreamHttp
+from fastchat_grpc.backends.upstream_options import Habits, Options
 from fastchat_grpc.backends.upstream_request import embedding_body, generation_body, tokenize_body
 from fastchat_grpc.config import BackendConfig
 from fastchat_grpc.core import (
-    Completion,
-    Delta,
+    ChatPrompt,
     EmbedRequest,
     EmbedResult,
     Event,
-    FinishReason,
     GenerateRequest,
     ModelInfo,
     Prompt,
     PromptEcho,
     TextPrompt,
-    Timings,
     TokenPrompt,
-    Usage,
 )
 from fastchat_grpc.errors import (
     BackendFailed,
-    ConfigError,
+    InvalidArgument,
     ModelLoadError,
     NotSupported,
     PromptTooLong,
@@ -53,9 +49,6 @@ from fastchat_grpc.text.events import EventQueue
 
 logger = logging.getLogger(__name__)
 
-DIALECTS = ("openai", "vllm")
-OPTIONS = frozenset({"url", "model", "dialect", "api_key_env", "timeout_s", "embeddings"})
-DEFAULT_KEY_VARIABLE = "FASTCHAT_GRPC_UPSTREAM_API_KEY"
 DEFAULT_MAX_RUNNING = 256
 VLLM_ADDS = (
     Feature.TOKEN_PROMPT,
@@ -69,45 +62,6 @@ VLLM_ADDS = (
     Feature.TRUNCATE_PROMPT,
     Feature.REGEX,
 )
-_FINISH = {"stop": FinishReason.STOP, "tool_calls": FinishReason.STOP, "length": FinishReason.LENGTH}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """The backend's own options."""
-
-    url: str
-    """Address of the API, up to and with /v1."""
-    model: str
-    """The server's name of the model; empty: its only one."""
-    dialect: str
-    api_key: str | None
-    timeout_s: float
-    """Longest silence of the server, also before its first byte."""
-    embeddings: bool
-
-    @classmethod
-    def parse(cls, config: BackendConfig) -> Options:
-        """The options of `--backend-option`. Raises ConfigError."""
-        config.refuse_unknown_options(OPTIONS)
-        given = config.options
-        url = given.get("url", "").rstrip("/")
-        if not url.startswith(("http://", "https://")):
-            raise ConfigError("backend upstream needs --backend-option url=http://host:port/v1")
-        dialect = given.get("dialect", "openai")
-        if dialect not in DIALECTS:
-            raise ConfigError(f"--backend-option dialect must be one of {', '.join(DIALECTS)}, got {dialect}")
-        embeddings = given.get("embeddings", "off")
-        if embeddings not in ("on", "off"):
-            raise ConfigError(f"--backend-option embeddings must be on or off, got {embeddings}")
-        return cls(
-            url=url,
-            model=given.get("model", ""),
-            dialect=dialect,
-            api_key=_api_key(given),
-            timeout_s=_seconds(given.get("timeout_s", "120")),
-            embeddings=embeddings == "on",
-        )
 
 
 def create(config: BackendConfig) -> UpstreamBackend:
@@ -124,10 +78,11 @@ class UpstreamBackend:
         self._config = config
         self._options = options
         self.traits: Traits = TRAITS["upstream"]
-        if options.dialect == "vllm":
+        if options.vllm:
             self.traits = self.traits.with_features(*VLLM_ADDS)
         if options.embeddings:
             self.traits = self.traits.with_features(Feature.EMBED)
+        self._habits = Habits()
         self._http: UpstreamHttp | None = None
         self._seeds = Seeds(config.model.seed)
         self._models: dict[str, str] = {}  # our name -> the server's
@@ -139,7 +94,8 @@ class UpstreamBackend:
         http = UpstreamHttp(self._options.url, self._options.api_key, self._options.timeout_s)
         try:
             listed = await http.models()
-            self._map_models(listed)
+            wanted = self._map_models(listed)
+            await self._find_context(http, listed[wanted])
         except BaseException:
             await http.close()
             raise
@@ -147,24 +103,13 @@ class UpstreamBackend:
         return [self._info(name) for name in self._models]
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-        """See Backend. Each choice is a request of its own at the server, which makes its usage exact."""
-        arrival = monotonic()
-        http = self._running
-        refuse_unsupported(request, self.traits)
-        if request.lora_adapter and request.lora_adapter not in self._config.model.lora_adapters:
-            raise adapter_not_found(request.lora_adapter, self._config.model.lora_adapters)
-        self._check_length(request)
-        seed = None if request.sampling.seed is None else self._seeds.request_seed(request)
-        if request.output.echo:
-            yield await self._echo(request)
-        queue = EventQueue()
-        readers = [
-            asyncio.create_task(self._read(http, request, index, seed, arrival, queue))
-            for index in range(request.output.n)
-        ]
-        ender = asyncio.create_task(_end(readers, queue))
+        """See Backend. The prompt, where it is to be shown, is shown once the server has accepted the request."""
+        call = await self._begin(request)
+        groups = [tuple(range(request.output.n))] if self._one_request(request) else _apart(range(request.output.n))
+        readers = [asyncio.create_task(self._read(call, indices)) for indices in groups]
+        ender = asyncio.create_task(_end(readers, call.queue))
         try:
-            async with aclosing(queue.__aiter__()) as events:  # type: ignore[type-var]
+            async with aclosing(call.queue.__aiter__()) as events:  # type: ignore[type-var]
                 async for event in events:
                     yield event
         finally:
@@ -172,32 +117,74 @@ class UpstreamBackend:
                 task.cancel()
             await asyncio.gather(*readers, ender, return_exceptions=True)
 
-    async def _read(
-        self,
-        http: UpstreamHttp,
-        request: GenerateRequest,
-        index: int,
-        seed: int | None,
-        arrival: float,
-        queue: EventQueue,
-    ) -> None:
-        """Put the events of one choice into the queue."""
-        path, body = generation_body(
-            request,
-            self._server_model(request),
-            vllm=self._options.dialect == "vllm",
-            seed=None if seed is None else Seeds.choice_seed(seed, index),
-            context_length=self._context_length,
+    async def _begin(self, request: GenerateRequest) -> _Call:
+        """Check a request, in its server's words. Raises what refuses it."""
+        arrival = monotonic()
+        http = self._running
+        request = _without_what_servers_do(request)
+        refuse_unsupported(request, self.traits)
+        if request.lora_adapter and request.lora_adapter not in self._config.model.lora_adapters:
+            raise adapter_not_found(request.lora_adapter, self._config.model.lora_adapters)
+        self._check_length(request)
+        seed = None if request.sampling.seed is None else self._seeds.request_seed(request)
+        echo = await self._echo(request) if request.output.echo else None
+        return _Call(http=http, request=request, seed=seed, arrival=arrival, echo=echo)
+
+    def _one_request(self, request: GenerateRequest) -> bool:
+        """Whether all choices come of one request. Servers of vLLM's kind keep the prompt: there each is one of its
+        own, with a usage and a seed of its own."""
+        return request.output.n > 1 and self._habits.n and not self._options.vllm
+
+    async def _read(self, call: _Call, indices: Sequence[int]) -> None:
+        """Put the events of some choices, which are one request at the server, into the queue."""
+        request = call.request
+        answer = Answer(
+            indices,
+            cumulative=request.output.cumulative_text,
+            arrival=call.arrival,
+            logprobs=request.output.logprobs is not None,
+            reasoning=request.grammar is None,  # what follows a grammar is the answer alone
         )
-        choice = _Choice(index, cumulative=request.output.cumulative_text, arrival=arrival)
-        async with aclosing(http.stream(path, body)) as chunks:
+        async with aclosing(self._chunks(call, indices)) as chunks:
             async for chunk in chunks:
-                before = choice.tokens
-                delta = choice.take(chunk)
-                self._processed_tokens += choice.tokens - before
-                if delta is not None:
-                    queue.put([delta])
-        queue.put([choice.completion()])
+                call.accepted()
+                before = answer.pieces
+                if deltas := list(answer.take(chunk)):
+                    call.queue.put(deltas)
+                self._processed_tokens += max(0, answer.pieces - before)
+        call.queue.put(answer.completions())
+        missing = answer.unanswered()
+        if missing and len(indices) > 1:  # it makes one choice, whatever it is asked for
+            self._habits.n = False
+            await self._read_apart(call, missing)
+
+    async def _read_apart(self, call: _Call, indices: Sequence[int]) -> None:
+        async with asyncio.TaskGroup() as group:
+            for single in _apart(indices):
+                group.create_task(self._read(call, single))
+
+    async def _chunks(self, call: _Call, indices: Sequence[int]) -> AsyncGenerator[dict[str, Any], None]:
+        """The server's chunks. A request that it wants in another way is sent again, before the first of them."""
+        while True:
+            path, body = generation_body(
+                call.request,
+                self._server_model(call.request),
+                vllm=self._options.vllm,
+                seed=None if call.seed is None else Seeds.choice_seed(call.seed, indices[0]),
+                context_length=self._context_length,
+                habits=self._habits,
+                n=len(indices) if self._habits.n else 1,
+            )
+            begun = False
+            try:
+                async with aclosing(call.http.stream(path, body)) as chunks:
+                    async for chunk in chunks:
+                        begun = True
+                        yield chunk
+                return
+            except InvalidArgument as error:
+                if begun or not self._habits.learn(error, body):
+                    raise
 
     async def embed(self, request: EmbedRequest) -> EmbedResult:
         """See Backend. Raises NotSupported unless started with `embeddings=on`."""
@@ -245,8 +232,22 @@ class UpstreamBackend:
             raise WorkerUnavailable("the connection to the upstream server is closed")
         return self._http
 
-    def _map_models(self, listed: Mapping[str, int]) -> None:
-        """Choose the server's model. Raises ModelLoadError."""
+    async def _find_context(self, http: UpstreamHttp, listed: int) -> None:
+        """The context length: the server's, where it says one anywhere, or the configured. Raises ModelLoadError."""
+        own = listed or await http.context_length()
+        limit = self._config.model.context_length
+        if limit is not None and own and limit > own:
+            raise ModelLoadError(f"--context-length {limit} exceeds the model's {own}")
+        self._context_length = limit or own
+        if not self._context_length:
+            logger.warning(
+                "the server at %s does not say its context length: a chat without a limit ends where the server "
+                "ends it; set --context-length to let the fleet know it",
+                self._options.url,
+            )
+
+    def _map_models(self, listed: Mapping[str, int]) -> str:
+        """Choose the server's model and return the server's name of it. Raises ModelLoadError."""
         wanted = self._options.model or (self._config.model.path if self._config.model.path in listed else "")
         if not wanted and len(listed) == 1:
             (wanted,) = listed
@@ -256,13 +257,9 @@ class UpstreamBackend:
                 f"the server at {self._options.url} has no model {wanted or self._config.model.path}; it has {known}; "
                 "name one with --backend-option model=NAME"
             )
-        own = listed[wanted]
-        limit = self._config.model.context_length
-        if limit is not None and own and limit > own:
-            raise ModelLoadError(f"--context-length {limit} exceeds the model's {own}")
-        self._context_length = limit or own
         names = self._config.model.names or (wanted.rstrip("/").rsplit("/", 1)[-1],)
         self._models = dict.fromkeys(names, wanted) | dict(self._config.model.lora_adapters)
+        return wanted
 
     def _info(self, name: str) -> ModelInfo:
         adapter = name in self._config.model.lora_adapters
@@ -281,7 +278,7 @@ class UpstreamBackend:
 
     async def _echo(self, request: GenerateRequest) -> PromptEcho:
         match request.prompt:
-            case TextPrompt(text) if self._options.dialect == "vllm":
+            case TextPrompt(text) if self._options.vllm:
                 return PromptEcho(text=text, token_ids=tuple(await self.tokenize(request.model, request.prompt)))
             case TextPrompt(text):
                 return PromptEcho(text=text, token_ids=())
@@ -297,102 +294,38 @@ class UpstreamBackend:
             raise PromptTooLong("input", count, self._context_length)
 
     def _need_vllm(self, what: str) -> None:
-        if self._options.dialect != "vllm":
+        if not self._options.vllm:
             raise NotSupported(f"{what} needs an upstream server with vLLM's calls: --backend-option dialect=vllm")
 
 
-class _Choice:
-    """One choice as it comes in chunks of the OpenAI schema."""
+@dataclass(slots=True, kw_only=True)
+class _Call:
+    """One request on its way."""
 
-    def __init__(self, index: int, *, cumulative: bool, arrival: float) -> None:
-        self._index = index
-        self._cumulative: list[str] | None = [] if cumulative else None
-        self._arrival = arrival
-        self._first_s = 0.0
-        self._pieces = 0
-        self._usage = Usage()
-        self._finish: FinishReason | None = None
-        self._matched: str | int | None = None
-        self._calls = _Calls()
+    http: UpstreamHttp
+    request: GenerateRequest
+    seed: int | None
+    arrival: float
+    echo: PromptEcho | None
+    queue: EventQueue = field(default_factory=EventQueue)
 
-    @property
-    def tokens(self) -> int:
-        """Output tokens so far, as well as the chunks tell."""
-        return max(self._pieces, self._usage.completion_tokens)
-
-    def take(self, chunk: Mapping[str, Any]) -> Delta | None:
-        """The Delta of a chunk, if it brings text."""
-        usage = chunk.get("usage")
-        if usage:
-            details = usage.get("prompt_tokens_details") or {}
-            self._usage = Usage(
-                prompt_tokens=int(usage.get("prompt_tokens") or 0),
-                completion_tokens=int(usage.get("completion_tokens") or 0),
-                cached_tokens=int(details.get("cached_tokens") or 0),
-            )
-        for choice in chunk.get("choices") or ():
-            self._ends(choice)
-            delta = choice.get("delta")
-            text = (delta.get("content") if delta is not None else choice.get("text")) or ""
-            text += self._calls.text((delta or {}).get("tool_calls") or (), ended=self._finish is not None)
-            if text:
-                return self._delta(text)
-        return None
-
-    def completion(self) -> Completion:
-        """The end. Raises WorkerUnavailable where the server stopped in the middle."""
-        if self._finish is None:
-            raise WorkerUnavailable("the upstream server ended its answer in the middle")
-        timings = Timings(time_to_first_token_s=self._first_s, total_s=monotonic() - self._arrival)
-        return Completion(
-            index=self._index, finish_reason=self._finish, matched=self._matched, usage=self._usage, timings=timings
-        )
-
-    def _ends(self, choice: Mapping[str, Any]) -> None:
-        reason = choice.get("finish_reason")
-        if reason:
-            self._finish = _FINISH.get(str(reason), FinishReason.ABORT)
-            matched = choice.get("stop_reason")
-            self._matched = matched if isinstance(matched, str | int) else None
-
-    def _delta(self, text: str) -> Delta:
-        self._first_s = self._first_s or monotonic() - self._arrival
-        self._pieces += 1
-        if self._cumulative is not None:
-            self._cumulative.append(text)
-        return Delta(
-            index=self._index,
-            text=text,
-            token_ids=(),
-            usage=self._usage,
-            cumulative_text="".join(self._cumulative or ()),
-        )
+    def accepted(self) -> None:
+        """The server has begun to answer: what comes before any output may go out."""
+        if self.echo is not None:
+            self.queue.put([self.echo])
+            self.echo = None
 
 
-class _Calls:
-    """Tool calls, which come in pieces, as text: each is `<tool_call>{"name": ..., "arguments": ...}</tool_call>`."""
+def _apart(indices: Iterable[int]) -> list[tuple[int, ...]]:
+    return [(index,) for index in indices]
 
-    def __init__(self) -> None:
-        self._open = False
 
-    def text(self, pieces: Sequence[Mapping[str, Any]], *, ended: bool) -> str:
-        """What these pieces add. `ended`: nothing follows."""
-        parts: list[str] = []
-        for piece in pieces:
-            function = piece.get("function") or {}
-            # A name begins a call; indices do not tell, as some servers give all calls the same.
-            if function.get("name"):
-                parts += [self._close(), '<tool_call>{"name": ', json.dumps(function["name"]), ', "arguments": ']
-                self._open = True
-            if self._open:
-                parts.append(function.get("arguments") or "")
-        if ended:
-            parts.append(self._close())
-        return "".join(parts)
-
-    def _close(self) -> str:
-        was_open, self._open = self._open, False
-        return "}</tool_call>" if was_open else ""
+def _without_what_servers_do(request: GenerateRequest) -> GenerateRequest:
+    """The request without a wish that only serves to find tool calls in text: the server finds them itself."""
+    chat = request.prompt
+    if isinstance(chat, ChatPrompt) and chat.tools and request.output.keep_special_tokens:
+        return replace(request, output=replace(request.output, keep_special_tokens=False))
+    return request
 
 
 async def _end(readers: Sequence[asyncio.Task[None]], queue: EventQueue) -> None:
@@ -400,24 +333,9 @@ async def _end(readers: Sequence[asyncio.Task[None]], queue: EventQueue) -> None
     try:
         await asyncio.gather(*readers)
     except Exception as error:
-        queue.close(as_domain_error(error))
+        cause = error
+        while isinstance(cause, ExceptionGroup):
+            cause = cause.exceptions[0]
+        queue.close(as_domain_error(cause))
     else:
         queue.close()
-
-
-def _api_key(options: Mapping[str, str]) -> str | None:
-    """The key, from the environment alone: command lines can be read by others. Raises ConfigError."""
-    name = options.get("api_key_env")
-    if name is not None and name not in os.environ:
-        raise ConfigError(f"--backend-option api_key_env: the environment has no variable {name}")
-    return os.environ.get(name or DEFAULT_KEY_VARIABLE)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0
-    if not 0 < value < 86400:
-        raise ConfigError(f"--backend-option timeout_s must be a number of seconds above 0, got {text}")
-    return value

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 from fastchat_grpc.errors import (
@@ -33,6 +37,8 @@ _FIELDS = {
     "stop_token_ids": "stopping.stop_token_ids",
     **dict.fromkeys(("response_format", "structured_outputs"), "structured_output"),
     "messages": "chat.messages",
+    "n": "output.n",
+    **dict.fromkeys(("logprobs", "top_logprobs"), "output.logprobs"),
     "skip_special_tokens": "output.keep_special_tokens",
 }
 """Fields of the contract by the OpenAI API's (and vLLM's) names."""
@@ -67,11 +73,21 @@ class UpstreamHttp:
             if response.status_code != 200:
                 raise ModelLoadError(f"{self._url}/models answers with HTTP {response.status_code}; check url and key")
             entries = response.json()["data"]
-            return {str(entry["id"]): int(entry.get("max_model_len") or 0) for entry in entries}
+            return {str(entry["id"]): _context_length(entry) for entry in entries}
         except self._httpx.HTTPError as error:
             raise ModelLoadError(f"no server answers at {self._url} ({type(error).__name__})") from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ModelLoadError(f"{self._url}/models does not answer in the OpenAI schema") from error
+
+    async def context_length(self) -> int:
+        """What servers say outside of the OpenAI API: llama.cpp in /props, TGI in /info. 0 where they say nothing."""
+        for path in ("/props", "/info"):
+            with suppress(self._httpx.HTTPError, ValueError, AttributeError, TypeError):
+                response = await self._client.get(self._url.removesuffix("/v1") + path)
+                said = response.json() if response.status_code == 200 else {}
+                if length := _context_length({**said, **(said.get("default_generation_settings") or {})}):
+                    return length
+        return 0
 
     async def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """A call with a JSON answer."""
@@ -82,20 +98,40 @@ class UpstreamHttp:
         return await self._post(self._url.removesuffix("/v1") + path, body)
 
     async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        """The chunks of a streamed answer. Closing the generator closes the connection, which stops the server."""
+        """The chunks of a streamed answer, and an empty one where the server marks the end ([DONE]).
+
+        Closing the generator closes the connection, which stops the server.
+        """
         try:
-            async with self._client.stream("POST", self._url + path, json=body) as response:
+            async with self._answer(self._url + path, body) as response:
                 if response.status_code != 200:
                     raise to_error(response.status_code, await response.aread(), response.headers)
                 async for data in _events(response.aiter_lines()):
                     if data == "[DONE]":
+                        yield {}
                         return
                     chunk = _parse(data)
                     if chunk.get("error"):
                         raise to_error(_status(chunk["error"]), data.encode(), {})
-                    yield chunk
+                    if chunk:
+                        yield chunk
         except self._httpx.HTTPError as error:
             raise WorkerUnavailable(f"the upstream server is not reachable ({type(error).__name__})") from error
+
+    @asynccontextmanager
+    async def _answer(self, url: str, body: Mapping[str, Any]) -> AsyncIterator[Any]:
+        """The response to a POST, as far as its headers. A server may close a connection that was idle just when it
+        is used again: where not a byte has come back, the request is sent once more, on another."""
+        request = self._client.build_request("POST", url, json=body)
+        try:
+            response = await self._client.send(request, stream=True)
+        except (self._httpx.RemoteProtocolError, self._httpx.ReadError, self._httpx.WriteError):
+            request = self._client.build_request("POST", url, json=body)
+            response = await self._client.send(request, stream=True)
+        try:
+            yield response
+        finally:
+            await response.aclose()
 
     async def close(self) -> None:
         """Close all connections."""
@@ -103,12 +139,13 @@ class UpstreamHttp:
 
     async def _post(self, url: str, body: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            response = await self._client.post(url, json=body)
+            async with self._answer(url, body) as response:
+                content = await response.aread()
         except self._httpx.HTTPError as error:
             raise WorkerUnavailable(f"the upstream server is not reachable ({type(error).__name__})") from error
         if response.status_code != 200:
-            raise to_error(response.status_code, response.content, response.headers)
-        return _parse(response.text)
+            raise to_error(response.status_code, content, response.headers)
+        return _parse(content.decode("utf-8", "replace"))
 
 
 async def _events(lines: AsyncIterator[str]) -> AsyncIterator[str]:
@@ -139,7 +176,9 @@ def to_error(status: int, content: bytes, headers: Mapping[str, str]) -> FastCha
         case 429:
             return QueueFull(f"the upstream server is full{said}", retry_after_s=_retry_after(headers))
         case 408 | 502 | 503 | 504:
-            return WorkerUnavailable(f"the upstream server is not available (HTTP {status})")
+            return WorkerUnavailable(
+                f"the upstream server is not available (HTTP {status})", retry_after_s=_retry_after(headers)
+            )
         case _:
             return BackendFailed(f"the upstream server failed (HTTP {status})")
 
@@ -180,8 +219,35 @@ def _status(error: object) -> int:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    text = headers.get("retry-after", "")
-    return float(text) if text.isdecimal() else None
+    """Seconds that a server wants its callers to wait: it says a number of them, or a date (RFC 9110, 10.2.3)."""
+    text = headers.get("retry-after", "").strip()
+    try:
+        return max(0.0, float(text)) if math.isfinite(float(text)) else None
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+_CONTEXT_KEYS = (
+    "max_model_len",  # vLLM, SGLang, this product
+    "context_length",  # OpenRouter, Together
+    "context_window",  # Groq
+    "max_context_length",  # Mistral, LM Studio
+    "n_ctx",  # llama.cpp
+    "max_total_tokens",  # TGI
+)
+
+
+def _context_length(said: Mapping[str, Any]) -> int:
+    """The context length among the facts of a model, by any server's name for it; 0 where there is none."""
+    for key in _CONTEXT_KEYS:
+        value = said.get(key)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return 0
 
 
 def _parse(data: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import base64
 import json
 from typing import Any
 
+from fastchat_grpc.backends.upstream_options import Habits
 from fastchat_grpc.core import (
     ChatMessage,
     ChatPrompt,
@@ -18,34 +19,70 @@ from fastchat_grpc.core import (
     TokenPrompt,
     Tool,
     ToolChoice,
+    UnsetInt,
 )
 from fastchat_grpc.errors import UnsupportedField
 
 
 def generation_body(
-    request: GenerateRequest, model: str, *, vllm: bool, seed: int | None, context_length: int
+    request: GenerateRequest,
+    model: str,
+    *,
+    vllm: bool,
+    seed: int | None,
+    context_length: int,
+    habits: Habits,
+    n: int = 1,
 ) -> tuple[str, dict[str, Any]]:
-    """Path and body of one choice. Raises UnsupportedField. `context_length` is 0 where the server does not say it."""
+    """Path and body of some choices: what the caller has asked for, and no more, as servers refuse what they do not
+    know. Raises UnsupportedField. `context_length` is 0 where the server does not say it."""
     chat = isinstance(request.prompt, ChatPrompt)
-    wanted = request.stopping.max_new_tokens
     body: dict[str, Any] = {
         "model": model,
         "stream": True,
-        "stream_options": {"include_usage": True, **({"continuous_usage_stats": True} if vllm else {})},
-        # Every server takes this name; max_completion_tokens is newer and not known to all.
-        # A server may refuse more than its context, where this product's own engines just end there.
-        "max_tokens": min(wanted, context_length) if context_length else wanted,
+        **_stream_options(habits, vllm),
+        **_limit(request, chat, context_length, habits),
         **_prompt(request.prompt, vllm),
         **_tools(request),
         **_sampling(request, seed),
+        **_logprobs(request, chat),
     }
+    if n > 1:
+        body["n"] = n
     if request.stopping.stop:
         body["stop"] = list(request.stopping.stop)
     if vllm:
-        body |= _vllm(request)
+        body |= _vllm(request, context_length)
     elif request.stopping.include_stop:
         raise UnsupportedField("stopping.include_stop", "needs a server of vLLM's dialect")
-    return ("/chat/completions" if chat else "/completions"), body | _grammar(request)
+    return ("/chat/completions" if chat else "/completions"), body | _grammar(request, vllm)
+
+
+def _stream_options(habits: Habits, vllm: bool) -> dict[str, Any]:
+    if not habits.stream_options:
+        return {}
+    return {"stream_options": {"include_usage": True, **({"continuous_usage_stats": True} if vllm else {})}}
+
+
+def _limit(request: GenerateRequest, chat: bool, context_length: int, habits: Habits) -> dict[str, int]:
+    """The limit of the output, unless a chat may use the rest of the context, which is every server's default.
+
+    Completions have another default at each server, so there it is always said. A server may refuse more than its
+    context, where this product's own engines just end there.
+    """
+    wanted = request.stopping.max_new_tokens
+    if chat and (isinstance(wanted, UnsetInt) or (context_length and wanted >= context_length)):
+        return {}
+    return {habits.limit_name if chat else "max_tokens": min(wanted, context_length) if context_length else wanted}
+
+
+def _logprobs(request: GenerateRequest, chat: bool) -> dict[str, Any]:
+    wanted = request.output.logprobs
+    if wanted is None:
+        return {}
+    if not chat:
+        return {"logprobs": wanted}
+    return {"logprobs": True, **({"top_logprobs": wanted} if wanted else {})}
 
 
 def tokenize_body(prompt: Prompt, model: str) -> dict[str, Any]:
@@ -79,7 +116,10 @@ def _chat(chat: ChatPrompt, vllm: bool) -> dict[str, Any]:
     if chat.continue_final_message:
         _need(vllm, "chat.continue_final_message")
         body |= {"continue_final_message": True, "add_generation_prompt": False}
-    if arguments := chat.template_arguments():
+    arguments = dict(chat.template_arguments() or {})
+    if not vllm and "reasoning_effort" in arguments:  # a field of the OpenAI API itself
+        body["reasoning_effort"] = arguments.pop("reasoning_effort")
+    if arguments:
         _need(vllm, "chat.template_arguments_json")
         body["chat_template_kwargs"] = arguments
     return body
@@ -138,13 +178,11 @@ def _image(image: Image) -> dict[str, str]:
 
 def _sampling(request: GenerateRequest, seed: int | None) -> dict[str, Any]:
     sampling = request.sampling
-    body: dict[str, Any] = {"temperature": 0.0 if sampling.greedy else sampling.temperature}
-    if sampling.top_p < 1 and not sampling.greedy:
-        body["top_p"] = sampling.top_p
-    if sampling.presence_penalty:
-        body["presence_penalty"] = sampling.presence_penalty
-    if sampling.frequency_penalty:
-        body["frequency_penalty"] = sampling.frequency_penalty
+    names = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
+    body: dict[str, Any] = {name: sampling.given[name] for name in names if name in sampling.given}
+    if sampling.greedy:
+        body |= {"temperature": 0.0}
+        body.pop("top_p", None)
     if seed is not None:
         body["seed"] = seed
     if sampling.logit_bias:
@@ -152,14 +190,15 @@ def _sampling(request: GenerateRequest, seed: int | None) -> dict[str, Any]:
     return body
 
 
-def _vllm(request: GenerateRequest) -> dict[str, Any]:
+def _vllm(request: GenerateRequest, context_length: int) -> dict[str, Any]:
     """What vLLM's dialect adds, each where it says something."""
     sampling, stopping, output = request.sampling, request.stopping, request.output
+    least = min(stopping.min_new_tokens, context_length or stopping.min_new_tokens)  # not more than the limit that goes
     fields: dict[str, tuple[bool, Any]] = {
-        "top_k": (sampling.top_k > 0, sampling.top_k),
-        "min_p": (sampling.min_p > 0, sampling.min_p),
-        "repetition_penalty": (sampling.repetition_penalty != 1, sampling.repetition_penalty),
-        "min_tokens": (stopping.min_new_tokens > 0, stopping.min_new_tokens),
+        "top_k": ("top_k" in sampling.given, sampling.top_k if sampling.top_k > 0 else -1),
+        "min_p": ("min_p" in sampling.given, sampling.min_p),
+        "repetition_penalty": ("repetition_penalty" in sampling.given, sampling.repetition_penalty),
+        "min_tokens": (least > 0, least),
         "stop_token_ids": (bool(stopping.stop_token_ids), list(stopping.stop_token_ids)),
         "ignore_eos": (stopping.ignore_eos, True),
         "include_stop_str_in_output": (stopping.include_stop, True),
@@ -169,7 +208,7 @@ def _vllm(request: GenerateRequest) -> dict[str, Any]:
     return {name: value for name, (given, value) in fields.items() if given}
 
 
-def _grammar(request: GenerateRequest) -> dict[str, Any]:
+def _grammar(request: GenerateRequest, vllm: bool) -> dict[str, Any]:
     if request.grammar is None:
         return {}
     match request.grammar.kind:
@@ -180,12 +219,29 @@ def _grammar(request: GenerateRequest) -> dict[str, Any]:
                 schema = json.loads(request.grammar.source)
             except ValueError as error:
                 raise UnsupportedField("structured_output.json_schema", "is not JSON") from error
-            named = {"name": "output", "schema": schema, "strict": True}
+            named = {"name": "output", "schema": schema}
+            if vllm or _is_strict(schema):
+                named["strict"] = True
             return {"response_format": {"type": "json_schema", "json_schema": named}}
         case GrammarKind.REGEX:
             return {"structured_outputs": {"regex": request.grammar.source}}
         case GrammarKind.LARK:
             raise AssertionError("refused before")
+
+
+def _is_strict(schema: Any) -> bool:
+    """Whether OpenAI takes a schema as strict: its objects name all that they hold, and hold all of it."""
+    if isinstance(schema, list):
+        return all(_is_strict(item) for item in schema)
+    if not isinstance(schema, dict):
+        return True
+    if schema.get("type") == "object" or "properties" in schema:
+        named, required = schema.get("properties"), schema.get("required")
+        if schema.get("additionalProperties") is not False or not isinstance(named, dict):
+            return False
+        if not isinstance(required, list) or set(named) != {name for name in required if isinstance(name, str)}:
+            return False
+    return all(_is_strict(value) for value in schema.values())
 
 
 def _need(vllm: bool, path: str) -> None:

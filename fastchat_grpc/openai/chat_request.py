@@ -6,7 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fastchat_grpc.core import DEFAULT_MAX_NEW_TOKENS, MAX_LOGPROBS, Capability, ChatPrompt, ModelInfo, ToolChoice
+from fastchat_grpc.core import (
+    DEFAULT_MAX_NEW_TOKENS,
+    MAX_LOGPROBS,
+    Capability,
+    ChatPrompt,
+    ModelInfo,
+    ToolChoice,
+    UnsetInt,
+)
 from fastchat_grpc.errors import UnsupportedField
 from fastchat_grpc.openai.call import Call, ToolMode, ToolOptions
 from fastchat_grpc.openai.fields import Fields
@@ -132,8 +140,9 @@ def _max_tokens(fields: Fields, model: ModelInfo | None) -> tuple[int, str]:
         raise fields.wrong("max_tokens", f"({old}) contradicts max_completion_tokens ({new}); send one of them")
     limit = new if new is not None else old
     if limit is None:
-        # Up to the end of the context, where generation ends by itself.
-        limit = model.context_length if model is not None and model.context_length > 0 else DEFAULT_MAX_NEW_TOKENS
+        # Up to the end of the context, where generation ends by itself; a server whose context is unknown knows it.
+        known = model is not None and model.context_length > 0
+        limit = model.context_length if model is not None and known else UnsetInt(DEFAULT_MAX_NEW_TOKENS)
     return limit, "max_completion_tokens" if old is None else "max_tokens"
 
 

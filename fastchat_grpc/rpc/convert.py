@@ -43,6 +43,7 @@ from fastchat_grpc.core import (
     ToolCall,
     ToolChoice,
     TopLogprob,
+    UnsetInt,
     Usage,
     WorkerState,
 )
@@ -121,7 +122,7 @@ def generate_request_to_pb(request: GenerateRequest) -> pb.GenerateRequest:
             **sampling.given,  # type: ignore[arg-type]  # unset stays unset, for the model's own defaults
         ),
         stopping=pb.StopConditions(
-            max_new_tokens=stopping.max_new_tokens,
+            max_new_tokens=None if isinstance(stopping.max_new_tokens, UnsetInt) else stopping.max_new_tokens,
             min_new_tokens=stopping.min_new_tokens,
             stop=stopping.stop,
             stop_token_ids=stopping.stop_token_ids,

@@ -198,7 +198,7 @@ async def test_logit_bias_forbids_and_forces_tokens(harness: Harness) -> None:
 
 
 async def test_logprobs_are_of_the_raw_logits(harness: Harness) -> None:
-    needs(harness, Feature.LOGPROBS)
+    needs(harness, Feature.LOGPROBS, Feature.TOKEN_IDS)
     greedy = await harness.ask(logprobs=0)
     assert len(greedy.first.logprobs) == len(greedy.token_ids)
     for token_id, entry in zip(greedy.token_ids, greedy.first.logprobs, strict=True):
@@ -214,7 +214,7 @@ async def test_logprobs_are_of_the_raw_logits(harness: Harness) -> None:
 
 
 async def test_top_logprobs_are_sorted_and_hold_the_greedy_token_first(harness: Harness) -> None:
-    needs(harness, Feature.TOP_LOGPROBS)
+    needs(harness, Feature.TOP_LOGPROBS, Feature.TOKEN_IDS)
     wanted = min(5, harness.traits.max_top_logprobs)
     result = await harness.ask(logprobs=wanted)
     for entry in result.first.logprobs:

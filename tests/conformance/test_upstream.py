@@ -152,7 +152,7 @@ async def test_models_can_be_served_under_other_names_and_adapters_are_models_of
 async def test_the_plain_dialect_sends_no_field_that_openai_does_not_know() -> None:
     async with openai_server() as (server, url), upstream(url) as backend:
         await text(backend, HELLO)
-        known = {"model", "prompt", "stream", "stream_options", "max_tokens", "temperature"}
+        known = {"model", "prompt", "stream", "stream_options", "max_tokens"}
         assert set(server.bodies[0]) == known
         assert server.bodies[0]["stream_options"] == {"include_usage": True}
         with pytest.raises(UnsupportedField, match=r"stopping\.include_stop"):
