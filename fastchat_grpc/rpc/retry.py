@@ -37,8 +37,8 @@ _REFUSALS = {
     "STARTING": Verdict.STARTING,
     "NO_LIVE_WORKER": Verdict.EMPTY,
 }
-_FINAL = frozenset({"FAILOVER_EXHAUSTED", "NOT_RESUMABLE"})
-_INABILITIES = frozenset({Code.INVALID_ARGUMENT, Code.NOT_FOUND, Code.UNIMPLEMENTED})
+_FINAL = frozenset({"FAILOVER_EXHAUSTED", "NOT_RESUMABLE", "RELAY_LOOP"})
+_INABILITIES = frozenset({Code.INVALID_ARGUMENT, Code.NOT_FOUND, Code.UNIMPLEMENTED, Code.FAILED_PRECONDITION})
 
 
 def judge(error: FastChatError, *, resumed: bool = False) -> Verdict:
