@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from fastchat_grpc.controller.dispatch import PickRequest
-from fastchat_grpc.controller.fleet import Change, ChangeKind, Reservation, Worker
+from fastchat_grpc.controller.fleet import Change, ChangeKind, Replicas, Reservation, Worker
 from fastchat_grpc.controller.health import Tier
 from fastchat_grpc.core import ModelInfo, WorkerState
 from fastchat_grpc.errors import (
@@ -136,17 +136,23 @@ class Candidates:
             lacking = ", ".join(sorted(capability.value for capability in request.needs))
             why = f"no worker of model {self._model!r} can: such a request needs a backend that is capable of {lacking}"
             return Nobody(Outlook.CLOSED, NotResumable(why, metadata={"model": self._model[:128]}))
+        if request.fingerprint and self._members() and not any(map(request.suits, self._members())):
+            why = f"the workers of model {self._model!r} that are left serve another revision than the one that began"
+            error = NoLiveWorker(why, metadata={"model": self._model[:128]})
         return Nobody(Outlook.OPEN, error)
 
     def _capable(self, request: PickRequest) -> bool:
         """Whether a worker that could do it is, or was, there: then one may come."""
         if self.origin is None or request.needs <= self.origin.capabilities:
             return True
+        return any(map(request.suits, self._members()))
+
+    def _members(self) -> Sequence[Replicas]:
+        """The workers of the model, replicas together."""
         try:
-            _, pool = self._registry.pool(self._model)
+            return self._registry.pool(self._model)[1].replicas
         except FastChatError:
-            return False
-        return any(request.suits(replicas) for replicas in pool.replicas)
+            return ()
 
 
 class WorkerAttempt(Attempt[bytes]):

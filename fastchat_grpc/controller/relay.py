@@ -107,19 +107,19 @@ class _Generation:
         if state is None or not (state.started or self._arrived_resumed):
             return PickRequest(adapter=request.lora_adapter)
         needs = resume_needs(request, continues=state.continues or continues(request.resume))
-        known = origin if state.started else None
+        seeded = Capability.SEEDED_RESUME in needs
         return PickRequest(
             adapter=request.lora_adapter,
             needs=needs,
-            fingerprint=getattr(known or request.resume, "fingerprint" if known else "model_fingerprint", ""),
-            backend=known.backend if known and Capability.SEEDED_RESUME in needs else "",
+            fingerprint=state.fingerprint,
+            backend=origin.backend if origin is not None and state.started and seeded else "",
         )
 
     def _open(self, channel: PooledChannel, info: ModelInfo, call: Call[bytes]) -> Any:
         request, state = self._request, call.state
         assert state is not None
         if not state.started:
-            state.begins_where(obstacle(request, info.capabilities))
+            state.begins_where(obstacle(request, info.capabilities), info.fingerprint)
         message = resume_request(
             request,
             state.snapshot() if state.started else None,

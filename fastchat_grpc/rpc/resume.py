@@ -128,6 +128,8 @@ class ResumeState(Generic[T]):
         self._unfinished = request.output.n if request.output.HasField("n") else 1
         self.started = False
         """Whether the caller has seen an event."""
+        self.fingerprint: str = request.resume.model_fingerprint
+        """Identity of the weights and the tokenizer that began; empty: unknown."""
         for choice in request.resume.choices:
             self._take(choice.index, choice.output_token_ids, choice.text_length)
             if choice.finished:
@@ -151,9 +153,15 @@ class ResumeState(Generic[T]):
         self._read()
         return any(choice.token_ids for choice in self._choices.values())
 
-    def begins_where(self, obstacle: str) -> None:
-        """An attempt begins at a server; `obstacle` tells why no other could go on with it, if so."""
+    def begins_where(self, obstacle: str, fingerprint: str) -> None:
+        """An attempt begins at a server.
+
+        Args:
+            obstacle: why no other could go on with it, if so.
+            fingerprint: of the model there.
+        """
         self._where_it_began = obstacle
+        self.fingerprint = fingerprint or self.fingerprint
 
     def give_up(self, reason: str) -> None:
         """Keep nothing more."""
@@ -176,7 +184,7 @@ class ResumeState(Generic[T]):
     def snapshot(self) -> pb.Resume:
         """What the next server needs to know."""
         self._read()
-        resume = pb.Resume()
+        resume = pb.Resume(model_fingerprint=self.fingerprint)
         for index, choice in sorted(self._choices.items()):
             entry = resume.choices.add(index=index, text_length=choice.text_length, finished=choice.finished)
             if not choice.finished:
@@ -192,6 +200,7 @@ class ResumeState(Generic[T]):
                 delta = event.delta
                 self._take(delta.index, delta.token_ids, len(delta.text))
             elif event.HasField("completion"):
+                self.fingerprint = self.fingerprint or event.completion.model_fingerprint
                 self._finish(event.completion.index)
 
     def _take(self, index: int, token_ids: Iterable[int], text_length: int) -> None:

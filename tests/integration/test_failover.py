@@ -17,10 +17,8 @@ from fastchat_grpc import errors
 from fastchat_grpc.client import AsyncClient
 from fastchat_grpc.config import FailoverConfig, LeaseConfig
 from fastchat_grpc.controller.app import ControllerApp
-from fastchat_grpc.controller.callers import HOPS
 from fastchat_grpc.core import Capability, Delta, GenerateRequest, WorkerState
 from fastchat_grpc.errors import UnsupportedField
-from fastchat_grpc.openai.servicer import OpenAIServicer
 from fastchat_grpc.rpc.channels import open_channel
 from fastchat_grpc.v1 import generation_pb2 as pb
 from fastchat_grpc.v1.generation_pb2_grpc import GenerationServiceStub
@@ -390,6 +388,46 @@ class TestMixedFleets:
         with pytest.raises(errors.AdapterNotFound, match="blue"):
             await said(client.generate("abc", model="echo", lora_adapter="blue"))
 
+    async def test_a_stream_never_goes_on_with_another_revision_of_its_model(
+        self, client: AsyncClient, shaped: Any
+    ) -> None:
+        first = await shaped(fingerprint="v1")
+        stream = client.generate(TEXT, stream_interval=1)
+        text, [newer, same] = await self.broken(first, stream, shaped(fingerprint="v2"), shaped(fingerprint="v1"))
+        assert text == TEXT
+        assert not newer.seen
+        assert len(same.seen) == 1
+
+    async def test_the_error_says_that_only_another_revision_is_left(self, start_worker: StartWorker) -> None:
+        async with (
+            running_controller(lease=QUICK, failover=FailoverConfig(wait_s=2.5)) as controller,
+            AsyncClient(controller.address, failover=FailoverConfig(max_resumes=0)) as client,
+            shaped_worker(controllers=(controller.address,), options=SLOW, fingerprint="v1") as first,
+        ):
+            await eventually(lambda: len(controller.registry) == 1)
+            stream = asyncio.create_task(said(client.generate(TEXT, stream_interval=1)))
+            await eventually(lambda: first._generation.output_tokens > 10)
+            async with shaped_worker(controllers=(controller.address,), fingerprint="v2"):
+                await eventually(lambda: len(controller.registry) == 2)
+                first_gone = asyncio.create_task(vanish(first))
+                with pytest.raises(errors.NoLiveWorker, match="another revision"):
+                    await stream
+                await first_gone
+
+    async def test_a_resumed_request_goes_to_the_revision_that_it_names(
+        self, controller: ControllerApp, shaped: Any
+    ) -> None:
+        newer, same = await shaped(fingerprint="v2"), await shaped(fingerprint="v1")
+        request = pb.GenerateRequest(prompt="abcdef")
+        request.resume.model_fingerprint = "v1"
+        request.resume.choices.add(index=0, output_token_ids=list(b"abc"), text_length=3)
+        async with open_channel(controller.address) as channel:
+            for _ in range(5):
+                text = "".join([e.delta.text async for e in GenerationServiceStub(channel).Generate(request)])
+                assert text == "def"
+        assert not newer.seen
+        assert len(same.seen) == 5
+
     async def test_a_stream_with_an_adapter_goes_on_where_that_is_loaded(
         self, client: AsyncClient, shaped: Any
     ) -> None:
@@ -410,12 +448,8 @@ class TestPassThrough:
     ) -> list[tuple[dict[str, Any], float | None]]:
         """Metadata and time left of each call that the worker gets."""
         seen: list[tuple[dict[str, Any], float | None]] = []
-        for servicer, names in (
-            (GenerationServicer, ("Generate", "Embed", "CountTokens", "GetModelInfo")),
-            (OpenAIServicer, ("Detokenize",)),
-        ):
-            for name in names:
-                monkeypatch.setattr(servicer, name, _spied(getattr(servicer, name), seen))
+        for name in ("Generate", "Embed", "CountTokens", "GetModelInfo", "Tokenize", "Detokenize"):
+            monkeypatch.setattr(GenerationServicer, name, _spied(getattr(GenerationServicer, name), seen))
         await start_worker(controllers=(controller.address,), context_length=4096)
         await eventually(lambda: len(controller.registry) == 1)
         return seen
@@ -443,7 +477,6 @@ class TestPassThrough:
                 assert [chunk async for chunk in answer]
             else:
                 await answer
-        contexts = [entry for entry in contexts if HOPS in entry[0]]  # not the controller's own
         assert len(contexts) == (2 if isinstance(body.get("prompt"), list) else 1)
         for seen, left_s in contexts:
             assert seen["traceparent"] == TRACE
@@ -459,10 +492,12 @@ class TestPassThrough:
             for call, request in (
                 (stub.Embed, pb.EmbedRequest(inputs=[pb.EmbedInput(text="a")])),
                 (stub.CountTokens, pb.CountTokensRequest(prompt="a")),
+                (stub.Tokenize, pb.TokenizeRequest(prompt="a")),
+                (stub.Detokenize, pb.DetokenizeRequest(token_ids=[97])),
                 (stub.GetModelInfo, pb.GetModelInfoRequest()),
             ):
                 await call(request, metadata=metadata, timeout=30)
-        assert len(contexts) == 4
+        assert len(contexts) == 6
         for seen, left_s in contexts:
             assert (seen["traceparent"], seen["x-request-id"]) == (TRACE, "r-1")
             assert 20 < left_s < 31

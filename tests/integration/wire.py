@@ -98,6 +98,7 @@ async def shaped_worker(
     *,
     capabilities: Collection[Capability] | None = None,
     backend: str = "echo",
+    fingerprint: str = "",
     adapters: Collection[str] = (),
     refuse: Refuse = lambda request: None,
     **config: Any,
@@ -114,7 +115,7 @@ async def shaped_worker(
     async def start() -> list[ModelInfo]:
         infos = await real_start()
         can = infos[0].capabilities if capabilities is None else frozenset(capabilities)
-        bases = [replace(info, capabilities=can, backend=backend) for info in infos]
+        bases = [replace(info, capabilities=can, backend=backend, fingerprint=fingerprint) for info in infos]
         return [*bases, *(replace(bases[0], name=name, base_model=bases[0].name) for name in adapters)]
 
     async def generate(request: GenerateRequest) -> AsyncGenerator[Event, None]:

@@ -60,6 +60,7 @@ class Server:
     events: list[pb.GenerateResponse] = field(default_factory=list)
     error: FastChatError | None = None
     can: frozenset[Capability] = FULLY
+    fingerprint: str = ""
     asked: pb.GenerateRequest | None = None
     verdict: Verdict | None = None
     answered: int = 0
@@ -128,7 +129,7 @@ class Fleet:
         self.used += 1
         state = call.state
         if state is not None and not state.started:
-            state.begins_where(obstacle(self.request, server.can))
+            state.begins_where(obstacle(self.request, server.can), server.fingerprint)
         server.asked = resume_request(
             self.request,
             state.snapshot() if state is not None and state.started else None,
@@ -221,6 +222,21 @@ class TestAfterTheFirstEvent:
         assert second.asked is not None
         (choice,) = second.asked.resume.choices
         assert (list(choice.output_token_ids), choice.text_length, choice.finished) == ([1, 2, 3], 4, False)
+
+    async def test_the_next_server_is_told_which_model_began(self) -> None:
+        refused = Server(error=LOST, fingerprint="v0")
+        second = Server([end()])
+        await run(refused, Server([delta("a", 1)], LOST, fingerprint="v1"), second)
+        assert second.asked is not None
+        assert second.asked.resume.model_fingerprint == "v1"
+
+    async def test_what_arrives_resumed_keeps_its_fingerprint(self) -> None:
+        request = pb.GenerateRequest(prompt="p")
+        request.resume.model_fingerprint = "v1"
+        second = Server([end()])
+        await run(Server([delta("a", 1)], LOST), second, request=request)
+        assert second.asked is not None
+        assert second.asked.resume.model_fingerprint == "v1"
 
     async def test_several_losses_add_up(self) -> None:
         servers = [Server([delta(c, i)], LOST) for i, c in enumerate("abc")]
