@@ -13,13 +13,14 @@ from fastchat_grpc.controller.dispatch import Dispatcher, PickRequest
 from fastchat_grpc.controller.fleet import ChangeKind, LeaseTerms, Worker, WorkerSpec
 from fastchat_grpc.controller.listing import models_page, worker_to_pb, workers_page
 from fastchat_grpc.controller.picks import Picks
+from fastchat_grpc.controller.refresh import Refresh
 from fastchat_grpc.controller.watch import Watch
 from fastchat_grpc.errors import InvalidArgument
 from fastchat_grpc.rpc import convert
 from fastchat_grpc.rpc.pool import ChannelPool
 from fastchat_grpc.rpc.security import AllowedNetworks, JoinToken
-from fastchat_grpc.v1 import generation_pb2, registry_pb2_grpc
 from fastchat_grpc.v1 import registry_pb2 as pb
+from fastchat_grpc.v1 import registry_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -28,11 +29,8 @@ MAX_MODELS = 1024
 MAX_LABELS = 32
 MAX_LABEL_LENGTH = 256
 MAX_WEIGHT = 1e6
-REFRESH_TIMEOUT_S = 3.0
-REFRESH_PARALLEL = 64
 WATCH_PAUSE_S = 0.1
 """Changes are gathered this long before they are sent, so that a large fleet's loads come in batches."""
-GET_STATUS = "/fastchat_grpc.v1.GenerationService/GetStatus"
 
 _KINDS: Mapping[ChangeKind, Any] = {
     ChangeKind.ADDED: pb.WORKER_CHANGE_TYPE_ADDED,
@@ -50,7 +48,7 @@ class ControllerServicer(registry_pb2_grpc.ControllerServiceServicer):
     ) -> None:
         self._dispatcher = dispatcher
         self._registry = dispatcher.registry
-        self._pool = pool
+        self._refresh = Refresh(self._registry, pool)
         self._join_token = join_token
         self._networks = networks
         self._terms: LeaseTerms | None = None
@@ -156,26 +154,11 @@ class ControllerServicer(registry_pb2_grpc.ControllerServiceServicer):
 
     async def RefreshWorkers(self, request: pb.RefreshWorkersRequest, context: Context) -> pb.RefreshWorkersResponse:
         self._join_token.check(context.invocation_metadata())
-        places = asyncio.Semaphore(REFRESH_PARALLEL)
-        workers = self._registry.workers()
-        answers = await asyncio.gather(*(self._answers(worker, places) for worker in workers))
-        response = pb.RefreshWorkersResponse()
-        for worker, answers_now in zip(workers, answers, strict=True):
-            if answers_now:
-                response.live_worker_ids.append(worker.spec.worker_id)
-            else:
-                self._registry.drop(worker)
-                response.removed_worker_ids.append(worker.spec.worker_id)
-        return response
-
-    async def _answers(self, worker: Worker, places: asyncio.Semaphore) -> bool:
-        """Whether the process that registered answers at its address."""
-        async with places:
-            try:
-                raw = await self._pool.get(worker.spec.address).unary_unary(GET_STATUS)(b"", timeout=REFRESH_TIMEOUT_S)
-            except grpc.aio.AioRpcError:
-                return False
-        return generation_pb2.GetStatusResponse.FromString(raw).instance_id == worker.spec.instance_id
+        live, removed = await self._refresh.run()
+        return pb.RefreshWorkersResponse(
+            live_worker_ids=[worker.spec.worker_id for worker in live],
+            removed_worker_ids=[worker.spec.worker_id for worker in removed],
+        )
 
     def _confirm(self, terms: LeaseTerms) -> pb.HeartbeatResponse:
         """The answer to most heartbeats; built anew only when the terms change."""

@@ -94,13 +94,22 @@ class ChannelPool:
         """The channel to an address, opened if there is none."""
         pooled = self._channels.get(address)
         if pooled is None:
-            channel = open_channel(
-                address, self._tls, max_message_bytes=self._max_message_bytes, options=CHANNEL_OPTIONS
-            )
-            pooled = self._channels[address] = PooledChannel(address, channel)
+            pooled = self._channels[address] = PooledChannel(address, self._open(address))
             pooled.watcher = asyncio.create_task(self._watch(pooled))
         pooled.used_at = monotonic()
         return pooled
+
+    async def ask(self, address: str, method: str, request: bytes, timeout_s: float) -> bytes:
+        """One unary call, over the channel to the address or, where there is none, over one that is closed after it.
+
+        Raises AioRpcError.
+        """
+        pooled = self._channels.get(address)
+        if pooled is not None:
+            return bytes(await pooled.unary_unary(method)(request, timeout=timeout_s))
+        async with self._open(address) as channel:
+            call: Any = channel.unary_unary(method)
+            return bytes(await call(request, timeout=timeout_s))
 
     def forget(self, address: str) -> None:
         """Close the channel to a server that left, or was replaced by another, once its calls have ended."""
@@ -147,6 +156,9 @@ class ChannelPool:
             await pooled.channel.close()
         self._channels.clear()
         self._leaving.clear()
+
+    def _open(self, address: str) -> grpc.aio.Channel:
+        return open_channel(address, self._tls, max_message_bytes=self._max_message_bytes, options=CHANNEL_OPTIONS)
 
     def _retire(self, pooled: PooledChannel) -> None:
         self._stop_watching(pooled)

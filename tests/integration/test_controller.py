@@ -347,8 +347,9 @@ class TestRegistryService:
     ) -> None:
         worker = await start_worker(controllers=(controller.address,), worker_id="alive")
         await joined(controller, 1)
-        await stub.Register(registration(worker_id="dead", address="127.0.0.1:1"))
-        await stub.Register(registration(worker_id="impostor", instance_id="k", address=worker.address))
+        silent = {"check_heartbeat": False}  # nothing but asking tells of them
+        await stub.Register(registration(worker_id="dead", address="127.0.0.1:1", **silent))
+        await stub.Register(registration(worker_id="impostor", instance_id="k", address=worker.address, **silent))
         result = await stub.RefreshWorkers(pb.RefreshWorkersRequest())
         assert list(result.live_worker_ids) == ["alive"]
         assert list(result.removed_worker_ids) == ["dead", "impostor"]

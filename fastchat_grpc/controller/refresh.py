@@ -1,0 +1,87 @@
+"""Refresh: removes workers that are gone, at once and not at the end of their leases. Never one that lives.
+
+A worker is gone where its address refuses connections, leads nowhere, or is answered by another process.
+One that is slow, or that cannot be asked for want of something here (descriptors, a name server), stays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections.abc import Sequence
+
+import grpc
+
+from fastchat_grpc.config import split_address
+from fastchat_grpc.controller.fleet import Worker
+from fastchat_grpc.controller.registry import Registry
+from fastchat_grpc.rpc.pool import ChannelPool
+from fastchat_grpc.v1 import generation_pb2 as pb
+
+TIMEOUT_S = 3.0
+PARALLEL = 16
+"""Workers that are asked at once: each takes a descriptor meanwhile."""
+GET_STATUS = "/fastchat_grpc.v1.GenerationService/GetStatus"
+
+_GONE = frozenset({errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT, errno.EHOSTDOWN})
+
+
+class Refresh:
+    """Asks workers whether they are there."""
+
+    def __init__(self, registry: Registry, pool: ChannelPool) -> None:
+        self._registry = registry
+        self._pool = pool
+
+    async def run(self) -> tuple[Sequence[Worker], Sequence[Worker]]:
+        """Remove the workers that are gone. Returns those that stay and those that were removed, by id."""
+        places = asyncio.Semaphore(PARALLEL)
+        workers = list(self._registry.workers())
+        gone = await asyncio.gather(*(self._gone(worker, places) for worker in workers))
+        left = [worker for worker, is_gone in zip(workers, gone, strict=True) if is_gone]
+        for worker in left:
+            self._registry.drop(worker)
+        return [worker for worker, is_gone in zip(workers, gone, strict=True) if not is_gone], left
+
+    async def _gone(self, worker: Worker, places: asyncio.Semaphore) -> bool:
+        if self._fresh(worker):
+            return False
+        async with places:
+            asked_at = worker.heartbeat_at
+            gone = await self._asked(worker)
+        return gone and worker.heartbeat_at == asked_at  # a heartbeat meanwhile is proof enough
+
+    def _fresh(self, worker: Worker) -> bool:
+        """Whether its own heartbeats say that it lives, and nothing says otherwise."""
+        if not worker.spec.check_heartbeat or worker.health.recovering:
+            return False
+        return self._registry.heartbeat_age_s(worker) <= 1.5 * worker.terms.heartbeat_interval_s
+
+    async def _asked(self, worker: Worker) -> bool:
+        """Ask the process at the worker's address who it is; whether the worker is gone."""
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                if await _leads_nowhere(worker.spec.address):
+                    return True
+        except TimeoutError:
+            return True  # not even the kernel there answers
+        try:
+            raw = await self._pool.ask(worker.spec.address, GET_STATUS, b"", TIMEOUT_S)
+        except grpc.aio.AioRpcError:
+            return False  # somebody is there, and busy
+        return pb.GetStatusResponse.FromString(raw).instance_id != worker.spec.instance_id
+
+
+async def _leads_nowhere(address: str) -> bool:
+    """Whether nobody accepts connections at an address. A failure of this side's own is no evidence."""
+    host, port = split_address(address)
+    try:
+        _, writer = await asyncio.open_connection(host, port)
+    except socket.gaierror as error:
+        return error.errno == socket.EAI_NONAME
+    except OSError as error:
+        # Of several addresses behind a name, asyncio tells the failures in the message alone.
+        return error.errno in _GONE if error.errno is not None else "refused" in str(error)
+    writer.close()
+    return False
