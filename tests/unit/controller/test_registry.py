@@ -138,6 +138,37 @@ class TestLeases:
         assert len(fleet.registry._timers) <= 2
 
 
+class TestGrace:
+    def test_nobody_expires_while_all_heartbeats_come_late(self) -> None:
+        fleet = Fleet()
+        workers = [fleet.join(f"w{i:02}") for i in range(15)]  # no storm
+        for worker in workers[1:]:
+            fleet.wait(0.4)
+            fleet.registry.heartbeat(worker.lease_id, Load())  # sent long ago, read only now
+        fleet.wait(0.6)
+        assert "w00" in fleet.ids(), "its heartbeat waits like those of the others"
+        fleet.wait(1.5)
+        assert "w00" not in fleet.ids(), "but not for ever"
+
+    def test_one_heartbeat_in_time_ends_the_grace(self) -> None:
+        fleet = Fleet()
+        workers = [fleet.join(f"w{i}") for i in range(10)]
+        fleet.wait(5.9)
+        for worker in workers[1:]:
+            fleet.registry.heartbeat(worker.lease_id, Load())
+        fleet.registry.heartbeat(workers[1].lease_id, Load())
+        fleet.wait(0.2)
+        assert "w0" not in fleet.ids()
+
+    def test_the_grace_of_a_fleet_that_never_stops_coming_ends(self) -> None:
+        fleet = Fleet()
+        fleet.join("dead")
+        for i in range(30 * 15):
+            fleet.join(f"w{i}", check_heartbeat=False)
+            fleet.wait(1 / 15)
+        assert "dead" not in fleet.ids()
+
+
 class TestModels:
     def test_an_unknown_model_is_not_found(self, fleet: Fleet) -> None:
         fleet.join()
@@ -213,6 +244,19 @@ class TestTiers:
         fleet.registry.set_reachable(worker, True)
         assert ready(fleet) == ["a"]
 
+    def test_an_unreachable_worker_that_nobody_watches_is_ready_after_its_heartbeat(self, fleet: Fleet) -> None:
+        worker = fleet.join()
+        fleet.registry.set_reachable(worker, False)
+        fleet.wait(2)
+        fleet.registry.heartbeat(worker.lease_id, Load())
+        assert ready(fleet) == ["a"]
+
+    def test_an_unreachable_worker_is_tried_again_when_its_watch_ends(self, fleet: Fleet) -> None:
+        worker = fleet.join(check_heartbeat=False)
+        fleet.registry.set_reachable(worker, False)
+        fleet.registry.set_reachable(worker, None)
+        assert ready(fleet) == ["a"]
+
     def test_a_drained_worker_takes_nothing_new_and_keeps_its_lease(self, fleet: Fleet) -> None:
         worker = fleet.join()
         fleet.registry.drain("a", 3.0)
@@ -281,6 +325,21 @@ class TestBreaker:
         fleet.wait(2)
         assert ready(fleet) == ["a"]
 
+    def test_a_request_of_before_that_ends_well_does_not_close_it(self, fleet: Fleet) -> None:
+        worker = fleet.join(check_heartbeat=False)
+        old = fleet.registry.reserve(worker)
+        fleet.registry.failed(worker)
+        fleet.registry.failed(worker)
+        fleet.wait(2)
+        probe = fleet.registry.reserve(worker)
+        old.succeeded()
+        old.release()
+        assert ready(fleet) == [], "the probe has not ended"
+        probe.failed()
+        probe.release()
+        fleet.wait(2)
+        assert ready(fleet) == [], "twice the time"
+
     def test_heartbeats_do_not_close_it(self, fleet: Fleet) -> None:
         worker = fleet.join()
         fleet.registry.failed(worker)
@@ -325,6 +384,32 @@ class TestLoad:
             fleet.registry.count_pick(worker)
             fleet.wait(1)
         assert worker.reserved_count <= 3
+
+    def test_a_full_worker_without_heartbeats_is_picked_again_after_an_interval(self, fleet: Fleet) -> None:
+        worker = fleet.join(check_heartbeat=False, load=Load(max_running=4, max_waiting=2))
+        fleet.join("b", load=Load(running=3))
+        fleet.registry.full(worker)
+        assert worker.score == 6
+        fleet.wait(2)
+        assert worker.score == 0
+
+    def test_figures_that_make_no_sense_do_not_draw_requests(self, fleet: Fleet) -> None:
+        worker = fleet.join(load=Load(running=-1000, max_running=-4))
+        assert (worker.score, worker.load.running) == (0, 0)
+        fleet.registry.heartbeat(worker.lease_id, Load(waiting=-1000, kv_cache_usage=float("nan")))
+        assert (worker.score, worker.load.waiting, worker.load.kv_cache_usage) == (0, 0, 0)
+
+    def test_requests_of_a_gateway_whose_end_was_lost_are_forgotten_after_two_heartbeats(self, fleet: Fleet) -> None:
+        worker = fleet.join()
+        for _ in range(100):
+            fleet.registry.reserve(worker)
+        carried = fleet.registry.reserve(worker, lambda: None)
+        for _ in range(4):
+            fleet.wait(2)
+            fleet.registry.heartbeat(worker.lease_id, Load(running=1))
+        assert (worker.score, worker.reserved_count) == (1, 1)
+        carried.release()
+        assert worker.score == 0
 
     def test_a_full_worker_counts_as_full_until_its_next_heartbeat(self, fleet: Fleet) -> None:
         worker = fleet.join(load=Load(max_running=4, max_waiting=2))
