@@ -27,13 +27,15 @@ class FleetModel(NamedTuple):
 class Pool:
     """The workers of one model."""
 
-    __slots__ = ("_info", "count", "name", "replicas")
+    __slots__ = ("_info", "count", "entry", "name", "replicas")
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.replicas: list[Replicas] = []
         self.count = 0
         """Live workers."""
+        self.entry: FleetModel | None = None
+        """Its line of the catalogue; None: to be made anew."""
         self._info: ModelInfo | None = None
 
     @property
@@ -47,6 +49,16 @@ class Pool:
         if self._info is None:
             self._info = merge_models([replicas.models[self.name] for replicas in self.replicas])
         return self._info
+
+    def describe(self) -> FleetModel:
+        """Its line of the catalogue."""
+        self.entry = FleetModel(self.info, self.count)
+        return self.entry
+
+    def resize(self, by: int) -> None:
+        """So many workers more, or fewer."""
+        self.count += by
+        self.entry = None
 
     @property
     def pickable(self) -> bool:
@@ -78,11 +90,11 @@ class Pool:
 
     def add(self, replicas: Replicas) -> None:
         self.replicas.append(replicas)
-        self._info = None
+        self._info = self.entry = None
 
     def remove(self, replicas: Replicas) -> None:
         self.replicas.remove(replicas)
-        self._info = None
+        self._info = self.entry = None
 
 
 class Recent:
@@ -126,7 +138,7 @@ class Pools:
     def join(self, worker: Worker, replicas: Replicas) -> None:
         """Put a worker beside its replicas, by its tier."""
         for name in replicas.models:
-            self._pools[name].count += 1
+            self._pools[name].resize(1)
         self._catalogue = None
         replicas.members[worker] = None
         worker.replicas = replicas
@@ -151,7 +163,7 @@ class Pools:
             worker.index.discard(worker)
         del replicas.members[worker]
         for name in replicas.models:
-            self._pools[name].count -= 1
+            self._pools[name].resize(-1)
         self._catalogue = None
         if not replicas.members:
             self._end(replicas)
@@ -169,10 +181,8 @@ class Pools:
     def catalogue(self) -> Sequence[FleetModel]:
         """The models of live workers, by name. Made anew only when workers have come or gone."""
         if self._catalogue is None:
-            pools = self._pools
-            self._catalogue = tuple(
-                [FleetModel(pool.info, pool.count) for pool in map(pools.__getitem__, self.names())]
-            )
+            listed = map(self._pools.__getitem__, self.names())
+            self._catalogue = tuple([pool.entry or pool.describe() for pool in listed])
         return self._catalogue
 
     def find(self, model: str, young: bool = False) -> tuple[str, Pool]:

@@ -1,4 +1,4 @@
-"""What the registry and dispatch cost: 10,000 workers of 50 models, in process and over gRPC."""
+"""What the registry and dispatch cost: 10,000 workers of 50 models, in process and over gRPC; by size of the fleet."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from random import Random
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from tools.bench import scale
 from tools.bench.processes import Child, child, percentile, role, table
 
 NAME = "control-plane"
@@ -27,17 +28,21 @@ CLIENTS = 32
 
 
 def run(args: list[str]) -> dict[str, object]:
-    """All three parts; FastChat's where its environment is there (`--fastchat` makes it)."""
+    """All parts; FastChat's where its environment is there (`--fastchat` makes it)."""
     parser = argparse.ArgumentParser(prog="bench control-plane", description=HELP)
     parser.add_argument("--workers", type=int, default=10_000)
     parser.add_argument("--models", type=int, default=50)
     parser.add_argument("--calls", type=int, default=10_000, help="calls of each kind over gRPC")
+    parser.add_argument("--no-scale", action="store_true", help="leave the table by size of the fleet out")
     parser.add_argument("--bridge", action="store_true", help="follow the fleet for gateways, too")
     parser.add_argument("--fastchat", action="store_true", help="install FastChat into .venvs/fastchat if it is not")
     options = parser.parse_args(args)
     if options.fastchat:
         _install_fastchat()
-    result: dict[str, object] = {"in_process": _in_process(options), "over_grpc": _over_grpc(options)}
+    result: dict[str, object] = {"in_process": _in_process(options)}
+    if not options.no_scale:
+        result["scale"] = scale.run()
+    result["over_grpc"] = _over_grpc(options)
     if FASTCHAT.exists():
         result["fastchat"] = _fastchat()
     return result
@@ -64,6 +69,7 @@ def _in_process(options: argparse.Namespace) -> dict[str, object]:
         def pick(dispatcher: Dispatcher = dispatcher) -> None:
             dispatcher.pick(PickRequest(model=rng.choice(names), key=str(rng.random()))).release()
 
+        _times(pick, 1_000)  # a policy's index is made at its first pick
         rows[method.value] = _times(pick, 5_000)
     rows["heartbeat"] = _times(lambda: registry.heartbeat(rng.choice(workers).lease_id, Load(running=3)), 20_000)
     print(f"In process, {options.workers} workers of {options.models} models, microseconds:")
