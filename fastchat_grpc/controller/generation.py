@@ -25,6 +25,7 @@ from fastchat_grpc.core import (
 )
 from fastchat_grpc.errors import Draining
 from fastchat_grpc.rpc import convert
+from fastchat_grpc.rpc.border import parse_request
 from fastchat_grpc.v1 import generation_pb2 as pb
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -167,7 +168,7 @@ class GenerationServicer:
     def _relayed(self, name: str, kind: Any) -> Any:
         async def relayed(raw: bytes, context: Context) -> bytes:
             self._generation.check()
-            request = kind.FromString(raw)
+            request = parse_request(kind.FromString, raw)
             return await self._relay.call(f"/{SERVICE}/{name}", request.model, naming(request), caller_of(context))
 
         return relayed

@@ -1,4 +1,5 @@
-"""What every call passes through: keys are checked before a method runs, and errors become statuses after it.
+"""What every call passes through: keys and bounds are checked before a method runs, requests are parsed, and
+errors become statuses after it.
 
 The methods of a server are wrapped once, when they are added, and found by one look into a table. A server
 interceptor would do the same anew for each call, and cost it about a tenth of what an empty call costs.
@@ -9,20 +10,25 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing
-from typing import Any, TypeAlias
+from contextlib import aclosing, nullcontext
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 
-from fastchat_grpc.errors import BackendFailed, FastChatError
+from fastchat_grpc.errors import BackendFailed, FastChatError, InvalidArgument
+from fastchat_grpc.rpc.limits import CallBounds, CallLimits, Limit
 from fastchat_grpc.rpc.status import abort
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Admit = Callable[[str, Any], None]
 """Raises a FastChatError for a call that is not let in; gets its full method name and its metadata."""
+
+_UNCOUNTED = nullcontext()
 
 
 class Border(grpc.GenericRpcHandler):
@@ -33,8 +39,9 @@ class Border(grpc.GenericRpcHandler):
     may quote a prompt.
     """
 
-    def __init__(self, admit: Admit | None = None) -> None:
+    def __init__(self, admit: Admit | None = None, bounds: CallBounds | None = None) -> None:
         self._admit = admit
+        self._limits = CallLimits(bounds)
         self._methods: dict[str, Handler] = {}
         self._generic: list[grpc.GenericRpcHandler] = []
 
@@ -42,7 +49,7 @@ class Border(grpc.GenericRpcHandler):
         """Called by the generated `add_..._to_server`."""
         for name, handler in handlers.items():
             method = f"/{service}/{name}"
-            self._methods[method] = _guarded(handler, method)
+            self._methods[method] = _guarded(handler, method, self._limits)
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
         """Called by the generated `add_..._to_server`; stubs of old generators call nothing else."""
@@ -62,18 +69,43 @@ class Border(grpc.GenericRpcHandler):
     def _find(self, details: grpc.HandlerCallDetails) -> Handler | None:
         for generic in self._generic:
             if (handler := generic.service(details)) is not None:
-                self._methods[details.method] = guarded = _guarded(handler, details.method)
+                self._methods[details.method] = guarded = _guarded(handler, details.method, self._limits)
                 return guarded
         return None
 
 
-def _guarded(handler: Handler, method: str) -> Handler:
+def parse_request(deserialize: Callable[[bytes], T], raw: bytes) -> T:
+    """The message that a caller sent. Raises InvalidArgument for bytes that are none."""
+    try:
+        return deserialize(raw)
+    except DecodeError:
+        # Its message names the type alone; a traceback would say no more, and anybody could fill the log with them.
+        raise InvalidArgument("", "the request is not a message of this method's type") from None
+
+
+def _guarded(handler: Handler, method: str, limits: CallLimits) -> Handler:
     behaviors = (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
     behavior = next(behavior for behavior in behaviors if behavior is not None)
-    return _make(handler, (_guard_stream if handler.response_streaming else _guard_unary)(behavior, method))
+    parse = _parsing(handler)
+    guard = _guard_stream if handler.response_streaming else _guard_unary
+    # Requests are parsed by the guard: grpc would answer bytes that are no message with UNKNOWN, and log each.
+    return _make(handler, guard(behavior, method, parse, limits.of(method)), None)
 
 
-def _make(handler: Handler, behavior: Callable[..., Any]) -> Handler:
+def _parsing(handler: Handler) -> Callable[[Any], Any]:
+    """From what grpc hands over, bytes or an iterator of them, to messages."""
+    deserialize = handler.request_deserializer
+    if deserialize is None:
+        return lambda raw: raw
+
+    async def parsed(raws: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        async for raw in raws:
+            yield parse_request(deserialize, raw)
+
+    return parsed if handler.request_streaming else lambda raw: parse_request(deserialize, raw)
+
+
+def _make(handler: Handler, behavior: Callable[..., Any], deserialize: Callable[[bytes], Any] | None) -> Handler:
     """The same method with another behavior."""
     make = {
         (False, False): grpc.unary_unary_rpc_method_handler,
@@ -81,14 +113,17 @@ def _make(handler: Handler, behavior: Callable[..., Any]) -> Handler:
         (True, False): grpc.stream_unary_rpc_method_handler,
         (True, True): grpc.stream_stream_rpc_method_handler,
     }[handler.request_streaming, handler.response_streaming]
-    return make(behavior, handler.request_deserializer, handler.response_serializer)
+    return make(behavior, deserialize, handler.response_serializer)
 
 
-def _guard_unary(behavior: Callable[..., Any], method: str) -> Callable[[Any, Context], Awaitable[Any]]:
+def _guard_unary(
+    behavior: Callable[..., Any], method: str, parse: Callable[[Any], Any], limit: Limit | None
+) -> Callable[[Any, Context], Awaitable[Any]]:
     async def guarded(request: Any, context: Context) -> Any:
         try:
-            result = behavior(request, context)
-            return await result if isinstance(result, Awaitable) else result
+            with limit.call(context.peer()) if limit is not None else _UNCOUNTED:
+                result = behavior(parse(request), context)
+                return await result if isinstance(result, Awaitable) else result
         except grpc.aio.AbortError:
             raise
         except Exception as error:
@@ -97,20 +132,23 @@ def _guard_unary(behavior: Callable[..., Any], method: str) -> Callable[[Any, Co
     return guarded
 
 
-def _guard_stream(behavior: Callable[..., Any], method: str) -> Callable[[Any, Context], AsyncIterator[Any]]:
+def _guard_stream(
+    behavior: Callable[..., Any], method: str, parse: Callable[[Any], Any], limit: Limit | None
+) -> Callable[[Any, Context], AsyncIterator[Any]]:
     async def guarded(request: Any, context: Context) -> AsyncIterator[Any]:
         try:
-            responses = behavior(request, context)
-            if isinstance(
-                responses, Awaitable
-            ):  # a coroutine that writes to the context itself, as in grpc's own services
-                await responses
-                return
-            # A client that goes away closes this generator; the servicer's must be closed with it, not
-            # whenever the garbage collector finds it.
-            async with aclosing(responses):
-                async for response in responses:
-                    yield response
+            with limit.call(context.peer()) if limit is not None else _UNCOUNTED:
+                responses = behavior(parse(request), context)
+                if isinstance(
+                    responses, Awaitable
+                ):  # a coroutine that writes to the context itself, as in grpc's own services
+                    await responses
+                    return
+                # A client that goes away closes this generator; the servicer's must be closed with it, not
+                # whenever the garbage collector finds it.
+                async with aclosing(responses):
+                    async for response in responses:
+                        yield response
         except grpc.aio.AbortError:
             raise
         except Exception as error:
@@ -127,7 +165,7 @@ def _refusal(handler: Handler, error: FastChatError) -> Handler:
         await abort(context, error)
         yield  # type: ignore[unreachable]  # makes it a generator, as the method's shape asks
 
-    return _make(handler, refuse_stream if handler.response_streaming else refuse)
+    return _make(handler, refuse_stream if handler.response_streaming else refuse, None)
 
 
 def to_domain_error(error: Exception, method: str) -> FastChatError:

@@ -14,6 +14,7 @@ from fastchat_grpc.config import ListenConfig, join_address
 from fastchat_grpc.errors import ConfigError
 from fastchat_grpc.rpc.border import Admit, Border
 from fastchat_grpc.rpc.channels import SERVER_OPTIONS, server_credentials, size_options
+from fastchat_grpc.rpc.limits import MAX_STREAMS_PER_CONNECTION, CallBounds
 
 
 class RpcServer:
@@ -23,6 +24,7 @@ class RpcServer:
         listen: where to listen, TLS, and the bound on messages.
         services: for each service its full name and the function that adds it to a server.
         admit: decides which calls are let in; None: all.
+        bounds: how many calls may be open; None: the usual.
     """
 
     def __init__(
@@ -30,10 +32,11 @@ class RpcServer:
         listen: ListenConfig,
         services: Sequence[tuple[str, Callable[[Any], None]]],
         admit: Admit | None = None,
+        bounds: CallBounds | None = None,
     ) -> None:
         self._listen = listen
         self._names = [name for name, _ in services]
-        border = Border(admit)
+        border = Border(admit, bounds)
         for _, add in services:
             add(border)
         self._health = health.aio.HealthServicer()
@@ -41,7 +44,8 @@ class RpcServer:
         channelz_pb2_grpc.add_ChannelzServicer_to_server(channelz.aio.ChannelzServicer(), border)
         reflected = [*self._names, health.SERVICE_NAME, "grpc.channelz.v1.Channelz", reflection.SERVICE_NAME]
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(reflected), border)
-        self._server = grpc.aio.server(options=[*SERVER_OPTIONS, *size_options(listen.max_message_bytes)])
+        streams = ("grpc.max_concurrent_streams", MAX_STREAMS_PER_CONNECTION)
+        self._server = grpc.aio.server(options=[*SERVER_OPTIONS, streams, *size_options(listen.max_message_bytes)])
         self._server.add_generic_rpc_handlers((border,))
         self.port = listen.port
 

@@ -11,12 +11,16 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fastchat_grpc import errors
 from fastchat_grpc.client import AsyncClient, Client
+from fastchat_grpc.config import FailoverConfig
 from fastchat_grpc.core import ChatMessage, Completion, Delta, FinishReason, PromptEcho, WorkerState
 from fastchat_grpc.rpc import convert
 from fastchat_grpc.rpc.channels import open_channel
 from fastchat_grpc.v1 import generation_pb2, generation_pb2_grpc
 from fastchat_grpc.worker.app import WorkerApp
 from tests.conftest import StartWorker, echo_config, eventually, running_worker
+
+ONCE = FailoverConfig(max_attempts=1, max_resumes=0, wait_s=0)
+"""One attempt: what the worker itself answers."""
 
 
 async def test_a_prompt_is_streamed_back_in_deltas_and_one_completion(client: AsyncClient) -> None:
@@ -237,7 +241,7 @@ async def test_health_tells_serving_and_then_draining() -> None:
         request = health_pb2.HealthCheckRequest(service="fastchat_grpc.v1.GenerationService")
         watch = stub.Watch(request)
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
-        async with AsyncClient(app.address) as client:
+        async with AsyncClient(app.address, failover=ONCE) as client:
             running = asyncio.create_task(client.complete("x" * 20))
             await eventually(lambda: app._generation.admission.running == 1)
             stopping = asyncio.create_task(app.stop())
@@ -250,7 +254,7 @@ async def test_health_tells_serving_and_then_draining() -> None:
 
 async def test_what_does_not_end_in_time_is_evicted_as_unavailable(start_worker: StartWorker) -> None:
     app = await start_worker(options={"hang_after": "3"}, drain_timeout_s=0.2)
-    async with AsyncClient(app.address) as client:
+    async with AsyncClient(app.address, failover=ONCE) as client:
         events = client.generate("abcdef", stream_interval=1)
         await anext(events)
         stopping = asyncio.create_task(app.stop())
