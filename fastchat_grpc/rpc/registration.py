@@ -68,6 +68,7 @@ class Registration:
         load: reads the load, for registrations and heartbeats.
         on_drain: called with the time left, in seconds (None: the server's own), when the controller
             asks the server to drain.
+        on_undrain: called when the controller takes that back, once or several times.
         interval_s: overrides the heartbeat interval that the controller asks for, unless that would lose the lease.
         heartbeats: whether to send them; without, the server registers again whenever the controller was lost.
         metadata: sent with every call; carries the join token.
@@ -81,6 +82,7 @@ class Registration:
         describe: Callable[[], pb.RegisterRequest],
         load: Callable[[], Load],
         on_drain: Callable[[float | None], None] = lambda timeout_s: None,
+        on_undrain: Callable[[], None] = lambda: None,
         interval_s: float | None = None,
         heartbeats: bool = True,
         tls: TlsConfig | None = None,
@@ -92,6 +94,7 @@ class Registration:
         self._describe = describe
         self._load = load
         self._on_drain = on_drain
+        self._on_undrain = on_undrain
         self._interval_s = interval_s
         self._heartbeats = heartbeats
         self._tls = tls
@@ -250,6 +253,8 @@ class Registration:
             if response.HasField("drain"):
                 timed = response.drain.HasField("timeout")
                 self._on_drain(convert.seconds(response.drain.timeout) if timed else None)
+            elif response.undrain:
+                self._on_undrain()
             if self._pace.outgrown(self._connected_for):
                 return True
 

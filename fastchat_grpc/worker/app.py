@@ -173,6 +173,7 @@ class WorkerApp:
             describe=self._describe,
             load=self._monitor.load,
             on_drain=self._drain_ordered,
+            on_undrain=self._undrain_ordered,
             interval_s=self._config.heartbeat_interval_s,
             heartbeats=self._config.check_heartbeat,
             tls=self._config.controller_tls,

@@ -115,6 +115,25 @@ async def test_a_worker_whose_order_to_drain_is_withdrawn_opens_again(start_work
         await asyncio.wait_for(serving, 10)  # nothing runs, so the second order is carried out
 
 
+async def test_a_controller_takes_its_order_to_drain_back(start_worker: StartWorker) -> None:
+    async with running_controller() as controller, AsyncClient(controller.address) as client:
+        worker = await start_worker(
+            "m", controllers=(controller.address,), options={"delay_ms": "20"}, drain_timeout_s=30
+        )
+        serving = asyncio.create_task(worker.serve())
+        await eventually(lambda: worker.registered)
+        running = asyncio.create_task(client.complete("x" * 200, model="m"))
+        await eventually(lambda: worker._generation.admission.running == 1)
+        assert await client.drain_worker(worker.worker_id) == 1
+        await eventually(lambda: worker._monitor.load().state is WorkerState.DRAINING)
+        await client.undrain_worker(worker.worker_id)
+        await eventually(lambda: worker._monitor.load().state is WorkerState.SERVING)
+        assert (await client.complete("new", model="m")).text == "new"
+        assert (await running).text == "x" * 200
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+
+
 async def test_a_worker_that_a_signal_stops_does_not_open_again(start_worker: StartWorker) -> None:
     worker = await start_worker(drain_timeout_s=30)
     serving = asyncio.create_task(worker.serve())
