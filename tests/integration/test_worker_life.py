@@ -127,7 +127,8 @@ async def test_a_controller_takes_its_order_to_drain_back(start_worker: StartWor
         assert await client.drain_worker(worker.worker_id) == 1
         await eventually(lambda: worker._monitor.load().state is WorkerState.DRAINING)
         await client.undrain_worker(worker.worker_id)
-        await eventually(lambda: worker._monitor.load().state is WorkerState.SERVING)
+        (seen,) = controller.registry.workers()
+        await eventually(lambda: seen.load.state is WorkerState.SERVING)
         assert (await client.complete("new", model="m")).text == "new"
         assert (await running).text == "x" * 200
         serving.cancel()
