@@ -12,8 +12,8 @@ local PICKS = "envoy.filters.http.ext_authz"
 local VAGUE = {[""] = true, ["upstream request timeout"] = true, ["stream timeout"] = true,
   ["no healthy upstream"] = true}
 local OURS = {[408] = true, [413] = true}
--- gRPC servers refuse more than 8 KiB of headers, each counted with 32 bytes more, and some come on top of these.
-local MAX_HEADERS = 7000
+-- The services refuse more than 16 KiB of headers, each counted with 32 bytes more, and some come on top of these.
+local MAX_HEADERS = 14000
 local OVERHEAD = 32
 -- What stays of headers that are too large: what the services behind read, and what says how the body is to be read.
 local NEEDED = {["authorization"] = true, ["x-api-key"] = true, ["api-key"] = true, ["x-request-id"] = true,
@@ -102,7 +102,7 @@ local function is_json(content_type)
 end
 
 local function check_body(handle, headers, metadata)
-  local length = tonumber(headers:get("content-length"))
+  local length = tonumber(headers:get("content-length") or "")
   if length == 0 then return end
   if not is_json(headers:get("content-type") or "") then
     return refuse(handle, 415, MESSAGES[415], "content-type")
@@ -185,7 +185,7 @@ local function read_error(status, text, picked)
   if message ~= nil then
     reason = text:match('"reason":"([%u%d_]+)"')
     field = string_after(text, '"field":"')
-  elseif not VAGUE[text] then
+  elseif not VAGUE[text] and text:sub(1, 22) ~= "upstream connect error" then
     message = escape(text:sub(1, 300))
   end
   if misled(reason, picked) then return 503, MESSAGES.misled, nil, "no_live_worker" end
@@ -215,7 +215,7 @@ function envoy_on_response(handle)
   headers:remove("grpc-status")
   headers:remove("grpc-message")
   headers:remove("grpc-status-details-bin")
-  local status = tonumber(headers:get(":status"))
+  local status = tonumber(headers:get(":status") or "")
   local failed = status ~= nil and status >= 400
   if not failed and not ours["head"] then return end
   local body = handle:body(failed and not ours["head"])

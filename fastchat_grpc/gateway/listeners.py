@@ -59,8 +59,8 @@ def _listener(config: GatewayConfig, name: str, port: int, chain: Tree) -> Tree:
     return {
         "name": name,
         "address": socket_address(config.host, port),
-        # Whole requests are held here: for the picker, for the transcoder, and for a second try.
-        "per_connection_buffer_limit_bytes": config.max_body_bytes + 65_536,
+        # What one read may take. How much of a request is held, the routes say.
+        "per_connection_buffer_limit_bytes": 256 * 1024,
         "filter_chains": [chain],
     }
 

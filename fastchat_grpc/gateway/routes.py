@@ -30,6 +30,8 @@ READS = tuple(
 )
 """What callers may see of the fleet. Registration, picks and drains are for the controller's own address."""
 FORBIDDEN = "this method is not open through the gateway; call the controller's own address"
+BEFORE_KEY_BYTES = 64 * 1024
+"""So much of a body is held while its key is asked for; the rest is not read before the answer."""
 NO_PATH = "no such path; see the API's documentation"
 _CORS = "envoy.filters.http.cors"
 _GRPC = {"name": "content-type", "string_match": {"prefix": "application/grpc"}}
@@ -47,12 +49,13 @@ def virtual_host(config: GatewayConfig, node_id: str) -> Tree:
     routes.append(_refused(config, {"prefix": "/", "headers": [_GRPC]}, 404, NO_PATH))
     # An HTTP path, before the transcoder puts a method in its place or refuses it: a real route, since filters
     # pass over requests whose route is a direct response, that of CORS among them.
-    routes.append(_api(config, {"prefix": "/"}))
+    routes.append({**_api(config, {"prefix": "/"}), "request_body_buffer_limit": BEFORE_KEY_BYTES})
     return {
         "name": "all",
         "domains": ["*"],
         "typed_per_filter_config": {_CORS: _cors(config), **key_check_settings(config)},
         "response_headers_to_remove": ["grpc-accept-encoding"],
+        # Whole requests are held: for the picker, for the transcoder, and for a second try.
         "request_body_buffer_limit": config.max_body_bytes + 65_536,
         "routes": routes,
     }

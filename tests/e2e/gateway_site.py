@@ -24,6 +24,7 @@ from fastchat_grpc.controller.app import ControllerApp
 from fastchat_grpc.gateway.app import GatewayApp
 from fastchat_grpc.worker.app import WorkerApp
 from tests.conftest import echo_config, eventually
+from tests.e2e.processes import free_port
 
 KEY = "sk-a-secret-of-alice"
 KEYS = ApiKeyConfig(keys=(("alice", KEY),))
@@ -58,6 +59,10 @@ class Site:
         """Start one more worker and wait until the controllers know it."""
         settings.setdefault("drain_timeout_s", 0.0)
         addresses = tuple(controller.address for controller in self.controllers)
+        host = settings.pop("advertised_host", "")
+        if host:
+            settings["port"] = free_port()
+            settings["advertised_address"] = f"{host}:{settings['port']}"
         config = echo_config(model, controllers=addresses, **settings)
         if self.hop_tls is not None:
             config = replace(config, listen=replace(config.listen, tls=self.hop_tls), controller_tls=self.hop_tls)
@@ -148,8 +153,10 @@ LIMITS = httpx2.Limits(max_connections=None, max_keepalive_connections=20)
 
 
 @asynccontextmanager
-async def running_gateway(site: Site, mode: str = "direct", **settings: Any) -> AsyncIterator[GatewayApp]:
-    """An Envoy for a site."""
+async def running_gateway(
+    site: Site, mode: str = "direct", *, probe: bool = True, **settings: Any
+) -> AsyncIterator[GatewayApp]:
+    """An Envoy for a site. `probe`: wait until it is healthy."""
     settings.setdefault("drain_timeout_s", 0.0)
     settings.setdefault("concurrency", 1)
     settings.setdefault("port", 0)
@@ -165,10 +172,14 @@ async def running_gateway(site: Site, mode: str = "direct", **settings: Any) -> 
     )
     try:
         await app.start()
-        healthy = settings["upstream_tls"] == site.hop_tls
-        async with httpx2.AsyncClient(base_url=f"http://{app.address}", trust_env=False) as probe, asyncio.timeout(10):
-            while healthy and (await probe.get("/health")).status_code != 200:
-                await asyncio.sleep(0.02)
+        if probe and settings["upstream_tls"] == site.hop_tls:
+            await _until_healthy(app)
         yield app
     finally:
         await app.stop()
+
+
+async def _until_healthy(app: GatewayApp) -> None:
+    async with httpx2.AsyncClient(base_url=f"http://{app.address}", trust_env=False) as http, asyncio.timeout(10):
+        while (await http.get("/health")).status_code != 200:
+            await asyncio.sleep(0.02)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import ssl
 import struct
 import subprocess
@@ -15,6 +16,7 @@ import httpx2
 import pytest
 
 from fastchat_grpc.config import ApiKeyConfig, TlsConfig
+from fastchat_grpc.controller.envoy import names
 from fastchat_grpc.rpc.api_keys import key_line, new_key
 from fastchat_grpc.rpc.channels import open_channel
 from fastchat_grpc.v1 import generation_pb2 as pb
@@ -245,3 +247,44 @@ async def test_callers_can_be_asked_for_a_certificate(certificates: dict[str, Pa
         context.load_cert_chain(str(certificates["host"]), str(certificates["key"]))
         async with httpx2.AsyncClient(verify=context, trust_env=False) as member:
             assert (await member.get(url)).status_code == 200
+
+
+async def test_a_certificate_of_the_authority_is_not_enough(certificates: dict[str, Path]) -> None:
+    """It must be of the host that is connected to, or have a name that is asked for."""
+    mutual = TlsConfig(cert=certificates["host"], key=certificates["key"], ca=certificates["ca"])
+
+    async def status(site: Site, **settings: Any) -> int:
+        async with running_gateway(site, probe=False, **settings) as gateway:
+            async with httpx2.AsyncClient(trust_env=False) as client:
+                reply = await client.post(f"http://{gateway.address}/v1/chat/completions", json=CHAT)
+                return reply.status_code
+
+    async with running_site(hop_tls=mutual) as site:
+        assert await status(site, upstream_sans=("127.0.0.1",)) == 200
+        assert await status(site, upstream_sans=("other.example", "localhost")) == 200
+        assert await status(site, upstream_sans=("other.example", "spiffe://fleet/*")) == 503
+
+
+async def test_a_worker_that_is_known_by_a_name_must_have_a_certificate_of_it(
+    certificates: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutual = TlsConfig(cert=certificates["host"], key=certificates["key"], ca=certificates["ca"])
+
+    def addresses(host: str, port: int) -> list[tuple[int, str]]:
+        return [(socket.AF_INET, "127.0.0.1")]
+
+    monkeypatch.setattr(names, "_addresses", addresses)
+    async with running_site(hop_tls=mutual, workers=[]) as site:
+        for host, status in (("localhost", 200), ("another.example", 503)):
+            worker = await site.add_worker(host, advertised_host=host)
+            reply = await site.http.post("/v1/chat/completions", json={**CHAT, "model": host})
+            assert reply.status_code == status, reply.text
+            assert worker.registered
+
+
+async def test_with_tls_the_port_without_it_is_closed(certificates: dict[str, Path]) -> None:
+    front = TlsConfig(cert=certificates["host"], key=certificates["key"], ca=certificates["ca"])
+    async with running_site() as site:
+        async with running_gateway(site, probe=False, tls=front, tls_port=0, plaintext=False) as gateway:
+            assert gateway.address == ""
+            assert gateway.tls_address
