@@ -99,14 +99,14 @@ class PackedRunner:
         model: Any,
         shapes: Rows[Shape],
         activate: Callable[[str], None],
-        fast: bool,
+        native: Kernels | None,
     ) -> None:
         self._model = model
         self._activate = activate
         self.device: torch.device = model.get_input_embeddings().weight.device
         self._shapes = shapes
         on_cpu = all(dtype == torch.float32 and device.type == "cpu" for *_, dtype, device in self._shapes)
-        self._kernels = kernels() if on_cpu and fast else None
+        self._kernels = native if on_cpu else None
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
 
@@ -273,6 +273,8 @@ def make_packed_runner(
         model.set_attn_implementation(before)
         return None
     native = kernels() if fast else None
+    if native is not None and not (native.parallel or rough):
+        native = None  # torch's many threads are faster than our one
     undo = speed_up(model, native) if native is not None else None
     if undo is not None:
         try:
@@ -280,7 +282,8 @@ def make_packed_runner(
         except CannotPack as error:
             log.warning("the fast path for CPUs does not suit this model, and is left out: %s", error)
             undo()
-    return PackedRunner(model, probes[0].shapes, activate, fast)
+            native = None
+    return PackedRunner(model, probes[0].shapes, activate, native)
 
 
 def _probes(model: Any, context_length: int | None) -> list[Probe]:

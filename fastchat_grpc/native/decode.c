@@ -40,3 +40,19 @@ int decode(const Layer *const *layers, float *const *keys, float *const *values,
         if (decode_layer(layers[i], keys[i], values[i], x, singles)) return 1;
     return 0;
 }
+
+// Bytes of the structs that kernels.py mirrors: Shape, Product, Layer, Singles.
+void struct_sizes(int64_t *sizes) {
+    sizes[0] = sizeof(Shape);
+    sizes[1] = sizeof(Product);
+    sizes[2] = sizeof(Layer);
+    sizes[3] = sizeof(Singles);
+}
+
+int is_parallel(void) {
+    #ifdef _OPENMP
+    return 1;
+    #else
+    return 0;
+    #endif
+}

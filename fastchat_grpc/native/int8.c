@@ -5,7 +5,11 @@
 // How weights are kept depends on what the processor multiplies fast, and nobody else needs to know it: a layer is
 // packed here, in panels of some outputs.
 
+#ifdef _OPENMP
 #include <omp.h>
+#else
+#define omp_get_num_threads() 1
+#endif
 
 #include "decode.h"
 #include "rows.h"

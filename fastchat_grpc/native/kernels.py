@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
 import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +13,12 @@ from typing import Any
 
 import torch
 
-from fastchat_grpc.models.embedded import cache_root
+from fastchat_grpc.native.library import CannotCompile, find_compiler, load_library
 
 log = logging.getLogger(__name__)
 
 SWITCH = "FASTCHAT_GRPC_NATIVE"
 """Environment variable; 0 leaves the kernels out."""
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c11", "-shared", "-fPIC")
-COMPILE_TIMEOUT_S = 60
-FOLDER = Path(__file__).parent
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
@@ -42,6 +34,8 @@ _SIGNATURES = {
     "before_attention": (*[_POINTER] * 5, _INT),
     "after_attention": (*[_POINTER] * 4, _INT),
     "decode": (*[_POINTER] * 3, _INT, *[_POINTER] * 2),
+    "struct_sizes": (_POINTER,),
+    "is_parallel": (),
 }
 _MEMORY_FOR = dict.fromkeys(("attend_singles", "attend_piece"), "attention scores") | dict.fromkeys(
     ("multiply_int8", "before_attention", "after_attention", "decode"), "a layer's rows"
@@ -171,6 +165,15 @@ class DecodeKernel:
         return x
 
 
+def _compare_structs(library: ctypes.CDLL) -> None:
+    """Raise OSError where C lays its structs out otherwise than the mirrors of them here."""
+    mirrors = (_Shape, _Product, _Layer, _Singles)
+    sizes = (_INT * len(mirrors))()
+    library.struct_sizes(sizes)
+    if list(sizes) != [ctypes.sizeof(mirror) for mirror in mirrors]:
+        raise OSError(f"its structs have {list(sizes)} bytes, not {[ctypes.sizeof(mirror) for mirror in mirrors]}")
+
+
 def _pointers(addresses: Sequence[int]) -> Any:
     return (_POINTER * len(addresses))(*addresses)
 
@@ -198,6 +201,7 @@ class Kernels:
     """The compiled kernels, for float32 tensors on the CPU whose last dimension is contiguous."""
 
     def __init__(self, path: Path) -> None:
+        """Load the library. Raises OSError or AttributeError where it is not the one that this file describes."""
         library = ctypes.CDLL(str(path))
         for name, signature in _SIGNATURES.items():
             function = getattr(library, name)
@@ -205,6 +209,10 @@ class Kernels:
             if name in _MEMORY_FOR:
                 function.restype, function.errcheck = ctypes.c_int, _raise_without_memory
         library.int8_bytes.restype = _INT
+        library.is_parallel.restype = ctypes.c_int
+        _compare_structs(library)
+        self.parallel = bool(library.is_parallel())
+        """Whether they use several threads: not so by a compiler without OpenMP."""
         self._library = library
 
     def attend_singles(
@@ -329,44 +337,10 @@ def kernels() -> Kernels | None:
     """The kernels, compiled by the first call on a machine; None where that cannot be done."""
     if os.environ.get(SWITCH) == "0":
         return None
-    compiler = find_compiler()
     try:
-        source = b"".join(path.read_bytes() for path in sorted(FOLDER.glob("*.[ch]")))
-        # What -march=native means depends on the machine, and a home folder may be shared by several.
-        machine = platform.machine() + _cpu_flags()
-        name = hashlib.sha256(source + " ".join(FLAGS).encode() + machine.encode()).hexdigest()[:16]
-        path = cache_root() / "kernels" / f"{name}.so"
-        if not path.is_file():
-            if compiler is None:
-                log.info("no C compiler: the CPU kernels are left to torch")
-                return None
-            compile_kernels(compiler, path)
-        return Kernels(path)
-    except (OSError, subprocess.SubprocessError) as error:
-        log.warning("the CPU kernels cannot be compiled and are left to torch: %s", error)
+        return load_library(Kernels)
+    except CannotCompile as error:
+        # Without a compiler nothing is amiss.
+        level = logging.INFO if find_compiler() is None else logging.WARNING
+        log.log(level, "the CPU kernels are left to torch: %s", error)
         return None
-
-
-def find_compiler() -> str | None:
-    """A C compiler of this machine: $CC, or a usual name."""
-    return next((c for c in (os.environ.get("CC"), "cc", "gcc", "clang") if c and shutil.which(c)), None)
-
-
-def compile_kernels(compiler: str, path: Path, flags: Sequence[str] = FLAGS) -> None:
-    """Compile the C files into a shared library at `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        sources = map(str, sorted(FOLDER.glob("*.c")))
-        command = [compiler, *flags, *sources, "-o", str(made), "-lm"]
-        subprocess.run(command, check=True, timeout=COMPILE_TIMEOUT_S, capture_output=True)
-        # Renamed when whole, so that two starting workers do not meet half a file.
-        made.rename(path)
-
-
-def _cpu_flags() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")

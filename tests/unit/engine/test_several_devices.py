@@ -54,7 +54,7 @@ def runner() -> PackedRunner:
     step = WholeStep([4])
     with torch.inference_mode(), running(step), OneDevicePerOperation():
         model(input_ids=torch.tensor([prompt(4)]), use_cache=False)
-    return PackedRunner(model, [step.shapes[0], step.shapes[1]], lambda name: None, fast=True)
+    return PackedRunner(model, [step.shapes[0], step.shapes[1]], lambda name: None, None)
 
 
 def sequence(length: int, blocks: list[int]) -> Sequence:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import platform
+from typing import Any
 
 import pytest
 import torch
 
-from fastchat_grpc.models.quantization import Int8Linear
+from fastchat_grpc.models.detect import ModelKind
+from fastchat_grpc.models.quantization import Int8Linear, WrongProducts, quantize_int8
 from fastchat_grpc.native import kernels as native
 from fastchat_grpc.native.kernels import INT8_INPUTS, Kernels
+from fastchat_grpc.native.library import FLAGS, compile_library, find_compiler
 
 
 @pytest.fixture(scope="module", params=["native", "portable"])
@@ -22,11 +26,11 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         return found
     if platform.machine() != "x86_64":
         pytest.skip("elsewhere the portable code is the native one")
-    compiler = native.find_compiler()
+    compiler = find_compiler()
     if compiler is None:
         pytest.skip("no C compiler")
     path = tmp_path_factory.mktemp("kernels") / "portable.so"
-    native.compile_kernels(compiler, path, [flag for flag in native.FLAGS if flag != "-march=native"])
+    compile_library(compiler, path, [flag for flag in FLAGS if flag != "-march=native"])
     return Kernels(path)
 
 
@@ -127,3 +131,30 @@ def test_shapes_beyond_a_matrix_and_strided_inputs_are_taken(kernels: Kernels) -
 
 def test_a_matrix_of_zeros_stays_one(kernels: Kernels) -> None:
     assert Int8Linear(torch.zeros(32, 64), None, kernels)(torch.randn(3, 64)).eq(0).all()
+
+
+def test_a_layer_that_computes_something_else_is_no_layer_to_serve(kernels: Kernels, monkeypatch: Any) -> None:
+    """A compiler or processor that nobody tried may get it wrong: float32 says what is right."""
+    multiply = Kernels.multiply_int8
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(128, 96))
+    for wrong in (
+        lambda self, x, weights: multiply(self, x, weights).flip(1),
+        lambda self, x, weights: torch.full_like(multiply(self, x, weights), float("nan")),
+        # Right for a single row, and not from the fifth on.
+        lambda self, x, weights: multiply(self, x, weights) * (torch.arange(len(x)) < 4)[:, None],
+    ):
+        monkeypatch.setattr(Kernels, "multiply_int8", wrong)
+        with pytest.raises(WrongProducts, match=r"\(96, 128\) in 8 bits is off by"):
+            quantize_int8(copy.deepcopy(model), kernels)
+    monkeypatch.setattr(Kernels, "multiply_int8", multiply)
+    quantize_int8(model, kernels)
+
+
+def test_wrong_products_are_an_error_of_loading(kernels: Kernels, monkeypatch: Any) -> None:
+    from fastchat_grpc.models.cpu import Unsuitable, speed_up
+    from tests.unit.engine.tiny import tiny
+
+    monkeypatch.setattr(Kernels, "multiply_int8", lambda self, x, weights: torch.zeros(len(x), weights.outputs))
+    with pytest.raises(Unsuitable, match="off by 1"):
+        speed_up(tiny("llama"), ModelKind.DECODER, int8=True, avoid=frozenset())
