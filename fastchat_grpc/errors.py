@@ -83,11 +83,12 @@ class PromptTooLong(InvalidArgument):
 
     reason = "PROMPT_TOO_LONG"
 
-    def __init__(self, field: str, token_count: int, context_length: int) -> None:
+    def __init__(self, field: str, token_count: int, context_length: int, *, at_least: bool = False) -> None:
         super().__init__(
             field,
-            f"the prompt has {token_count} tokens, but the context of {context_length} tokens "
-            f"must hold the prompt and at least one new token; shorten the prompt or set truncate_prompt_tokens",
+            f"the prompt has {'at least ' if at_least else ''}{token_count} tokens, but the context of "
+            f"{context_length} tokens must hold the prompt and at least one new token; shorten the prompt or set "
+            "truncate_prompt_tokens",
             metadata={"prompt_token_count": str(token_count), "context_length": str(context_length)},
         )
         self.token_count = token_count

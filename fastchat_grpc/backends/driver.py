@@ -25,19 +25,17 @@ from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Protocol
 
+from fastchat_grpc.backends import lanes
 from fastchat_grpc.core import (
     INT64_MAX,
-    ChatPrompt,
     Completion,
     Delta,
     Event,
     FinishReason,
     GenerateRequest,
     Prompt,
-    TextPrompt,
     Timings,
     TokenLogprob,
-    TokenPrompt,
     TopLogprob,
 )
 from fastchat_grpc.errors import BackendFailed, FastChatError
@@ -48,10 +46,6 @@ from fastchat_grpc.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-LONG_PROMPT_CHARACTERS = 20_000
-"""Prompts longer than this are tokenized in a thread, as it takes milliseconds."""
-LONG_PROMPT_TOKENS = 5_000
-"""As many token ids are checked, or made text, in a thread."""
 _CHOICE_STRIDE = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: spreads successive indices over all seeds
 
 
@@ -288,16 +282,19 @@ def as_domain_error(error: Exception) -> FastChatError:
 
 async def prepare(tokenizer: Tokenizer, request: GenerateRequest, context_length: int) -> list[int]:
     """As `text.prompt.prepare`, off the event loop where the prompt is long."""
-    if _characters(request.prompt) < LONG_PROMPT_CHARACTERS:
-        return prompts.prepare(tokenizer, request, context_length)
-    return await asyncio.to_thread(prompts.prepare, tokenizer, request, context_length)
+    return await lanes.run(lanes.characters(request.prompt), prompts.prepare, tokenizer, request, context_length)
 
 
 async def tokenize(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """As `text.prompt.tokenize`, off the event loop where the prompt is long."""
-    if _characters(prompt) < LONG_PROMPT_CHARACTERS:
-        return prompts.tokenize(tokenizer, prompt)
-    return await asyncio.to_thread(prompts.tokenize, tokenizer, prompt)
+    return await lanes.run(lanes.characters(prompt), prompts.tokenize, tokenizer, prompt)
+
+
+async def detokenize(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
+    """Text of token ids, special tokens included; off the event loop where there are many."""
+    prompts.check_token_ids("token_ids", token_ids, tokenizer.vocabulary_size)
+    size = len(token_ids) * lanes.CHARACTERS_PER_TOKEN
+    return await lanes.run(size, tokenizer.decode, token_ids, keep_special_tokens=True)
 
 
 def token_logprob(
@@ -329,13 +326,3 @@ class Seeds:
     def choice_seed(request_seed: int, index: int) -> int:
         """The seed of one choice: the first has the request's, so that n does not change it."""
         return (request_seed + index * _CHOICE_STRIDE) & INT64_MAX
-
-
-def _characters(prompt: Prompt) -> int:
-    match prompt:
-        case TextPrompt(text):
-            return len(text)
-        case ChatPrompt() as chat:
-            return sum(len(message.content) if isinstance(message.content, str) else 1000 for message in chat.messages)
-        case TokenPrompt(token_ids):
-            return len(token_ids) * (LONG_PROMPT_CHARACTERS // LONG_PROMPT_TOKENS)

@@ -185,6 +185,7 @@ class EchoTokenizer:
     eos_token_ids = frozenset({EOS})
     special_token_ids = frozenset({EOS})
     decodes_bytes = True
+    longest_token = 1
     chat_template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:

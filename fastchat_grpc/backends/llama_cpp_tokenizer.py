@@ -50,6 +50,10 @@ class LlamaTokenizer:
         return self._exact
 
     @property
+    def longest_token(self) -> int | None:
+        return max(map(len, self._bytes)) if self._exact else None
+
+    @property
     def chat_template(self) -> str:
         return self._template.source
 

@@ -6,14 +6,13 @@ them, so counting, truncation, chat templates and refusals do not depend on the 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from fastchat_grpc.backends import driver
+from fastchat_grpc.backends import driver, lanes
 from fastchat_grpc.backends.capabilities import (
     TRAITS,
     Traits,
@@ -135,11 +134,7 @@ class ServedBackend:
 
     async def detokenize(self, model: str, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens included."""
-        tokenizer = self._served.tokenizer
-        prompts.check_token_ids("token_ids", token_ids, tokenizer.vocabulary_size)
-        if len(token_ids) < driver.LONG_PROMPT_TOKENS:
-            return tokenizer.decode(token_ids, keep_special_tokens=True)
-        return await asyncio.to_thread(tokenizer.decode, token_ids, keep_special_tokens=True)
+        return await driver.detokenize(self._served.tokenizer, token_ids)
 
     def chat_template(self, model: str) -> str:
         """The model's chat template (Jinja), or an empty string."""
@@ -156,7 +151,8 @@ class ServedBackend:
         )
 
     async def _embed_inputs(self, request: EmbedRequest) -> list[list[int]]:
-        return await asyncio.to_thread(self._served.embed_inputs, request, self._config.model.embed_truncate)
+        size = sum(map(len, request.inputs))
+        return await lanes.run(size, self._served.embed_inputs, request, self._config.model.embed_truncate)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

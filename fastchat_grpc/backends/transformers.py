@@ -10,7 +10,9 @@ from dataclasses import replace
 from time import monotonic
 from typing import TYPE_CHECKING
 
+from fastchat_grpc.backends import driver, lanes
 from fastchat_grpc.backends.base import BackendLoad
+from fastchat_grpc.backends.capabilities import TRAITS, refuse_unsupported
 from fastchat_grpc.config import BackendConfig, EngineConfig
 from fastchat_grpc.core import (
     Capability,
@@ -88,12 +90,17 @@ class TransformersBackend:
         built = self._engine
         request = self._resolve_adapter(built, request)
         _check(built, request)
-        token_ids = await asyncio.to_thread(
-            prompts.prepare, built.loaded.tokenizer, request, built.context_length, output_apart=built.output_apart
+        token_ids = await lanes.run(
+            lanes.characters(request.prompt),
+            prompts.prepare,
+            built.loaded.tokenizer,
+            request,
+            built.context_length,
+            output_apart=built.output_apart,
         )
         grammar = None
         if request.grammar is not None:
-            grammar = await asyncio.to_thread(built.grammars.compile, request.grammar)
+            grammar = await lanes.GRAMMARS.run(built.grammars.compile, request.grammar)
         events = EventQueue()
         running = built.engine.submit(request, token_ids, events, arrival=arrival, grammar=grammar)
         try:
@@ -106,7 +113,7 @@ class TransformersBackend:
         built = self._engine
         if Capability.EMBED not in built.capabilities:
             raise NotSupported(f"model {request.model} has no embeddings")
-        inputs = await asyncio.to_thread(self._embed_inputs, built, request)
+        inputs = await lanes.run(sum(map(len, request.inputs)), self._embed_inputs, built, request)
         adapter = request.model if request.model in built.loaded.adapters.names else ""
         future: Future[list[list[float]]] = Future()
         built.engine.run_job(built.embedder.pieces(inputs, request.normalize, adapter, future), future)
@@ -114,12 +121,10 @@ class TransformersBackend:
         return EmbedResult(embeddings=vectors, prompt_tokens=sum(map(len, inputs)))
 
     async def tokenize(self, model: str, prompt: Prompt) -> Sequence[int]:
-        return await asyncio.to_thread(prompts.tokenize, self._engine.loaded.tokenizer, prompt)
+        return await driver.tokenize(self._engine.loaded.tokenizer, prompt)
 
     async def detokenize(self, model: str, token_ids: Sequence[int]) -> str:
-        tokenizer = self._engine.loaded.tokenizer
-        prompts.check_token_ids("token_ids", token_ids, tokenizer.vocabulary_size)
-        return tokenizer.decode(token_ids, keep_special_tokens=True)
+        return await driver.detokenize(self._engine.loaded.tokenizer, token_ids)
 
     def chat_template(self, model: str) -> str:
         return self._engine.loaded.tokenizer.chat_template
@@ -179,6 +184,7 @@ class TransformersBackend:
 
 def _check(built: BuiltEngine, request: GenerateRequest) -> None:
     """Refuse what this model cannot do."""
+    refuse_unsupported(request, TRAITS["transformers"])
     if Capability.GENERATE not in built.capabilities:
         raise NotSupported(f"model {request.model} makes embeddings only")
     if isinstance(request.prompt, ChatPrompt) and not built.loaded.tokenizer.chat_template:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastchat_grpc.config import ModelConfig
 from fastchat_grpc.core import NO_DEFAULTS, SamplingDefaults
 from fastchat_grpc.errors import ModelLoadError
+from fastchat_grpc.models.architectures import generates, other_task
 from fastchat_grpc.models.generation_config import default_sampling, generation_config
 from fastchat_grpc.models.overrides import CHAT_TEMPLATES, override_for
 from fastchat_grpc.models.resolve import read_json
@@ -30,7 +31,6 @@ _CONTEXT_KEYS = (
 )
 DEFAULT_CONTEXT_LENGTH = 2048
 """Where a configuration names none (FastChat's default)."""
-_GENERATING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 class ModelKind(enum.Enum):
@@ -125,13 +125,18 @@ def _kind(config: Any, folder: Path) -> ModelKind:
         return ModelKind.EMBEDDING
     if "T5EncoderModel" in architectures:
         return ModelKind.EMBEDDING
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(config, "is_encoder_decoder", False) and other_task(architectures) is None:
         return ModelKind.ENCODER_DECODER
     remote = getattr(config, "auto_map", None) or {}
-    if "AutoModelForCausalLM" in remote or any(name.endswith(_GENERATING) for name in architectures):
+    if "AutoModelForCausalLM" in remote or generates(architectures):
         return ModelKind.DECODER
     if not architectures and _has_class("AutoModelForCausalLM", config) and not _bidirectional(config):
         return ModelKind.DECODER
+    if (other := other_task(architectures)) is not None:
+        raise ModelLoadError(
+            f"{folder} holds a {other}, a reranker or classifier or the like: models that make text or embeddings "
+            "are served, and these are not yet"
+        )
     return ModelKind.EMBEDDING
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,14 @@ class HuggingFaceTokenizer:
     @property
     def decodes_bytes(self) -> bool:
         return self._bytes.exact
+
+    @cached_property
+    def longest_token(self) -> int | None:
+        if self._core is None or not self._bytes.exact:
+            return None  # sentencepiece and WordPiece may drop blanks
+        longest = max(map(len, self._core.get_vocab()))
+        # Unicode normalization makes one character of up to 4.
+        return longest if self._core.normalizer is None else 4 * longest
 
     @property
     def chat_template(self) -> str:

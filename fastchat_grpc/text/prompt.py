@@ -9,14 +9,25 @@ from fastchat_grpc.errors import InvalidArgument, PromptTooLong
 from fastchat_grpc.text.tokenizer import Tokenizer
 
 
-def tokenize(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt. Raises InvalidArgument for ids outside the vocabulary or an empty result."""
+def tokenize(tokenizer: Tokenizer, prompt: Prompt, most: int | None = None) -> list[int]:
+    """Token ids of a prompt.
+
+    Args:
+        most: tokens of which there can be no more; a text that must have more is refused before it is tokenized.
+
+    Raises:
+        InvalidArgument: ids are outside the vocabulary, or there are none.
+        PromptTooLong: see `most`.
+    """
     match prompt:
         case TextPrompt(text):
+            _refuse_longer(tokenizer, text, most)
             token_ids = tokenizer.encode(text)
         case ChatPrompt() as chat:
             # The template writes the special tokens itself.
-            token_ids = tokenizer.encode(tokenizer.render_chat(chat), add_special_tokens=False)
+            text = tokenizer.render_chat(chat)
+            _refuse_longer(tokenizer, text, most)
+            token_ids = tokenizer.encode(text, add_special_tokens=False)
         case TokenPrompt(ids):
             check_token_ids("prompt_token_ids.ids", ids, tokenizer.vocabulary_size)
             token_ids = list(ids)
@@ -42,12 +53,22 @@ def prepare(
     check_token_ids("sampling.logit_bias", tuple(request.sampling.logit_bias), vocabulary_size)
     for choice in request.resume or ():
         check_token_ids("resume.choices.output_token_ids", choice.output_token_ids, vocabulary_size)
-    token_ids = tokenize(tokenizer, request.prompt)
+    most = context_length if request.truncate_prompt_tokens is None else None
+    token_ids = tokenize(tokenizer, request.prompt, most)
     if request.truncate_prompt_tokens is not None:
         token_ids = token_ids[-request.truncate_prompt_tokens :]
     if len(token_ids) >= context_length + output_apart:
         raise PromptTooLong("input", len(token_ids), context_length)
     return token_ids
+
+
+def _refuse_longer(tokenizer: Tokenizer, text: str, most: int | None) -> None:
+    """Raise PromptTooLong for a text of more than `most` tokens, where its length alone says so."""
+    if most is None or len(text) <= most:
+        return
+    longest = tokenizer.longest_token
+    if longest is not None and len(text) > most * longest:
+        raise PromptTooLong("input", -(-len(text) // longest), most, at_least=True)
 
 
 def echo(

@@ -32,6 +32,11 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def longest_token(self) -> int | None:
+        """Most characters of a text that one token can stand for; None: no limit, as where blanks are dropped."""
+        ...
+
+    @property
     def chat_template(self) -> str:
         """The chat template (Jinja), or an empty string."""
         ...

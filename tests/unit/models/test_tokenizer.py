@@ -280,3 +280,30 @@ def test_a_broken_tokenizer_file_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match=r"tokenizer of .* cannot be loaded") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@given(st.text(max_size=200))
+def test_no_token_stands_for_more_characters_than_the_longest(text: str) -> None:
+    """By this a text that cannot fit is refused without being tokenized, so it must never be too small."""
+    tokenizer = wrapped("byte level")
+    longest = tokenizer.longest_token
+    assert longest is not None
+    assert len(text) <= longest * len(tokenizer.encode(text))
+
+
+def test_where_text_may_vanish_there_is_no_longest_token() -> None:
+    for kind in ("sentencepiece", "wordpiece", "unigram"):
+        assert wrapped(kind).longest_token is None
+
+
+def test_unicode_that_is_normalized_counts_for_four() -> None:
+    from tokenizers import normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    core = byte_level_tokenizer()
+    plain = HuggingFaceTokenizer(PreTrainedTokenizerFast(tokenizer_object=byte_level_tokenizer())).longest_token
+    core.normalizer = normalizers.NFC()
+    tokenizer = HuggingFaceTokenizer(PreTrainedTokenizerFast(tokenizer_object=core))
+    assert tokenizer.longest_token == 4 * plain
+    accented = "e\u0301" * 400
+    assert len(accented) <= tokenizer.longest_token * len(tokenizer.encode(accented))
