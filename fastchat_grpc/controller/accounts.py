@@ -58,9 +58,7 @@ class Accounts:
         Args:
             on_trouble: given by those who carry the request themselves, and so are sure to see its end.
         """
-        probe = worker.health.begin_probe()
-        if probe:
-            self._settle(worker)
+        probe = worker.health.half_open and self._begin_probe(worker)
         mark = worker.ledger.reserve(on_trouble is not None)
         self._rescore(worker)
         reservation = Reservation(self, worker, on_trouble, mark, probe)
@@ -89,10 +87,7 @@ class Accounts:
             worker.ledger.forget_picks(now - worker.terms.heartbeat_interval_s)
         worker.ledger.picked(now)
         self._rescore(worker)
-        probe_ends = now + self._breaker_config.cooldown_s
-        if worker.health.begin_probe(probe_ends):
-            self._set_timer(worker, probe_ends)
-            self._settle(worker)
+        self._begin_probe(worker)
 
     def succeeded(self, reservation: Reservation) -> None:
         """A request has run to its end; called by `Reservation.succeeded` alone."""
@@ -140,6 +135,15 @@ class Accounts:
         self._settle(worker)
 
     # ------------------------------------------------------------------------------- inside
+
+    def _begin_probe(self, worker: Worker) -> bool:
+        """A request goes there: True if it is a probe. After the cooldown the next may go, ended or not."""
+        ends = self._clock() + self._breaker_config.cooldown_s
+        if not worker.health.begin_probe(ends):
+            return False
+        self._set_timer(worker, ends)
+        self._settle(worker)
+        return True
 
     def _settle(self, worker: Worker) -> bool:
         """Put a worker into the index that its health asks for; True if that changed."""

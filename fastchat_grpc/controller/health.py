@@ -83,6 +83,11 @@ class Health:
         return self._suspect_until is not None or self._unreachable_at is not None
 
     @property
+    def half_open(self) -> bool:
+        """Whether one request may go there, as a probe."""
+        return self._breaker is not None and self._breaker.state is BreakerState.HALF_OPEN
+
+    @property
     def tier(self) -> Tier:
         """Whether the worker is picked."""
         if self.drain is not None or self._suspect_until is not None or self._unreachable_at is not None:
@@ -183,13 +188,14 @@ class Health:
         self._probing = False
         return self._breaker.ready_at
 
-    def begin_probe(self, ends: float = math.inf) -> bool:
+    def begin_probe(self, ends: float) -> bool:
         """A request is sent there: True if it is the one probe of a half-open breaker.
 
         Args:
-            ends: when another probe may go, where nobody may tell how this one ended.
+            ends: when another probe may go, though this one has not ended: it may be a long request, or one
+                of which nobody tells.
         """
-        if self._breaker is None or self._breaker.state is not BreakerState.HALF_OPEN or self._probing:
+        if not self.half_open or self._probing:
             return False
         self._probing = True
         self._probe_ends = ends

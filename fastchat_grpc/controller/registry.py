@@ -65,6 +65,7 @@ class Registry(Accounts):
         self._replaced = Recent()
         self._policy = Leases(lease, clock())
         self._joined_at = -math.inf
+        self._young = True
 
     @property
     def terms(self) -> LeaseTerms:
@@ -74,7 +75,7 @@ class Registry(Accounts):
     @property
     def settled(self) -> bool:
         """Whether the registry is old enough to know what there is: until then, what it lacks may yet come."""
-        return self._clock() >= self._policy.settles_at
+        return not self._young or self._clock() >= self._policy.settles_at
 
     @property
     def serving(self) -> bool:
@@ -82,8 +83,11 @@ class Registry(Accounts):
         return self.settled or (len(self) > 0 and self._clock() - self._joined_at >= QUIET_S)
 
     def settle(self) -> None:
-        """The fleet is known to be whole: what is not here does not exist."""
-        self._policy.settles_at = self._clock()
+        """The fleet is known to be whole, or old enough: what is not here does not exist."""
+        self._young = False
+        for model in list(self._queues):
+            if self._pools.get(model) is None:
+                self.room.look_again(model)  # who waits for it shall hear that it is not there
 
     # ------------------------------------------------------------------------------- leases
 
@@ -152,6 +156,8 @@ class Registry(Accounts):
         if now - policy.looked_at > STALL_S:
             policy.stalled(now)
         policy.looked_at = now
+        if self._young and now >= policy.settles_at:
+            self.settle()
         while timers and timers[0][0] <= now:
             when, _, worker = heapq.heappop(timers)
             if worker.removed is None:
@@ -162,11 +168,11 @@ class Registry(Accounts):
 
     def pool(self, model: str) -> tuple[str, Pool]:
         """Name and pool of a model, and errors, as `Pools.find`."""
-        now = self.expire()
+        self.expire()
         pool = self._pools.get(model)
         if pool is not None:
             return model, pool
-        return self._pools.find(model, young=now < self._policy.settles_at)
+        return self._pools.find(model, young=self._young)
 
     def at(self, address: str) -> Collection[Worker]:
         """The live workers that advertise an address."""

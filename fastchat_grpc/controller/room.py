@@ -15,12 +15,13 @@ Fits = Callable[[Worker], bool]
 class _Waiter:
     """One request that waits. `worker` is set when it is woken: the one that has room."""
 
-    __slots__ = ("fits", "woken", "worker")
+    __slots__ = ("again", "fits", "woken", "worker")
 
     def __init__(self, fits: Fits | None) -> None:
         self.fits = fits
         self.woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.worker: Worker | None = None
+        self.again = False
 
 
 _Queue = OrderedDict[_Waiter, None]
@@ -59,7 +60,7 @@ class Room:
             async with asyncio.timeout(timeout_s):
                 await waiter.woken
         except TimeoutError:
-            return waiter.worker is not None
+            return waiter.worker is not None or waiter.again
         except asyncio.CancelledError:
             if waiter.worker is not None:
                 asyncio.get_running_loop().call_soon(self.freed, waiter.worker)  # its place goes to the next
@@ -79,9 +80,16 @@ class Room:
         for name in [name for name in queues if name in names or not name]:
             self._wake(queues[name], worker)
 
+    def look_again(self, model: str) -> None:
+        """Wake all who wait for a model: what is known of it has changed for good."""
+        for waiter in self.queues.get(model, ()):
+            waiter.again = True
+            if not waiter.woken.done():
+                waiter.woken.set_result(None)
+
     def _wake(self, queue: _Queue, worker: Worker) -> None:
         """Wake the first of a queue that the worker would do for, as many as it has room for."""
-        room = worker.ledger.room - self._coming[worker]
+        room = (1 if worker.health.half_open else worker.ledger.room) - self._coming[worker]
         first: list[_Waiter] = []
         for waiter in queue:
             if len(first) >= room:

@@ -14,7 +14,7 @@ from fastchat_grpc.backends import registry
 from fastchat_grpc.config import WorkerConfig
 from fastchat_grpc.core import WorkerState
 from fastchat_grpc.openai.servicer import OpenAIServicer
-from fastchat_grpc.rpc import convert
+from fastchat_grpc.rpc import convert, descriptors
 from fastchat_grpc.rpc.registration import Registration
 from fastchat_grpc.rpc.registrations import Registrations
 from fastchat_grpc.rpc.security import bearer
@@ -99,6 +99,7 @@ class WorkerApp:
 
     async def start(self) -> None:
         """Listen, load, then register: callers never meet a worker that cannot answer."""
+        descriptors.raise_limit()
         await self._listen()
         models = await self._backend.start()
         self._generation.open(models, self._admission())

@@ -69,7 +69,7 @@ def test_only_the_probe_closes_a_half_open_breaker(health: Health) -> None:
     assert health.failed(0.0) == 2.0
     health.on_time(2.0)
     assert health.tier is Tier.READY
-    assert health.begin_probe()
+    assert health.begin_probe(math.inf)
     assert not health.succeeded(2.5, probe=False), "a request of before the failures came to its end"
     assert health.tier is Tier.NONE
     assert health.succeeded(3.0, probe=True)
@@ -84,7 +84,7 @@ def test_a_worker_that_fails_each_probe_is_left_alone_for_longer_each_time(healt
     for _ in range(3):
         assert due is not None
         health.on_time(due)
-        assert health.begin_probe()
+        assert health.begin_probe(math.inf)
         again = health.failed(due)
         assert again is not None
         waits.append(again - due)

@@ -325,6 +325,23 @@ class TestBreaker:
         fleet.wait(2)
         assert ready(fleet) == ["a"]
 
+    def test_a_probe_that_takes_long_does_not_keep_others_out_for_long(self, fleet: Fleet) -> None:
+        worker = fleet.join(check_heartbeat=False)
+        fleet.registry.failed(worker)
+        fleet.registry.failed(worker)
+        fleet.wait(2)
+        long = fleet.registry.reserve(worker)
+        assert ready(fleet) == []
+        fleet.wait(2)
+        assert ready(fleet) == ["a"]
+        short = fleet.registry.reserve(worker)
+        assert ready(fleet) == []
+        short.succeeded()
+        short.release()
+        assert ready(fleet) == ["a"]
+        long.release()
+        assert ready(fleet) == ["a"]
+
     def test_a_request_of_before_that_ends_well_does_not_close_it(self, fleet: Fleet) -> None:
         worker = fleet.join(check_heartbeat=False)
         old = fleet.registry.reserve(worker)

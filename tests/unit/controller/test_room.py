@@ -167,6 +167,33 @@ async def test_a_place_whose_taker_has_left_goes_to_the_next(fleet: Fleet) -> No
     assert not fleet.registry.room._coming
 
 
+async def test_a_worker_that_may_be_probed_wakes_one(fleet: Fleet) -> None:
+    worker = fleet.join(load=Load(max_running=100))
+    for _ in range(20):
+        fleet.registry.failed(worker)
+    waiters = Waiters(fleet)
+    await waiters.add(10)
+    fleet.registry.heartbeat(worker.lease_id, Load(max_running=100))
+    fleet.wait(2.1)
+    await settle()
+    assert (len(waiters.served), waiters.woken) == (1, 1)
+    await waiters.close()
+
+
+async def test_who_waits_for_what_is_not_there_hears_so_when_the_fleet_is_whole() -> None:
+    fleet = Fleet(young=True)
+    fleet.join(models="here", load=Load(max_running=1, running=1))
+    for_nothing = asyncio.create_task(fleet.registry.room.wait("nothing", LONG_S))
+    for_room = asyncio.create_task(fleet.registry.room.wait("here", LONG_S))
+    await settle()
+    fleet.wait(4.1)
+    await settle()
+    assert for_nothing.done()
+    assert for_nothing.result()
+    assert not for_room.done()
+    for_room.cancel()
+
+
 async def test_patience_ends(fleet: Fleet) -> None:
     assert not await fleet.registry.room.wait("m", 0.01)
     assert len(fleet.registry.room) == 0
