@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 TICK_S = 0.25
 """Leases are looked at this often; a heartbeat or a pick looks, too."""
+YOUNG_TICK_S = 0.05
+"""The same while health says that requests had better go elsewhere: that shall end as soon as it may."""
 STOP_GRACE_S = 1.0
 DESCRIPTORS_PER_WORKER = 2
 """Its own connection, and the one to it."""
@@ -164,7 +166,7 @@ class ControllerApp:
 
     async def _tick(self) -> None:
         while True:
-            await asyncio.sleep(TICK_S)
+            await asyncio.sleep(TICK_S if self._serving else YOUNG_TICK_S)
             self.registry.expire()
             await self._tell_health()
 

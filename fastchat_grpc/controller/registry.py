@@ -31,7 +31,7 @@ from fastchat_grpc.controller.pools import FleetModel, Pool, Recent
 from fastchat_grpc.core import Load, WorkerState
 from fastchat_grpc.errors import FleetFull, InstanceReplaced, LeaseNotFound, WorkerNotFound
 
-QUIET_S = 0.25
+QUIET_S = 0.1
 """A young controller that has workers, and has not heard of a new one for this long, may be sent requests."""
 
 DEFAULT_LEASE = LeaseConfig()

@@ -49,9 +49,9 @@ def test_it_wants_requests_once_it_has_workers_and_no_more_come_just_now(fleet: 
     assert not fleet.registry.serving
     for worker_id in "abc":
         fleet.join(worker_id)
-        fleet.wait(0.2)
+        fleet.wait(0.08)
         assert not fleet.registry.serving
-    fleet.wait(0.1)
+    fleet.wait(0.03)
     assert fleet.registry.serving
     assert not fleet.registry.settled
 
