@@ -124,10 +124,7 @@ class Worker:
 
     def model(self, name: str) -> ModelInfo | None:
         """The model of that name, if it is served here."""
-        for model in self.spec.models:
-            if model.name == name:
-                return model
-        return None
+        return self.replicas.models.get(name) if self.replicas is not None else None
 
     def can(self, model: str, capability: Capability) -> bool:
         """Whether the worker's model has a capability."""
