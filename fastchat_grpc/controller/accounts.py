@@ -89,6 +89,14 @@ class Accounts:
         self._rescore(worker)
         self._begin_probe(worker)
 
+    def answered(self, reservation: Reservation) -> None:
+        """A probe has begun to answer; called by `Reservation.answered` alone.
+
+        That closes no breaker, but lets the next probe in: a generation may take minutes to succeed.
+        """
+        if reservation.worker.health.end_probe():
+            self._settle(reservation.worker)
+
     def succeeded(self, reservation: Reservation) -> None:
         """A request has run to its end; called by `Reservation.succeeded` alone."""
         if reservation.worker.health.succeeded(self._clock(), probe=reservation.probe):

@@ -199,6 +199,10 @@ class WorkerAttempt(Attempt[bytes]):
         spec = self.worker.spec  # an error of the transport does not say whose it is
         return WorkerUnavailable(f"worker {spec.worker_id} at {spec.address}: {error.message}")
 
+    def answered(self) -> None:
+        """See Attempt."""
+        self._reservation.answered()
+
     def succeeded(self) -> None:
         """See Attempt."""
         self._reservation.succeeded()
@@ -260,8 +264,6 @@ class Stranded:
     def on_change(self, change: Change) -> None:
         """A change of the registry."""
         if not self._attempts or change.kind not in (ChangeKind.ADDED, ChangeKind.STATE):
-            return
-        if change.worker.tier is not Tier.READY:
             return
         for attempt in list(self._attempts):
             if attempt.in_trouble:

@@ -186,6 +186,7 @@ class Keeper(Protocol):
     """Who keeps the books on reservations: the registry."""
 
     def release(self, reservation: Reservation) -> None: ...
+    def answered(self, reservation: Reservation) -> None: ...
     def succeeded(self, reservation: Reservation) -> None: ...
     def failed(self, worker: Worker) -> None: ...
     def suspect(self, worker: Worker) -> None: ...
@@ -228,6 +229,11 @@ class Reservation:
         if not self.released:
             self.released = True
             self._keeper.release(self)
+
+    def answered(self) -> None:
+        """The first of the answer has come."""
+        if self.probe:
+            self._keeper.answered(self)
 
     def succeeded(self) -> None:
         """The request has run to its good end: tell the worker's breaker. A first token is no end."""

@@ -267,6 +267,21 @@ class TestBeforeTheFirstEvent:
             assert (await client.complete("abc")).text == "abc"
             assert (await client.complete("abc")).text == "abc"
 
+    async def test_a_long_probe_keeps_nobody_out_once_it_answers(self, start_worker: StartWorker) -> None:
+        breaker = BreakerConfig(min_failures=3, cooldown_s=0.3)
+        async with running_controller(breaker=breaker) as controller, AsyncClient(controller.address) as client:
+            workers = await fleet_of(controller, start_worker, 1, options={"fail_after": "1", "delay_ms": "20"})
+            (worker,) = controller.registry.workers()
+            for _ in range(3):
+                with pytest.raises(errors.BackendFailed):
+                    await client.complete("abc")
+            workers[worker.spec.address]._backend._fail_after = 1e9  # type: ignore[attr-defined]
+            await eventually(lambda: worker.tier is Tier.READY)
+            async with aclosing(client.generate(TEXT, stream_interval=1)) as probe:
+                await anext(probe)
+                assert (await client.complete("abc")).text == "abc"
+                await anext(probe)  # it runs still
+
     async def test_unary_calls_move_on_too(
         self, controller: ControllerApp, client: AsyncClient, start_worker: StartWorker
     ) -> None:
