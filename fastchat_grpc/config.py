@@ -145,7 +145,7 @@ class FailoverConfig:
     max_cached_tokens: int = 262_144
     """Output tokens kept per request in order to resume it; a longer output breaks with its worker."""
     wait_s: float = 10.0
-    """Most time that a request waits, in all, for a worker to come back when every one of its model is gone."""
+    """Most time that a request waits, at each outage, for a worker to come back or to have room for it."""
     retry_ratio: float = 0.2
     """Retries allowed per request, on average, beside the reserve."""
     retry_reserve_per_s: float = 20.0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 
+from fastchat_grpc.backends.capabilities import TRAITS, Feature
 from fastchat_grpc.config import FailoverConfig
 from fastchat_grpc.rpc.plan import Outlook, Situation, Step, next_step
 from fastchat_grpc.rpc.retry import Verdict
@@ -83,3 +85,34 @@ def test_turned_off_resuming_ends_what_has_begun_however_it_ended() -> None:
 def test_nobody_waits_without_patience(last: Verdict | None, started: bool) -> None:
     for outlook in (COMING, OPEN, CLOSED):
         assert next_step(Situation(last=last, started=started, patience_s=0.0), outlook, LIMITS) is STOP
+
+
+def rows_after(heading: str) -> dict[str, tuple[str, ...]]:
+    """Rows of the first table of the page that begins with such a heading, by their first column."""
+    rows: dict[str, tuple[str, ...]] = {}
+    lines = iter((Path(__file__).parents[3] / "docs" / "failover.md").read_text().splitlines())
+    for line in lines:
+        if line.startswith(f"| {heading} |"):
+            break
+    next(lines)
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        first, *others = (cell.strip() for cell in line.strip("|").split("|"))
+        rows[first] = tuple(others)
+    return rows
+
+
+def test_the_documented_table_is_this_one() -> None:
+    documented = {name.partition(":")[0]: steps for name, steps in rows_after("last attempt").items()}
+    assert documented == {
+        "none yet" if last is None else last.value: tuple(step.value for step in steps) for last, steps in NEW.items()
+    }
+
+
+def test_the_documented_backends_can_what_they_declare() -> None:
+    features = (Feature.RESUME, Feature.RESUME_SEED, Feature.RESUME_STATE)
+    documented = rows_after("backend")
+    assert set(documented) == set(TRAITS) - {"multi"}
+    for name, cells in documented.items():
+        assert [cell != "no" for cell in cells] == [TRAITS[name].supports(feature) for feature in features], name
