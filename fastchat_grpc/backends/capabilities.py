@@ -253,7 +253,7 @@ TRAITS: Mapping[str, Traits] = MappingProxyType(
             refuses={Feature.IMAGES: "images are not supported by this backend"},
         ),
         "openvino": Traits(
-            summary="OpenVINO GenAI with continuous batching: the fastest here on Intel and AMD CPUs",
+            summary="OpenVINO GenAI with continuous batching, for Intel and AMD CPUs",
             extra="openvino",
             modules=("openvino_genai",),
             devices=("cpu", "xpu"),

@@ -36,6 +36,7 @@ from fastchat_grpc.core import EmbedRequest, EmbedResult, Event, GenerateRequest
 from fastchat_grpc.errors import ConfigError, ModelLoadError, WorkerUnavailable
 from fastchat_grpc.models.embedded import EMBEDDED_MODEL, embedded_gguf
 from fastchat_grpc.models.generation_config import default_sampling
+from fastchat_grpc.models.machine import cpu_count
 from fastchat_grpc.models.overrides import override_for
 from fastchat_grpc.models.resolve import resolve
 
@@ -318,11 +319,6 @@ def _default_sampling(llama: Any, model: Any) -> SamplingDefaults:
     """What the file says of sampling where a request chooses nothing; most files say nothing."""
     said = {name: _metadata(llama, model, f"general.sampling.{key}") for name, key in _SAMPLING_KEYS.items()}
     return default_sampling({name: text for name, text in said.items() if text})
-
-
-def cpu_count() -> int:
-    """Processors that this process may use. Not every system has affinities, macOS for one."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _metadata(llama: Any, model: Any, key: str) -> str:

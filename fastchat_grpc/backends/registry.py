@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import platform
-from dataclasses import replace
+import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -12,9 +12,14 @@ from fastchat_grpc.backends.base import Backend
 from fastchat_grpc.backends.capabilities import TRAITS
 from fastchat_grpc.config import BackendConfig
 from fastchat_grpc.errors import ConfigError
+from fastchat_grpc.models.quantization_plan import FASTEST
+
+logger = logging.getLogger(__name__)
 
 AUTO = "auto"
-"""Takes OpenVINO for an x86 CPU where it is installed, else transformers."""
+"""Takes the fastest that refuses nothing; see `choose`."""
+_GPU_ENGINES = ("vllm", "sglang")
+"""Faster than our own engine on an NVIDIA GPU, the fastest first."""
 
 
 def names() -> tuple[str, ...]:
@@ -25,7 +30,9 @@ def names() -> tuple[str, ...]:
 def create(config: BackendConfig) -> Backend:
     """Make the backend that `config` names. Raises ConfigError for an unknown name or a missing library."""
     if config.name == AUTO:
-        config = replace(config, name=best(config))
+        chosen = choose(config)
+        logger.info("backend %s: %s; --backend NAME takes another (fastchat-grpc backends)", chosen.name, chosen.reason)
+        config = chosen.applied(config)
     if ":" in config.name:
         return _create_own(config)
     if config.name not in TRAITS:
@@ -51,23 +58,56 @@ def _create_own(config: BackendConfig) -> Backend:
         raise ConfigError(f"--backend {config.name} cannot be imported: {error}") from error
 
 
-def best(config: BackendConfig) -> str:
-    """The backend that serves this model best on this machine, without loading anything."""
-    if _wants_openvino(config):
-        from fastchat_grpc.backends import openvino_model
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A backend, and why it."""
 
-        if openvino_model.can_load(config):
-            return "openvino"
-    return "transformers"
+    name: str
+    reason: str
+
+    def applied(self, config: BackendConfig) -> BackendConfig:
+        """The configuration with it. Our own engine may choose the precision too, where nobody has."""
+        model = config.model
+        if self.name == "transformers" and model.quantization is None and not model.load_8bit:
+            model = replace(model, quantization=FASTEST)
+        return replace(config, name=self.name, model=model)
 
 
-def _wants_openvino(config: BackendConfig) -> bool:
+def choose(config: BackendConfig) -> Chosen:
+    """The backend that serves this model best on this machine, without loading or fetching anything.
+
+    On a CPU: our own engine, the fastest there of those that honour every field of a request. With an NVIDIA GPU:
+    vLLM, then SGLang, where they are installed and can do what is asked of them. OpenVINO refuses logit biases,
+    alternatives' log probabilities and embeddings, so it serves only what nothing else reads.
+    """
+    path = Path(config.model.path).expanduser()
+    if (path / "openvino_model.xml").is_file():
+        return Chosen("openvino", "the folder holds a model in OpenVINO's own format")
+    if config.model.device in ("auto", "cuda") and _has_nvidia_gpu():
+        return _choose_for_gpu(config)
+    if path.suffix == ".gguf" and TRAITS["llama_cpp"].installed and not TRAITS["transformers"].installed:
+        return Chosen("llama_cpp", "it reads GGUF files")
+    if not TRAITS["transformers"].installed and TRAITS["openvino"].installed and config.model.device in ("auto", "cpu"):
+        return Chosen("openvino", "the engine that is installed here; fastchat-grpc[transformers] refuses nothing")
+    return Chosen("transformers", "our own engine, which refuses no field")
+
+
+def _choose_for_gpu(config: BackendConfig) -> Chosen:
+    for name in _GPU_ENGINES:
+        if TRAITS[name].installed and _suits_gpu_engine(config):
+            return Chosen(name, "the fastest engine installed here for an NVIDIA GPU")
+    hint = "fastchat-grpc[vllm] would be faster on this GPU" if _suits_gpu_engine(config) else "others lack a setting"
+    return Chosen("transformers", f"our own engine, which refuses no field; {hint}")
+
+
+def _suits_gpu_engine(config: BackendConfig) -> bool:
+    """Whether vLLM and SGLang read such a model, and have such settings. Options are an engine's own."""
     model = config.model
-    on_cpu = model.device == "cpu" or (model.device == "auto" and not _has_gpu())
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return on_cpu and x86 and TRAITS["openvino"].installed
+    own = model.load_8bit or model.cpu_offloading or model.max_gpu_memory is not None or bool(config.options)
+    own = own or model.quantization in ("int8", "bnb-8bit", "bnb-4bit", "none")
+    return not own and Path(model.path).suffix != ".gguf"
 
 
-def _has_gpu() -> bool:
-    """Whether there is an NVIDIA or AMD GPU, by its driver's device, so that no library need be loaded."""
-    return any(Path(device).exists() for device in ("/dev/nvidia0", "/dev/kfd"))
+def _has_nvidia_gpu() -> bool:
+    """By the driver's device, so that no library need be loaded."""
+    return Path("/dev/nvidia0").exists()

@@ -203,7 +203,7 @@ model_options = group(
     click.option("--num-gpus", type=int, default=1, show_default=True, help="GPUs to spread the model over."),
     click.option("--max-gpu-memory", help="Most memory of each GPU, such as 13GiB."),
     click.option("--load-8bit", is_flag=True, help="Load the weights in 8 bits."),
-    click.option("--quantization", help="Quantize on loading: int8, bnb-4bit, bnb-8bit, or none."),
+    click.option("--quantization", help="Quantize on loading: int8, bnb-4bit, bnb-8bit, fastest, or none."),
     click.option("--cpu-offloading", is_flag=True, help="Keep on the CPU what does not fit on the GPUs."),
     click.option("--lora", type=KeyValue(), multiple=True, help="LoRA adapter as name=folder; may be repeated."),
     click.option("--context-length", type=int, help="Use a shorter context than the model's own."),

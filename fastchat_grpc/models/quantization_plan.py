@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastchat_grpc.config import ModelConfig
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 INT8, BNB_8BIT, BNB_4BIT, NONE = "int8", "bnb-8bit", "bnb-4bit", "none"
+FASTEST = "fastest"
+"""8 bits where this processor computes with them faster than with float32, as measured; else as the model is."""
 ON_LOADING = (INT8, BNB_8BIT, BNB_4BIT, NONE)
 
 _PACKAGES = {
@@ -46,6 +49,8 @@ class QuantizationPlan:
     """For from_pretrained."""
     stored: bool = False
     """Whether the checkpoint itself is quantized."""
+    chosen: bool = False
+    """Whether it was chosen for speed (FASTEST), and is given up where it does not suit the model."""
 
     @property
     def own_layers(self) -> bool:
@@ -67,10 +72,13 @@ def plan_quantization(settings: ModelConfig, config: Any, device: torch.device) 
     wanted = _wanted(settings)
     stored = _stored_method(config)
     if stored:
-        if wanted not in (None, NONE, stored):
+        if wanted not in (None, NONE, FASTEST, stored):
             raise ModelLoadError(f"the checkpoint is quantized already ({stored}); leave out --quantization {wanted}")
         _check_stored(stored, device)
         return QuantizationPlan(method=stored, stored=True)
+    if wanted == FASTEST:
+        suits = device.type == "cpu" and settings.dtype == "auto" and not settings.lora_adapters
+        return QuantizationPlan(method=INT8, chosen=True) if suits and int8_is_fastest() else QuantizationPlan()
     if wanted is None:
         return QuantizationPlan()
     if wanted not in ON_LOADING:
@@ -84,6 +92,30 @@ def plan_quantization(settings: ModelConfig, config: Any, device: torch.device) 
     if wanted == INT8:
         _check_int8()
     return QuantizationPlan(method=wanted)
+
+
+def int8_is_fastest() -> bool:
+    """Whether our kernels run 8-bit weights on this processor faster than float32.
+
+    Measured: about twice as fast with AVX-512 VNNI and with AVX2, from 1 to 32 streams. The portable C of other
+    processors is slower than float32. Without a C compiler there are no kernels.
+    """
+    if not fast_instructions():
+        return False
+    from fastchat_grpc.native.kernels import kernels
+
+    return kernels() is not None
+
+
+def fast_instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Name of the instructions of this processor that 8-bit products are fast with, or an empty text."""
+    try:
+        flags = cpuinfo.read_text().partition("flags")[2].partition("\n")[0].split()
+    except OSError:
+        return ""
+    if {"avx512f", "avx512bw", "avx512_vnni"} <= set(flags):
+        return "AVX-512 VNNI"
+    return "AVX2" if {"avx2", "fma"} <= set(flags) else ""
 
 
 def _wanted(settings: ModelConfig) -> str | None:

@@ -44,6 +44,8 @@ class Target:
     options: Mapping[str, str] = field(default_factory=dict)
     exact: Mapping[str, object] = field(default_factory=dict)
     """Settings of the model with which it computes in float32, where it does not by itself."""
+    settings: Mapping[str, object] = field(default_factory=dict)
+    """Further settings of the model."""
     open: Callable[[], AbstractAsyncContextManager[dict[str, str]]] = _nothing
     """Starts what the backend talks to, and yields further options."""
     context_length: int = 512
@@ -65,6 +67,7 @@ class Target:
             "names": ("tested",),
             "context_length": self.context_length,
             "max_running": self.max_running,
+            **self.settings,
             **model,
         }
         return BackendConfig(name=self.name, model=ModelConfig(**fields), options={**self.options, **options})  # type: ignore[arg-type]
@@ -132,6 +135,7 @@ TARGETS = {
     for target in (
         Target(name="echo", model=lambda: "echo", options={"delay_ms": "1"}, real=False, batch_changes_text=False),
         Target(name="transformers", model=embedded_folder),
+        Target(name="transformers", label="transformers-8bit", model=embedded_folder, settings={"load_8bit": True}),
         Target(name="openvino", model=lambda: EMBEDDED_MODEL, options=EXACT),  # from its GGUF file, without an export
         Target(name="openvino", label="openvino-exported", model=embedded_folder, options=EXACT),
         Target(

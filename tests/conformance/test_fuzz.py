@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 import pytest
+import pytest_asyncio
 from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +20,7 @@ from fastchat_grpc.core import Completion, GenerateRequest
 from fastchat_grpc.errors import AdapterNotFound, FastChatError, InvalidArgument, NotSupported, OutOfMemory
 from tests.conformance.fuzz import requests, supported_part
 from tests.conformance.harness import Harness, empty, request, take
+from tests.conformance.targets import TARGETS, chosen
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -30,6 +33,27 @@ NEIGHBOUR = "1 2 3 4 5 6 7 8 9 10 11"
 REFUSALS = (InvalidArgument, AdapterNotFound, NotSupported, OutOfMemory)
 
 _undisturbed: dict[str, list[int] | str] = {}
+
+
+def _fuzzed() -> list[object]:
+    """The targets of this run, and the 8-bit kernels beside the model's own precision."""
+    targets = chosen()
+    eight_bits = TARGETS["transformers-8bit"]
+    if TARGETS["transformers"] in targets and eight_bits not in targets:
+        targets.append(eight_bits)
+    return [
+        pytest.param(target, id=target.label or target.name, marks=[pytest.mark.slow] if target.real else [])
+        for target in targets
+    ]
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session", params=_fuzzed())
+async def harness(request: pytest.FixtureRequest) -> AsyncIterator[Harness]:
+    """A started backend, as in the rest of the suite."""
+    harness = Harness(request.param)
+    await harness.open()
+    yield harness
+    await harness.close()
 
 
 async def neighbour(harness: Harness) -> list[int] | str:

@@ -228,17 +228,6 @@ def test_a_rewritten_file_has_the_same_weights_and_settings(
         assert np.abs(found - expected).max() <= error * np.abs(expected).max()
 
 
-def test_auto_takes_openvino_on_x86_where_it_can_load_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(registry, "_has_gpu", lambda: False)
-    assert registry.best(config("smollm2-135m-instruct")) == "openvino"
-    assert registry.best(config("smollm2-135m-instruct", device="cuda")) == "transformers"
-    monkeypatch.setattr(openvino_model, "_exporter", lambda config: None)
-    assert registry.best(config("owner/some-model")) == "transformers"
-    monkeypatch.setattr(registry.platform, "machine", lambda: "arm64")
-    assert registry.best(config("smollm2-135m-instruct")) == "transformers"
-
-
 def _tiny_folder(parent: Path) -> Path:
     """Files that look like a model to the checks before an export."""
     import numpy as np
