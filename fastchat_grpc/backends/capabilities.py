@@ -313,9 +313,14 @@ TRAITS: Mapping[str, Traits] = MappingProxyType(
             devices=("cuda",),
             formats=("Hugging Face",),
             refuses={
-                **no_grammars("lightllm"),
+                **dict.fromkeys(
+                    GRAMMARS.values(),
+                    "start LightLLM with --output_constraint_mode outlines (regular expressions) or xgrammar (JSON), "
+                    "and say so with --backend-option constraints",
+                ),
                 Feature.IMAGES: "images are not supported by this backend",
                 Feature.SEED: "LightLLM has no seeds",
+                Feature.LARK: "LightLLM has no Lark grammars",
                 Feature.MIN_P: "LightLLM has no min_p",
                 Feature.LOGIT_BIAS: "LightLLM has no logit_bias",
                 Feature.TOP_LOGPROBS: "LightLLM gives the chosen token's log probability only",

@@ -111,6 +111,11 @@ class Job:
         """Indices of the choices that want more tokens."""
         return tuple(self._open)
 
+    @property
+    def held_tokens(self) -> int:
+        """Tokens that the engine holds keys and values of, the prompt once."""
+        return len(self.prompt_ids) + sum(choice.token_count for choice in self._open.values()) if self._open else 0
+
     def prefix(self, index: int) -> list[int]:
         """What the engine continues for a choice: the prompt, and the output that another worker made of it."""
         return [*self.prompt_ids, *self.request.resumed_choice(index).output_token_ids]

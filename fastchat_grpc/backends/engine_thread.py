@@ -150,6 +150,11 @@ class EngineThread:
             self._waiting.pop(job, None)
         self._order(lambda: self._remove(sequence))
 
+    @property
+    def held_tokens(self) -> int:
+        """Tokens that the running requests hold keys and values of."""
+        return sum(job.held_tokens for job in {sequence.job for sequence in self._sequences.values()})
+
     async def call(self, function: Callable[[], T]) -> T:
         """Run a function in the thread, between two steps."""
         future: Future[T] = Future()

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from time import monotonic
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
 from fastchat_grpc.backends import driver
 from fastchat_grpc.backends.base import BackendLoad
-from fastchat_grpc.backends.capabilities import TRAITS
+from fastchat_grpc.backends.capabilities import TRAITS, Feature
 from fastchat_grpc.backends.driver import Job, Piece
 from fastchat_grpc.backends.served import ModelFolder, Served, ServedBackend, refuse_settings, whole_number
 from fastchat_grpc.config import BackendConfig
@@ -29,6 +30,8 @@ from fastchat_grpc.core import (
     Event,
     FinishReason,
     GenerateRequest,
+    Grammar,
+    GrammarKind,
     ModelInfo,
     SamplingParams,
 )
@@ -43,7 +46,11 @@ from fastchat_grpc.errors import (
 )
 from fastchat_grpc.text.tokenizer import Tokenizer
 
-OPTIONS = frozenset({"url", "timeout_s"})
+OPTIONS = frozenset({"url", "timeout_s", "constraints"})
+CONSTRAINTS: Mapping[str, tuple[Feature, ...]] = MappingProxyType(
+    {"none": (), "outlines": (Feature.REGEX,), "xgrammar": (Feature.JSON_OBJECT, Feature.JSON_SCHEMA)}
+)
+"""Grammars by the server's --output_constraint_mode, which it does not tell; without one it ignores them."""
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_MAX_RUNNING = 64
 CONNECT_TIMEOUT_S = 5.0
@@ -55,7 +62,8 @@ _FINISH_REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 def create(config: BackendConfig) -> LightllmBackend:
     """Make a LightLLM backend.
 
-    Options: `url` of the server, `timeout_s` without a token after which it counts as lost. `--model-path` is the
+    Options: `url` of the server, `timeout_s` without a token after which it counts as lost, `constraints` as the
+    server's --output_constraint_mode (none, outlines for regular expressions, xgrammar for JSON). `--model-path` is the
     folder that the server loaded; `--context-length` its --max_req_total_len where that is less than the model's.
     """
     config.refuse_unknown_options(OPTIONS)
@@ -76,6 +84,10 @@ class LightllmBackend(ServedBackend):
     def __init__(self, config: BackendConfig, url: str) -> None:
         super().__init__(config)
         self._url = url
+        mode = config.options.get("constraints", "none")
+        if mode not in CONSTRAINTS:
+            raise ConfigError(f"--backend-option constraints must be one of {', '.join(CONSTRAINTS)}, got {mode}")
+        self.traits = TRAITS["lightllm"].with_features(*CONSTRAINTS[mode])
         self._timeout_s = whole_number(config, "timeout_s", 120)
         self._max_running = config.model.max_running or DEFAULT_MAX_RUNNING
         self._http: Any = None
@@ -100,7 +112,8 @@ class LightllmBackend(ServedBackend):
             names=settings.served_names,
             tokenizer=tokenizer,
             context_length=folder.context(settings),
-            capabilities=TRAITS["lightllm"].capabilities(chat=bool(tokenizer.chat_template)),
+            capabilities=self.traits.capabilities(chat=bool(tokenizer.chat_template)),
+            traits=self.traits,
             default_sampling=folder.default_sampling,
         )
         return self._served_model.infos()
@@ -142,7 +155,11 @@ class LightllmBackend(ServedBackend):
         raise NotSupported("LightLLM has no embeddings")
 
     def load(self) -> BackendLoad:
-        return BackendLoad(max_running=self._max_running, processed_tokens=self._processed_tokens)
+        usage = 0.0
+        if self._served_model is not None:  # of what so many requests may grow to; the server's own is not known
+            held = sum(job.held_tokens for job in self._jobs)
+            usage = min(1.0, held / (self._max_running * self._served_model.context_length))
+        return BackendLoad(max_running=self._max_running, kv_cache_usage=usage, processed_tokens=self._processed_tokens)
 
     async def close(self) -> None:
         self._served_model = None
@@ -202,7 +219,16 @@ def parameters(job: Job, index: int) -> dict[str, Any]:
         "ignore_eos": stopping.ignore_eos,
         "add_special_tokens": False,
         "skip_special_tokens": False,
+        **_constraint(job.request.grammar),
     }
+
+
+def _constraint(grammar: Grammar | None) -> dict[str, str]:
+    if grammar is None:
+        return {}
+    if grammar.kind is GrammarKind.REGEX:
+        return {"regular_constraint": grammar.source}
+    return {"guided_json": '{"type": "object"}' if grammar.kind is GrammarKind.JSON_OBJECT else grammar.source}
 
 
 def _sampling(sampling: SamplingParams) -> dict[str, Any]:

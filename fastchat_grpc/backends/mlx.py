@@ -105,7 +105,11 @@ class MlxBackend(ServedBackend):
 
     def load(self) -> BackendLoad:
         processed = self._engine.processed_tokens if self._engine is not None else 0
-        return BackendLoad(max_running=self._limits.max_running, processed_tokens=processed)
+        most = self._limits.max_running
+        usage = 0.0
+        if self._thread is not None and self._served_model is not None:  # of what so many requests may grow to
+            usage = min(1.0, self._thread.held_tokens / (most * self._served_model.context_length))
+        return BackendLoad(max_running=most, kv_cache_usage=usage, processed_tokens=processed)
 
     async def close(self) -> None:
         thread, self._thread = self._thread, None

@@ -171,9 +171,7 @@ class ModelFolder:
         if path.is_file():
             raise ModelLoadError(f"the {backend} backend reads model folders, not GGUF files: {path}")
         config = read_json(path / "config.json")
-        text = config.get("text_config") or config
-        limit = text.get("max_position_embeddings") or text.get("n_positions")
-        return cls(path=path, config=config, context_length=int(limit) if limit else None)
+        return cls(path=path, config=config, context_length=stated_context(config.get("text_config") or config))
 
     def tokenizer(self, settings: ModelConfig, vocabulary_size: int | None = None) -> Tokenizer:
         """The folder's tokenizer, with its family's and the user's template and ends of output."""
@@ -210,6 +208,23 @@ class ModelFolder:
         if stated is None:
             return ()
         return tuple(stated) if isinstance(stated, list) else (int(stated),)
+
+
+_STRETCHED = ("linear", "dynamic", "yarn")
+
+
+def stated_context(config: Mapping[str, Any]) -> int | None:
+    """The context length by a model's configuration, as far as its scaling of positions stretches it; else None."""
+    limit = config.get("max_position_embeddings") or config.get("n_positions")
+    if not limit:
+        return None
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
+        return int(limit)  # one scaling per kind of layer: the configuration's own number counts
+    if (rope.get("rope_type") or rope.get("type")) not in _STRETCHED:
+        return int(limit)
+    original = int(rope.get("original_max_position_embeddings") or limit)
+    return max(int(limit), int(original * float(rope.get("factor") or 1)))
 
 
 def limited_context(own: int, wanted: int | None) -> int:

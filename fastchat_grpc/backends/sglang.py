@@ -64,6 +64,8 @@ class _Loaded:
     engine: Any
     """sglang.srt.entrypoints.engine.Engine"""
     served: Served
+    cache_tokens: int
+    """Tokens that its KV cache holds."""
 
 
 class SglangBackend(ServedBackend):
@@ -195,7 +197,13 @@ class SglangBackend(ServedBackend):
         return EmbedResult(embeddings=vectors, prompt_tokens=count)
 
     def load(self) -> BackendLoad:
-        return BackendLoad(max_running=self._max_running, processed_tokens=self._processed_tokens)
+        room = self._loaded.cache_tokens if self._loaded is not None else 0
+        held = sum(job.held_tokens for job in self._jobs)
+        return BackendLoad(
+            max_running=self._max_running,
+            kv_cache_usage=min(1.0, held / room) if room else 0.0,
+            processed_tokens=self._processed_tokens,
+        )
 
     async def close(self) -> None:
         loaded, self._loaded, self._served_model = self._loaded, None, None
@@ -252,7 +260,9 @@ class SglangBackend(ServedBackend):
             embedding_size=int(folder.config.get("hidden_size") or 0),
             default_sampling=folder.default_sampling,
         )
-        return _Loaded(engine, served)
+        told = getattr(engine, "scheduler_info", None) or {}
+        room = told.get("max_total_num_tokens") or self._max_running * served.context_length
+        return _Loaded(engine, served, int(room))
 
     def _seed(self, request: GenerateRequest, index: int) -> int | None:
         """A seed where the engine heeds it."""

@@ -19,6 +19,7 @@ from tests.unit.backends.folders import EOS, VOCABULARY_SIZE
 _PARAMETERS = {
     "do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "input_penalty", "max_new_tokens", "min_new_tokens", "ignore_eos", "add_special_tokens", "skip_special_tokens",
+    "regular_constraint", "guided_json",
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import pytest
 from fastchat_grpc.backends import lightllm
 from fastchat_grpc.backends.lightllm import LightllmBackend
 from fastchat_grpc.config import BackendConfig, ModelConfig
-from fastchat_grpc.core import EmbedRequest, FinishReason, ResumedChoice
+from fastchat_grpc.core import Capability, EmbedRequest, FinishReason, Grammar, GrammarKind, ResumedChoice
 from fastchat_grpc.errors import (
     ConfigError,
     InvalidArgument,
@@ -31,9 +31,9 @@ from tests.unit.backends.lightllm_stand_in import LightllmServer, lightllm_serve
 pytest.importorskip("httpx2")
 
 
-def make(folder: Path, url: str, **model: Any) -> LightllmBackend:
+def make(folder: Path, url: str, options: dict[str, str] | None = None, **model: Any) -> LightllmBackend:
     settings = ModelConfig(path=str(folder), names=("tested",), **model)
-    return lightllm.create(BackendConfig(name="lightllm", model=settings, options={"url": url}))
+    return lightllm.create(BackendConfig(name="lightllm", model=settings, options={"url": url, **(options or {})}))
 
 
 @pytest.fixture
@@ -108,6 +108,8 @@ async def test_penalties_of_the_output_do_not_count_the_prompt(
         ({"logprobs": 1}, "output.logprobs"),
         ({"logprobs": 0, "temperature": 0.7}, "output.logprobs"),
         ({"prompt_logprobs": 0}, "output.prompt_logprobs"),
+        ({"repetition_penalty": 0.9}, "sampling.repetition_penalty"),
+        ({"grammar": Grammar(GrammarKind.REGEX, "a")}, "structured_output.regex"),
     ],
 )
 async def test_what_it_cannot_honour_it_refuses_by_name(
@@ -117,6 +119,33 @@ async def test_what_it_cannot_honour_it_refuses_by_name(
         await ask(backend, request(**fields))
     assert raised.value.field == path
     assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "grammar", "sent"),
+    [
+        ("outlines", Grammar(GrammarKind.REGEX, "a|b"), {"regular_constraint": "a|b"}),
+        ("xgrammar", Grammar(GrammarKind.JSON_SCHEMA, "{}"), {"guided_json": "{}"}),
+        ("xgrammar", Grammar(GrammarKind.JSON_OBJECT), {"guided_json": '{"type": "object"}'}),
+        ("outlines", Grammar(GrammarKind.JSON_OBJECT), None),
+        ("xgrammar", Grammar(GrammarKind.LARK, 'start: "a"'), None),
+    ],
+)
+async def test_grammars_reach_a_server_that_was_started_for_them(
+    server: LightllmServer, model_folder: Path, mode: str, grammar: Grammar, sent: dict[str, str] | None
+) -> None:
+    backend = make(model_folder, server.url, {"constraints": mode})
+    (model,) = await backend.start()
+    try:
+        assert (Capability.STRUCTURED_OUTPUT in model.capabilities) == (mode == "xgrammar")
+        if sent is None:
+            with pytest.raises(UnsupportedField, match="structured_output"):
+                await ask(backend, request(grammar=grammar))
+        else:
+            await ask(backend, request(grammar=grammar))
+            assert sent.items() <= server.requests[0]["parameters"].items()
+    finally:
+        await backend.close()
 
 
 async def test_log_probabilities_of_the_chosen_tokens(backend: LightllmBackend) -> None:
