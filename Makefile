@@ -31,6 +31,9 @@ test-unit: setup  ## Run only the tests that need no sockets and no model
 test-backend: setup  ## Run the conformance suite on one backend: make test-backend NAME=openvino
 	@tools/test_backend.sh $(NAME) $(ARGS)
 
+fuzz: setup  ## Send a backend any request that the domain allows: make fuzz NAME=openvino ARGS=10000
+	@FUZZ_EXAMPLES=$(or $(ARGS),10000) tools/test_backend.sh $(NAME) -k test_fuzz --hypothesis-show-statistics
+
 test-clients: setup  ## Run the tests with LiteLLM and vLLM's benchmark client, in environments of their own
 	@for name in clients vllm; do \
 	    [ -f .venvs/$$name/.ready ] || { tools/envs/$$name.sh .venvs/$$name && touch .venvs/$$name/.ready; } || exit; \
@@ -61,4 +64,4 @@ soak: setup  ## Send 100,000 short requests and watch the memory: make soak ARGS
 clean:  ## Remove the virtual environments and what was built
 	rm -rf .venv .venvs build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis bench-results
 
-.PHONY: help setup demo serve test test-unit test-backend test-clients lint proto bench chaos soak clean
+.PHONY: help setup demo serve test test-unit test-backend fuzz test-clients lint proto bench chaos soak clean
