@@ -21,7 +21,14 @@ from fastchat_grpc.models.devices import (
     placement_arguments,
 )
 from fastchat_grpc.models.progress import loading_bars
-from fastchat_grpc.models.quantization_plan import FASTEST, INT8, QuantizationPlan, fast_instructions, plan_quantization
+from fastchat_grpc.models.quantization_plan import (
+    FASTEST,
+    INT8,
+    QuantizationPlan,
+    compile_meanwhile,
+    fast_instructions,
+    plan_quantization,
+)
 from fastchat_grpc.models.resolve import read_json, resolve
 from fastchat_grpc.models.tokenizer import HuggingFaceTokenizer, load_tokenizer
 
@@ -95,6 +102,8 @@ def load_model(settings: ModelConfig) -> LoadedModel:
     Raises:
         ModelLoadError: the model is missing, broken, too large, or not supported on this machine.
     """
+    if settings.quantization == FASTEST:
+        compile_meanwhile()
     source = resolve(settings.path, settings.revision)
     adapter_folders = _adapter_folders(source, settings)
     found = detect(source, settings)

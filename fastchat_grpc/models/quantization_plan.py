@@ -10,6 +10,7 @@ in the files    gptq, awq, compressed-tensors, bitsandbytes, fp8, ...: transform
 from __future__ import annotations
 
 import importlib.util
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,6 +95,15 @@ def plan_quantization(settings: ModelConfig, config: Any, device: torch.device) 
     return QuantizationPlan(method=wanted)
 
 
+_compiling = threading.Lock()
+
+
+def compile_meanwhile() -> None:
+    """Begin to compile the kernels that `int8_is_fastest` asks for: a machine's first start need not wait for them
+    after the model has been fetched and converted."""
+    threading.Thread(target=int8_is_fastest, name="kernels", daemon=True).start()
+
+
 def int8_is_fastest() -> bool:
     """Whether our kernels run 8-bit weights on this processor faster than float32.
 
@@ -104,7 +114,8 @@ def int8_is_fastest() -> bool:
         return False
     from fastchat_grpc.native.kernels import kernels
 
-    return kernels() is not None
+    with _compiling:
+        return kernels() is not None
 
 
 def fast_instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
