@@ -2,7 +2,8 @@
 
 OpenVINO GenAI compiles a grammar in the middle of a step, and one that does not compile leaves the
 pipeline unusable for every request. So each grammar first runs through a pipeline of its own, over a
-model with the real vocabulary and next to no weights; when that one breaks, another takes its place.
+model with the real vocabulary and next to no weights; when that one breaks, another takes its place. It runs in a
+process of its own (`openvino_grammar_process`), which also remembers what it was asked.
 """
 
 from __future__ import annotations
@@ -10,35 +11,24 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-KNOWN_GRAMMARS = 256
 _PLACE = re.compile(r"^.*?\.(cc|cpp|h|hpp):\d+:\s*")  # time and line of source before the compiler's message
 _HEAD_SIZE = 64  # the least that the attention kernel takes
 
 
 class GrammarCheck:
-    """Checks grammars for one tokenizer; remembers the last ones."""
+    """Checks grammars for one tokenizer."""
 
     def __init__(self, tokenizer: Any, model: str, vocabulary_size: int) -> None:
         self._tokenizer = tokenizer
         self._model = Path(model)
         self._vocabulary_size = vocabulary_size
         self._pipeline: Any = None
-        self._known: OrderedDict[tuple[str, str], str | None] = OrderedDict()
 
     def problem(self, grammar: tuple[str, str]) -> str | None:
         """Why a grammar (field of StructuredOutputConfig, and value) does not compile, or None."""
-        if grammar not in self._known:
-            self._known[grammar] = self._try(grammar)
-            if len(self._known) > KNOWN_GRAMMARS:
-                self._known.popitem(last=False)
-        self._known.move_to_end(grammar)
-        return self._known[grammar]
-
-    def _try(self, grammar: tuple[str, str]) -> str | None:
         import numpy as np
         import openvino
         import openvino_genai

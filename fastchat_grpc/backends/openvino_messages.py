@@ -11,7 +11,7 @@ import pickle
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from fastchat_grpc.backends.openvino_lora import LoraFile
 
@@ -84,14 +84,14 @@ class Step:
     cache_usage: float = 0.0
 
 
-def write_frame(stream: BinaryIO, message: object) -> None:
+def write_frame(stream: IO[bytes], message: object) -> None:
     """Send one message."""
     data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
     stream.write(HEADER.pack(len(data)) + data)
     stream.flush()
 
 
-def read_frames(stream: BinaryIO) -> Iterator[Any]:
+def read_frames(stream: IO[bytes]) -> Iterator[Any]:
     """Messages until the other side has closed."""
     while header := stream.read(HEADER.size):
         (length,) = HEADER.unpack(header)

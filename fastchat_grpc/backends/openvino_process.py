@@ -19,6 +19,7 @@ from time import monotonic
 from typing import Any, BinaryIO
 
 from fastchat_grpc.backends import openvino_graph, openvino_lora
+from fastchat_grpc.backends.openvino_grammar_process import GrammarLoad, GrammarProcess
 from fastchat_grpc.backends.openvino_messages import Add, Failed, Load, Loaded, Output, Step, read_frames, write_frame
 from fastchat_grpc.backends.openvino_quiet import forbid_telemetry
 
@@ -91,6 +92,14 @@ class Lane:
 _FINISH = {"STOP": "stop", "LENGTH": "length", "TOOL_CALL": "stop"}
 
 
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """Choices whose grammar has been compiled elsewhere, and why it cannot be, or None."""
+
+    choices: list[Add]
+    problem: str | None
+
+
 class Engine:
     """The lanes by adapter, "" being the base model, and the loop that steps them."""
 
@@ -104,11 +113,12 @@ class Engine:
         for name, adapter in adapters.items():
             with openvino_lora.wholly_applied(name):
                 self._lanes[name] = Lane(self._pipeline(load, tokenizer, adapter))
-        self._grammars = None
+        self._grammars: GrammarProcess | None = None
         if tokenizer is not None:
-            from fastchat_grpc.backends.openvino_grammar import GrammarCheck
-
-            self._grammars = GrammarCheck(tokenizer, load.model, load.vocabulary_size)
+            self._grammars = GrammarProcess(
+                GrammarLoad(vocabulary=load.vocabulary, model=load.model, vocabulary_size=load.vocabulary_size)
+            )
+        self._checking: set[int] = set()  # keys of choices whose grammar is being compiled
         self._processed_tokens = 0
 
     def _adapters(self, load: Load) -> dict[str, Any]:
@@ -153,21 +163,39 @@ class Engine:
             wait = False
             if message is None:
                 return False
-            if isinstance(message, int):
-                self._stop(message)
-            else:
-                for choice in message:
-                    try:
-                        self._add(choice, report)
-                    except Exception as error:  # the library raises RuntimeError for everything; others run on
-                        report.failed[choice.key] = _reason(error)
+            match message:
+                case int(key):
+                    self._stop(key)
+                case Checked(choices, problem):
+                    self._add_checked(choices, problem, report)
+                case choices if choices[0].grammar is not None and self._grammars is not None:
+                    self._check(choices, inbox)
+                case choices:
+                    self._add_all(choices, report)
+
+    def _check(self, choices: list[Add], inbox: queue.SimpleQueue[Any]) -> None:
+        """Have the grammar of one request's choices compiled elsewhere; they join afterwards, in one step."""
+        assert self._grammars is not None
+        assert choices[0].grammar is not None
+        self._checking |= {choice.key for choice in choices}
+        self._grammars.check(choices[0].grammar, lambda problem: inbox.put(Checked(choices, problem)))
+
+    def _add_checked(self, choices: list[Add], problem: str | None, report: Step) -> None:
+        wanted = [choice for choice in choices if choice.key in self._checking]  # the others were stopped meanwhile
+        self._checking -= {choice.key for choice in choices}
+        if problem is None:
+            self._add_all(wanted, report)
+        else:
+            report.refused |= {choice.key: problem for choice in wanted}
+
+    def _add_all(self, choices: list[Add], report: Step) -> None:
+        for choice in choices:
+            try:
+                self._add(choice, report)
+            except Exception as error:  # the library raises RuntimeError for everything; others run on
+                report.failed[choice.key] = _reason(error)
 
     def _add(self, message: Add, report: Step) -> None:
-        if message.grammar is not None and self._grammars is not None:
-            problem = self._grammars.problem(message.grammar)
-            if problem is not None:
-                report.refused[message.key] = problem
-                return
         lane = self._lanes[message.adapter]
         handle = lane.pipeline.add_request(message.key, _tensor(message.token_ids), self._config(message))
         lane.sequences[message.key] = Sequence(message.key, handle, len(message.token_ids))
@@ -184,6 +212,7 @@ class Engine:
         return config
 
     def _stop(self, key: int) -> None:
+        self._checking.discard(key)
         for lane in self._lanes.values():
             sequence = lane.sequences.pop(key, None)
             if sequence is not None:

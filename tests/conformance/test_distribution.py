@@ -121,7 +121,7 @@ def _expected(prompt: tuple[int, ...], fields: Mapping[str, float], length: int)
     return pairs
 
 
-def test_the_order_of_penalties_and_temperature_would_show() -> None:
+async def test_the_order_of_penalties_and_temperature_would_show() -> None:
     """The cases tell the right order from the other, in which penalties are weaker by the temperature."""
     logits = np.array([3.0, 2.0, 1.0])
     for fields in CASES:

@@ -83,7 +83,7 @@ def test_a_request_that_openvino_does_not_take_ends_alone(monkeypatch: pytest.Mo
     monkeypatch.setattr(openvino_process, "_tensor", tuple)
     engine = openvino_process.Engine.__new__(openvino_process.Engine)
     engine._lanes = {"": openvino_process.Lane(Pipeline())}
-    engine._grammars, engine._processed_tokens = None, 0
+    engine._grammars, engine._processed_tokens, engine._checking = None, 0, set()
     monkeypatch.setattr(engine, "_config", lambda message: None)
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     inbox.put([Add(key=key, token_ids=(1,), config={}) for key in (1, 2, 3)])

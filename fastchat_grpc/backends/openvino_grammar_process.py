@@ -1,0 +1,157 @@
+"""Another process beside OpenVINO's, in which grammars are compiled first (`python -m` this module).
+
+Compiling holds Python's lock, so in the engine's process a heavy grammar would hold up every stream, and one that
+the compiler does not survive would end them all. Here it ends, or takes too long, alone. The process starts with the
+first grammar. Frames as in `openvino_messages`: a GrammarLoad once, then grammars, each answered by a text or None.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import IO, Any
+
+from fastchat_grpc.backends.openvino_messages import read_frames, write_frame
+from fastchat_grpc.backends.openvino_quiet import forbid_telemetry
+
+MODULE = "fastchat_grpc.backends.openvino_grammar_process"
+COMPILE_TIMEOUT_S = 10.0
+START_TIMEOUT_S = 60.0
+KNOWN_GRAMMARS = 256
+Grammar = tuple[str, str]
+"""Field of StructuredOutputConfig, and its value."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrammarLoad:
+    """What the process needs of the model."""
+
+    vocabulary: str
+    model: str
+    vocabulary_size: int
+
+
+class GrammarProcess:
+    """Asks the process, and starts it anew where it died or took too long. Remembers the last answers.
+
+    `check` belongs to the thread of the engine; answers are given in a thread of this class.
+    """
+
+    def __init__(
+        self,
+        load: GrammarLoad,
+        command: tuple[str, ...] = (sys.executable, "-m", MODULE),
+        timeout_s: float = COMPILE_TIMEOUT_S,
+    ) -> None:
+        self._load = load
+        self._timeout_s = timeout_s
+        self._command = command
+        self._known: OrderedDict[Grammar, str | None] = OrderedDict()
+        self._asked: queue.SimpleQueue[tuple[Grammar, Callable[[str | None], None]]] = queue.SimpleQueue()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._thread: threading.Thread | None = None
+
+    def check(self, grammar: Grammar, answer: Callable[[str | None], None]) -> None:
+        """Say by `answer`, later and elsewhere, why a grammar does not compile, or None."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="grammars", daemon=True)
+            self._thread.start()
+        self._asked.put((grammar, answer))
+
+    def _work(self) -> None:
+        while True:
+            grammar, answer = self._asked.get()
+            if grammar not in self._known:
+                self._known[grammar] = self._ask(grammar)
+                if len(self._known) > KNOWN_GRAMMARS:
+                    self._known.popitem(last=False)
+            self._known.move_to_end(grammar)
+            answer(self._known[grammar])
+
+    def _ask(self, grammar: Grammar) -> str | None:
+        try:
+            child = self._child or self._start()
+        except (OSError, EOFError, pickle.UnpicklingError):
+            return "its compiler does not start"
+        assert child.stdin is not None
+        assert child.stdout is not None
+        too_slow = threading.Event()
+
+        def end() -> None:
+            too_slow.set()
+            child.kill()
+
+        alarm = threading.Timer(self._timeout_s, end)
+        alarm.start()
+        try:
+            write_frame(child.stdin, grammar)
+            answer: str | None = _next(child.stdout)
+        except (OSError, EOFError, pickle.UnpicklingError):
+            self._child = None
+            child.wait()
+            if too_slow.is_set():
+                return f"it takes longer than {self._timeout_s:g} s to compile"
+            return f"its compiler ended with status {child.returncode}"
+        finally:
+            alarm.cancel()
+        return answer
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        child = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert child.stdin is not None
+        assert child.stdout is not None
+        alarm = threading.Timer(START_TIMEOUT_S, child.kill)
+        alarm.start()
+        try:
+            write_frame(child.stdin, self._load)
+            _next(child.stdout)
+        except (OSError, EOFError, pickle.UnpicklingError):
+            child.kill()
+            child.wait()
+            raise
+        finally:
+            alarm.cancel()
+        self._child = child
+        return child
+
+
+def _next(stream: IO[bytes]) -> Any:
+    """The next message. Raises EOFError where the other side has ended."""
+    for message in read_frames(stream):
+        return message
+    raise EOFError
+
+
+def main() -> None:
+    """Answer until the input ends, as it does with the engine's process."""
+    forbid_telemetry()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    with suppress(BrokenPipeError):
+        frames = read_frames(sys.stdin.buffer)
+        load = next(frames, None)
+        if load is None:
+            return
+        import openvino_genai
+
+        from fastchat_grpc.backends.openvino_grammar import GrammarCheck
+
+        check = GrammarCheck(openvino_genai.Tokenizer(load.vocabulary), load.model, load.vocabulary_size)
+        check.problem(("regex", "a"))  # makes what every check needs
+        write_frame(out, "ready")
+        for grammar in frames:
+            write_frame(out, check.problem(grammar))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Grammars are compiled beside the engine: one that is heavy, or that the compiler does not survive, ends alone."""
+
+from __future__ import annotations
+
+import queue
+import sys
+from typing import Any
+
+import pytest
+
+from fastchat_grpc.backends import openvino_process
+from fastchat_grpc.backends.openvino_grammar_process import GrammarLoad, GrammarProcess
+from fastchat_grpc.backends.openvino_messages import Add, Step
+
+STAND_IN = """
+import os, sys, time
+from fastchat_grpc.backends.openvino_messages import read_frames, write_frame
+out = os.fdopen(os.dup(1), "wb")
+frames = read_frames(sys.stdin.buffer)
+next(frames)
+write_frame(out, "ready")
+for _, value in frames:
+    if value == "crash":
+        os.abort()
+    if value == "slow":
+        time.sleep(60)
+    write_frame(out, "wrong" if value == "(" else None)
+"""
+LOAD = GrammarLoad(vocabulary="v", model="m", vocabulary_size=9)
+
+
+@pytest.fixture
+def process() -> GrammarProcess:
+    return GrammarProcess(LOAD, (sys.executable, "-c", STAND_IN), timeout_s=5)
+
+
+def answer(process: GrammarProcess, value: str) -> str | None:
+    answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    process.check(("regex", value), answers.put)
+    return answers.get(timeout=60)
+
+
+def test_the_compilers_answer_comes_back_and_is_remembered(process: GrammarProcess) -> None:
+    assert answer(process, "a") is None
+    assert answer(process, "(") == "wrong"
+    assert process._child is not None
+    process._child.kill()
+    assert answer(process, "(") == "wrong"
+
+
+def test_a_grammar_that_ends_the_compiler_is_refused_and_the_next_is_compiled(process: GrammarProcess) -> None:
+    assert answer(process, "crash") == "its compiler ended with status -6"
+    assert answer(process, "a") is None
+
+
+def test_a_grammar_that_takes_too_long_is_refused_and_the_next_is_compiled(process: GrammarProcess) -> None:
+    assert answer(process, "slow") == "it takes longer than 5 s to compile"
+    assert answer(process, "a") is None
+
+
+def test_a_compiler_that_does_not_start_refuses_grammars_alone() -> None:
+    broken = GrammarProcess(LOAD, (sys.executable, "-c", "raise SystemExit(1)"))
+    assert answer(broken, "a") == "its compiler does not start"
+
+
+def test_choices_join_when_their_grammar_is_compiled_unless_they_were_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = openvino_process.Engine.__new__(openvino_process.Engine)
+    engine._checking = set()
+    asked: list[Any] = []
+
+    class Grammars:
+        def check(self, grammar: Any, answer: Any) -> None:
+            asked.append(answer)
+
+    engine._grammars = Grammars()  # type: ignore[assignment]
+    engine._lanes = {}
+    added: list[int] = []
+    monkeypatch.setattr(engine, "_add", lambda message, report: added.append(message.key))
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    report = Step()
+    choices = [Add(key=key, token_ids=(1,), config={}, grammar=("regex", "a")) for key in (1, 2, 3)]
+    inbox.put(choices)
+    inbox.put([Add(key=9, token_ids=(1,), config={})])
+    inbox.put(2)
+    assert engine._take(inbox, report, wait=False)
+    assert added == [9], "others do not wait for the compiler"
+    asked[0](None)
+    assert engine._take(inbox, report, wait=False)
+    assert added == [9, 1, 3]
+    inbox.put(choices)
+    engine._take(inbox, report, wait=False)
+    asked[1]("wrong")
+    engine._take(inbox, report, wait=False)
+    assert report.refused == {1: "wrong", 2: "wrong", 3: "wrong"}
