@@ -10,6 +10,7 @@ from fastchat_grpc.openai.call import Call
 from fastchat_grpc.openai.jsonio import dumps, dumps_scalar, quote
 from fastchat_grpc.openai.logprobs import completion_logprobs
 from fastchat_grpc.openai.tally import Tally
+from fastchat_grpc.text.offsets import TextOffsets
 
 
 class CompletionStream:
@@ -25,7 +26,7 @@ class CompletionStream:
         self._plain = not (call.reply.logprobs or call.reply.continuous_usage)
         self._plain_tail = b',"logprobs":null,"finish_reason":null}]' + self._no_usage + b"}" + sse.END
         self._heads: dict[int, bytes] = {}
-        self._offsets: dict[int, int] = {}
+        self._places: dict[int, TextOffsets] = {}
 
     def feed(self, event: Event, base: int = 0) -> bytes:
         """The chunks of an event; `base` is the index of the first choice of its prompt."""
@@ -57,9 +58,8 @@ class CompletionStream:
             return b""
         shown = b"null"
         if self._reply.logprobs:
-            offset = self._offsets.get(index, 0)
-            shown = dumps(completion_logprobs(logprobs, offset))
-            self._offsets[index] = offset + sum(len(entry.token) for entry in logprobs)
+            places = self._places.setdefault(index, TextOffsets())
+            shown = dumps(completion_logprobs(logprobs, text, places))
         tail = b',"logprobs":' + shown + b',"finish_reason":null}]' + self._usage() + b"}" + sse.END
         return self._chunk_head(index) + quote(text) + tail
 
@@ -123,10 +123,12 @@ class CompletionBody:
 
     def _render(self, index: int, choice: _Choice) -> dict[str, Any]:
         reason = choice.end.finish_reason if choice.end is not None else FinishReason.ABORT
+        text = "".join(choice.texts)
+        logprobs = completion_logprobs(choice.logprobs, text, TextOffsets()) if self._reply.logprobs else None
         return {
             "index": index,
-            "text": "".join(choice.texts),
-            "logprobs": completion_logprobs(choice.logprobs, 0) if self._reply.logprobs else None,
+            "text": text,
+            "logprobs": logprobs,
             "finish_reason": reason.value,
             "stop_reason": choice.end.matched if choice.end is not None else None,
         }

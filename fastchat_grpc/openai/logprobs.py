@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastchat_grpc.core import TokenLogprob, TopLogprob
+from fastchat_grpc.text.offsets import TextOffsets
 
 LEAST = -9999.0
 """Stands for minus infinity, which JSON cannot say (vLLM's value)."""
@@ -23,16 +24,19 @@ def _token(entry: TokenLogprob | TopLogprob) -> dict[str, Any]:
     return {"token": entry.token, "logprob": _finite(entry.logprob), "bytes": list(entry.token_bytes)}
 
 
-def completion_logprobs(entries: Iterable[TokenLogprob], offset: int) -> dict[str, Any]:
-    """Logprobs of a text choice: parallel lists. `offset` is the length of the choice's text before them."""
+def completion_logprobs(entries: Sequence[TokenLogprob], text: str, places: TextOffsets) -> dict[str, Any]:
+    """Logprobs of a text choice: parallel lists.
+
+    Args:
+        text: what came with them of the choice's text.
+        places: the choice's, which has seen all before.
+    """
     tokens: list[str] = []
     values: list[float | None] = []
     tops: list[dict[str, float] | None] = []
-    offsets: list[int] = []
+    offsets = places.feed(entries, text)
     for entry in entries:
         tokens.append(entry.token)
-        offsets.append(offset)
-        offset += len(entry.token)
         if entry.logprob is None:  # nothing comes before a prompt's first token
             values.append(None)
             tops.append(None)
