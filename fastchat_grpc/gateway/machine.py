@@ -1,12 +1,15 @@
-"""What this machine lets one process have: cores, memory, and a folder for a Unix socket."""
+"""What this machine lets one process have: cores, memory, ports, and a folder for a Unix socket."""
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import socket
 import tempfile
 from pathlib import Path
 
+from fastchat_grpc.config import join_address
 from fastchat_grpc.errors import ConfigError
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -44,6 +47,25 @@ def short_folder(socket_name: str) -> Path:
         except OSError as error:
             trouble = f"{parent}: {error.strerror or error}"
     raise ConfigError(f"no temporary folder for Envoy's files: set TMPDIR to a short path ({trouble})")
+
+
+def refuse_taken(host: str, port: int) -> None:
+    """Raise ConfigError where somebody listens on a port already: Envoy would share it with another Envoy."""
+    if port == 0:
+        return
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError:
+        return  # Envoy says what is wrong with the host
+    family, kind, protocol, _, address = found[0]
+    with socket.socket(family, kind, protocol) as probe:
+        # As Envoy does it, but for SO_REUSEPORT: connections of before that are being closed are no hindrance.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ConfigError(f"Envoy cannot listen on {join_address(host, port)}: the port is in use") from None
 
 
 def _quota(cgroup: Path) -> float | None:

@@ -16,7 +16,7 @@ from fastchat_grpc.config import GatewayConfig
 from fastchat_grpc.errors import ConfigError
 from fastchat_grpc.gateway.admin import Admin, AdminError
 from fastchat_grpc.gateway.binary import find_envoy
-from fastchat_grpc.gateway.machine import cores, short_folder
+from fastchat_grpc.gateway.machine import cores, refuse_taken, short_folder
 from fastchat_grpc.gateway.render import bootstrap
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,8 @@ class EnvoyProcess:
 
     async def start(self) -> None:
         """Start, and return when requests are taken. Raises ConfigError if Envoy refuses its configuration."""
+        for port in {self._config.port, self._config.tls_port if self._config.tls is not None else 0}:
+            refuse_taken(self._config.host, port)
         self._folder = short_folder("admin.sock")
         self._admin = Admin(self._folder / "admin.sock")
         settings = self._folder / "envoy.json"

@@ -229,6 +229,14 @@ async def test_a_taken_port_is_said_in_one_line() -> None:
         await app.stop()
 
 
+async def test_a_second_gateway_does_not_share_the_port_of_the_first() -> None:
+    async with running_site() as site:
+        port = int(site.gateway.address.rpartition(":")[2])
+        with pytest.raises(ConfigError, match="in use"):
+            await GatewayApp(GatewayConfig(port=port, controller_addresses=("127.0.0.1:1",))).start()
+        assert (await site.chat()).status_code == 200
+
+
 async def test_a_gateway_that_is_killed_takes_envoy_with_it() -> None:
     code = (
         "import asyncio, time\n"

@@ -16,6 +16,7 @@ from fastchat_grpc.gateway import http_lua
 from fastchat_grpc.gateway.binary import find_envoy
 from fastchat_grpc.gateway.render import bootstrap, render_config
 from fastchat_grpc.gateway.routes import PICKED
+from fastchat_grpc.rpc.http_errors import HTTP_STATUS
 
 DIRECT = GatewayConfig(node_id="n")
 CONFIGS = {
@@ -179,3 +180,8 @@ def test_a_bad_key_is_refused_without_being_shown(text: str) -> None:
         ApiKeyConfig.parse(text)
     assert "xyzzy" not in str(caught.value)
     assert "plugh" not in str(caught.value)
+
+
+def test_no_error_has_a_status_that_clients_send_again_in_vain() -> None:
+    again = {status for status in HTTP_STATUS.values() if status >= 500 or status == 429}
+    assert again == {429, 500, 503, 504}
