@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from time import monotonic, time_ns
 from typing import Any
 
@@ -104,6 +104,7 @@ class Endpoints(eds_pb2_grpc.EndpointDiscoveryServiceServicer):  # type: ignore[
         self._epoch = time_ns()
         self._version = 1
         self._places: Places = {}
+        self._hosts: dict[tuple[str, str], endpoint_components_pb2.LbEndpoint] = {}
         self._responses: dict[tuple[str, ...], discovery_pb2.DiscoveryResponse] = {}  # of this version
         self._advertised: dict[Worker, str] = {}
         self._dirty = asyncio.Event()
@@ -173,6 +174,8 @@ class Endpoints(eds_pb2_grpc.EndpointDiscoveryServiceServicer):  # type: ignore[
         places = self.names.places()
         if places != self._places:
             self._places = places
+            before = self._hosts
+            self._hosts = {item: before.get(item) or _endpoint(*item) for item in sorted(places.items())}
             self._responses.clear()
             self._version += 1
             for stream in self._streams:
@@ -217,7 +220,7 @@ class Endpoints(eds_pb2_grpc.EndpointDiscoveryServiceServicer):  # type: ignore[
         # Many gateways ask for the same.
         response = self._responses.get(stream.clusters)
         if response is None:
-            response = self._responses[stream.clusters] = _response(label, stream.clusters, self._places)
+            response = self._responses[stream.clusters] = _response(label, stream.clusters, self._hosts.values())
         return response
 
     async def _read(self, requests: AsyncIterator[discovery_pb2.DiscoveryRequest], stream: _Stream) -> None:
@@ -244,16 +247,14 @@ class Endpoints(eds_pb2_grpc.EndpointDiscoveryServiceServicer):  # type: ignore[
                     stream.wake.clear()
 
 
-def _response(version: str, clusters: tuple[str, ...], places: Places) -> discovery_pb2.DiscoveryResponse:
-    hosts = [_endpoint(place, places[place]) for place in sorted(places)]
+def _response(
+    version: str, clusters: tuple[str, ...], hosts: Iterable[endpoint_components_pb2.LbEndpoint]
+) -> discovery_pb2.DiscoveryResponse:
+    group = endpoint_components_pb2.LocalityLbEndpoints(lb_endpoints=hosts)
     response = discovery_pb2.DiscoveryResponse(version_info=version, type_url=TYPE_URL, nonce=version)
     for cluster in clusters:
         packed = any_pb2.Any()
-        packed.Pack(
-            endpoint_pb2.ClusterLoadAssignment(
-                cluster_name=cluster, endpoints=[endpoint_components_pb2.LocalityLbEndpoints(lb_endpoints=hosts)]
-            )
-        )
+        packed.Pack(endpoint_pb2.ClusterLoadAssignment(cluster_name=cluster, endpoints=[group]))
         response.resources.append(packed)
     return response
 

@@ -213,7 +213,14 @@ class Picker(external_auth_pb2_grpc.AuthorizationServicer):  # type: ignore[misc
 
 
 def _pick_request(asked: Asked, excluded: set[str]) -> PickRequest:
-    return PickRequest(model=asked.model, adapter=asked.adapter, key=asked.key, excluded=excluded)
+    return PickRequest(
+        model=asked.model,
+        adapter=asked.adapter,
+        key=asked.key,
+        needs=asked.needs,
+        fingerprint=asked.fingerprint,
+        excluded=excluded,
+    )
 
 
 def _header(name: str, value: str) -> base_pb2.HeaderValueOption:

@@ -18,8 +18,10 @@ from google.protobuf.message import DecodeError
 
 from fastchat_grpc.config import MAX_MESSAGE_BYTES
 from fastchat_grpc.controller.relay import AFFINITY_CHARACTERS
+from fastchat_grpc.core import Capability
 from fastchat_grpc.errors import InvalidArgument
 from fastchat_grpc.openai.jsonio import parse_object, type_name
+from fastchat_grpc.rpc.resume import continues, resume_needs
 from fastchat_grpc.v1 import generation_pb2 as pb
 
 SMALL_BYTES = 64 * 1024
@@ -48,12 +50,16 @@ class Asked(NamedTuple):
         adapter: name of a LoRA adapter that is given apart from the model.
         key: what prefix_affinity goes by, where it is asked for.
         stream: whether the answer comes in pieces.
+        needs: what the model must be able to do, where another server has begun the answer.
+        fingerprint: the model with which it has begun it.
     """
 
     model: str
     adapter: str = ""
     key: str = ""
     stream: bool = False
+    needs: frozenset[Capability] = frozenset()
+    fingerprint: str = ""
 
 
 async def read_request(
@@ -69,7 +75,15 @@ async def read_request(
         if path == _GENERATE:
             generate = pb.GenerateRequest.FromString(message)
             key = key_of(generate) if key_of is not None else ""
-            return Asked(generate.model, generate.lora_adapter, key, stream=True)
+            resumed = generate.HasField("resume")
+            return Asked(
+                generate.model,
+                generate.lora_adapter,
+                key,
+                stream=True,
+                needs=resume_needs(generate, continues=continues(generate.resume)) if resumed else frozenset(),
+                fingerprint=generate.resume.model_fingerprint if resumed else "",
+            )
         if path == _EMBED:
             return Asked(pb.EmbedRequest.FromString(message).model)
         if path.startswith(_OPENAI):

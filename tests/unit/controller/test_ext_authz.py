@@ -23,7 +23,7 @@ from fastchat_grpc.controller.fleet import Worker, WorkerSpec
 from fastchat_grpc.controller.health import Tier
 from fastchat_grpc.controller.registry import Registry
 from fastchat_grpc.controller.relay import Relay
-from fastchat_grpc.core import Load, ModelInfo
+from fastchat_grpc.core import Capability, Load, ModelInfo
 from fastchat_grpc.errors import (
     BackendFailed,
     Cancelled,
@@ -90,12 +90,19 @@ class Site:
         place = worker.spec.address
         return place if self.known is None or place in self.known else None
 
-    def add(self, number: int, model: str = "m", weight: float = 1.0, load: Load = FREE) -> Any:
+    def add(
+        self,
+        number: int,
+        model: str = "m",
+        weight: float = 1.0,
+        load: Load = FREE,
+        capabilities: frozenset[Capability] = frozenset(),
+    ) -> Any:
         spec = WorkerSpec(
             worker_id=f"w{number}",
             instance_id=f"i{number}",
             address=f"127.0.0.1:{5000 + number}",
-            models=(ModelInfo(name=model, context_length=10),),
+            models=(ModelInfo(name=model, context_length=10, capabilities=capabilities),),
             weight=weight,
         )
         return self.registry.register(spec, load)
@@ -296,6 +303,16 @@ async def test_the_key_alone_is_checked_where_nothing_else_is_asked() -> None:
     assert json.loads(response.denied_response.body)["error"]["code"] == "invalid_api_key"
     assert (await site.check(CHAT, b"", authorization=f"Bearer {KEY}")).status.code == 0
     assert worker.reserved_count == 0
+
+
+async def test_what_another_server_has_begun_goes_to_those_that_can_go_on_with_it(site: Site) -> None:
+    site.add(1)
+    request = pb.GenerateRequest(model="m", prompt="x")
+    assert places(await site.check(GENERATE, frame(request.SerializeToString()))) == ["127.0.0.1:5001"]
+    request.resume.choices.add(index=0, output_token_ids=[1, 2])
+    assert refused(await site.check(GENERATE, frame(request.SerializeToString())))[0] == 503
+    site.add(2, capabilities=frozenset({Capability.RESUME}))
+    assert places(await site.check(GENERATE, frame(request.SerializeToString()))) == ["127.0.0.1:5002"]
 
 
 # ------------------------------------------------------------------------------------ several controllers
