@@ -22,9 +22,6 @@ from fastchat_grpc.rpc.security import JoinToken
 
 Service = tuple[str, Callable[[grpc.aio.Server], None]]
 
-ENVOY_METHODS = tuple(f"/{module.SERVICE_NAME}/" for module in (ext_authz, eds, als))
-"""Prefixes of the methods that gateways call: they show the join token, not an API key."""
-
 
 class EnvoyServices:
     """The parts, wired. Serve `services`, `run` it beside the server, `close` it at the end.
