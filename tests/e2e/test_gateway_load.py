@@ -49,7 +49,8 @@ async def _caller(address: str, number: int, ends: float) -> int:
     host, _, port = address.rpartition(":")
     text = f"caller {number:03d} " * 4
     body = json.dumps({"model": "echo", "stream": True, "messages": [{"role": "user", "content": text}]})
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+    kind = "content-type: application/json"
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n{kind}\r\ncontent-length: {len(body)}\r\n\r\n"
     reader, writer = await asyncio.open_connection(host, int(port))
     done = 0
     try:

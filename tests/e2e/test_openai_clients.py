@@ -178,9 +178,11 @@ async def test_curl_streams_and_shows_errors(site: Site) -> None:
     shown = await curl(f"{site.url}/v1/chat/completions", "-H", "content-type: application/json", "-d", body)
     assert shown.count("data: ") >= 4
     assert shown.endswith("data: [DONE]\n\n")
-    # curl says application/x-www-form-urlencoded unless it is told otherwise
-    assert "hello" in await curl(f"{site.url}/v1/chat/completions", "-d", body.replace("true", "false"))
-    assert "invalid_request_error" in await curl(f"{site.url}/v1/chat/completions", "-d", "not json")
+    whole = body.replace("true", "false")
+    assert "hello" in await curl(f"{site.url}/v1/chat/completions", "--json", whole)
+    assert "invalid_request_error" in await curl(f"{site.url}/v1/chat/completions", "--json", "not json")
+    # curl says application/x-www-form-urlencoded unless it is told otherwise, as a page of the web would.
+    assert "must be application/json" in await curl(f"{site.url}/v1/chat/completions", "-d", whole)
 
 
 async def test_grpcurl_lists_describes_and_streams(site: Site) -> None:
