@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastchat_grpc.client import AsyncClient
-from tests.chaos.__main__ import backend_arguments
-from tests.chaos.fleet import ChaosFleet, Member
+from tests.chaos.fleet import ChaosFleet, Group, Member
 
 CALLERS = 32
 ROUNDS = 10
@@ -34,11 +33,12 @@ class Memory:
 
 async def soak(requests: int, log: Path) -> list[Memory]:
     """Send so many requests of one short text; raises if one of them fails or answers something else."""
-    fleet = ChaosFleet(controllers=1, workers=2, backend=backend_arguments(None, 0.0), log=log)
+    echo = Group(model="echo", workers=2, backend=["--backend", "echo", "--model-path", "echo"])
+    fleet = ChaosFleet(controllers=1, groups=[echo], log=log)
     rounds: list[list[float]] = []
     try:
         await fleet.start()
-        async with AsyncClient(fleet.controllers[0].address) as client:
+        async with AsyncClient(fleet.controller_addresses) as client:
             for _ in range(ROUNDS):
                 await _send(client, requests // ROUNDS)
                 rounds.append([_memory_mb(member) for member in fleet.members])

@@ -1,0 +1,112 @@
+"""What can happen to a fleet, and how it heals."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from random import Random
+
+from fastchat_grpc.client import AsyncClient
+from fastchat_grpc.errors import FastChatError
+from tests.chaos.fleet import ChaosFleet, Member
+
+Fault = Callable[[list[Member], float], Awaitable[None]]
+"""Does something to its victims, one after the other or all at once; the number from 0 to 1 says how badly."""
+
+
+class Faults:
+    """Draws faults, so that enough workers of each model and one controller stay live, but now and then none does."""
+
+    def __init__(self, fleet: ChaosFleet) -> None:
+        self._fleet = fleet
+
+    def draw(self, rng: Random) -> tuple[str, list[Member], Fault] | None:
+        """A fault, its victims, and how to do it; None where everybody has one."""
+        kinds: list[tuple[str, list[Member], Fault]] = []
+        for group in self._fleet.groups.values():
+            idle = [worker for worker in self._fleet.workers[group.model] if not worker.busy]
+            if len(idle) > group.live:
+                one = [rng.choice(idle)]
+                kinds += [
+                    ("kill", one, self._kill),
+                    ("freeze", one, self._freeze),
+                    ("restart", one, self._restart),
+                    ("drain", one, self._drain),
+                    ("packets dropped", one, self._drop),
+                    ("connections cut", one, self._cut),
+                ]
+        controllers = [controller for controller in self._fleet.controllers if not controller.busy]
+        if len(controllers) > 1:
+            one = [rng.choice(controllers)]
+            kinds += [
+                ("controller kill", one, self._kill),
+                ("packets of a controller dropped", one, self._drop),
+                ("all controllers restart", controllers, self._restart_together),
+            ]
+        if all(not member.busy for member in self._fleet.members):
+            kinds.append(("rolling restart", self._fleet.all_workers, self._roll))
+        return rng.choice(kinds) if kinds else None
+
+    async def _kill(self, victims: list[Member], luck: float) -> None:
+        for member in victims:
+            member.signal(signal.SIGKILL)
+        for member in victims:
+            await member.ended()
+        await asyncio.sleep(3.0 * luck)
+        for member in victims:
+            await member.start()
+
+    async def _restart_together(self, victims: list[Member], luck: float) -> None:
+        await self._kill(victims, luck / 10)
+
+    async def _freeze(self, victims: list[Member], luck: float) -> None:
+        (member,) = victims
+        member.signal(signal.SIGSTOP)
+        await asyncio.sleep(1.0 + 11.0 * luck)
+        member.signal(signal.SIGCONT)
+
+    async def _restart(self, victims: list[Member], luck: float) -> None:
+        (member,) = victims
+        member.signal(signal.SIGTERM)
+        await member.ended()
+        await member.start()
+
+    async def _drop(self, victims: list[Member], luck: float) -> None:
+        """Connections stay and carry nothing."""
+        (member,) = victims
+        assert member.proxy is not None
+        member.proxy.drop()
+        await asyncio.sleep(1.0 + 9.0 * luck)
+        # What was under way is gone, as after a cut that lasted: half of the time it comes through after all.
+        if luck < 0.5:
+            member.proxy.cut()
+        member.proxy.heal()
+
+    async def _cut(self, victims: list[Member], luck: float) -> None:
+        (member,) = victims
+        assert member.proxy is not None
+        member.proxy.cut()
+
+    async def _roll(self, victims: list[Member], luck: float) -> None:
+        """Drain and restart one worker after the other, as a rollout does."""
+        for member in victims:
+            await self._drain([member], luck)
+            await member.answers()
+
+    async def _drain(self, victims: list[Member], luck: float) -> None:
+        """By a controller's order; the worker leaves by itself."""
+        (member,) = victims
+        for controller in self._fleet.controllers:
+            async with AsyncClient(controller.own_address, timeout_s=2.0) as client:
+                with suppress(FastChatError):
+                    await client.drain_worker(member.address)
+                    break
+        try:
+            async with asyncio.timeout(20):
+                await member.ended()
+        except TimeoutError:  # the order was lost with the controller that took it
+            member.signal(signal.SIGTERM)
+            await member.ended()
+        await member.start()
