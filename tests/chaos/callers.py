@@ -161,7 +161,7 @@ def _text(choice: dict[str, Any]) -> str:
     """Text of a choice of any kind of answer."""
     if "text" in choice:
         return str(choice["text"])
-    return str(choice.get("delta", choice.get("message"))["content"] or "")
+    return str(choice.get("delta", choice.get("message")).get("content") or "")
 
 
 async def patiently(caller: Caller, ask: Ask, patience_s: float) -> tuple[Answer, int]:

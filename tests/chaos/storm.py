@@ -18,6 +18,8 @@ from tests.chaos.workload import Answer, Ask, Workload, wrong
 FILES_PER_PEER = 4
 """Descriptors that a process may hold more than at the start, for each other member of the fleet."""
 SETTLE_S = 1.0
+PAUSE_S = 0.5
+"""Before the next request of a caller who has lost one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +154,9 @@ class Storm:
         for kind in {kind for kind, _ in self._callers()}:
             for number in range(2 if kind == "http" else 1):
                 caller = self._caller(kind, number)
-                for ask in self._asks(kind):
-                    answer, _ = await patiently(caller, ask, self._plan.patience_s)
+                asks = self._asks(kind)
+                answers = await asyncio.gather(*(patiently(caller, ask, self._plan.patience_s) for ask in asks))
+                for ask, (answer, _) in zip(asks, answers, strict=True):
                     known = self._expected.setdefault((kind, ask.name, ask.prompt), answer)
                     assert wrong(ask, answer, known) is None, f"undisturbed, over {kind}: {wrong(ask, answer, known)}"
                 await caller.close()
@@ -178,6 +181,7 @@ class Storm:
             answer, refusals = await patiently(caller, ask, self._plan.patience_s)
         except Lost as lost:
             report.lost.append(f"{name} after {time.monotonic() - started:.1f} s: {lost}")
+            await asyncio.sleep(PAUSE_S)
             return
         except Broken:
             report.broken[ask.name] += 1
