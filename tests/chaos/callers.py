@@ -13,7 +13,7 @@ import httpx2
 from fastchat_grpc.client import AsyncClient
 from fastchat_grpc.config import FailoverConfig
 from fastchat_grpc.core import Completion, Delta, PromptEcho
-from fastchat_grpc.errors import FastChatError, QueueFull
+from fastchat_grpc.errors import FastChatError, NoLiveWorker, QueueFull
 from tests.chaos.workload import Answer, Ask
 
 PATIENCE = FailoverConfig(max_attempts=100, max_resumes=100, wait_s=30.0)
@@ -80,12 +80,12 @@ class GrpcCaller:
                     texts.setdefault(event.index, []).append(event.text)
                     token_ids.setdefault(event.index, []).extend(event.token_ids)
                     logprobs += len(event.logprobs)
-        except QueueFull as error:
-            if texts:
-                raise Lost(f"{ask.name}: {error.reason} after its first event: {error.message}") from None
-            raise Refused(error.message) from None
         except FastChatError as error:
-            raise Lost(f"{ask.name}: {error.reason}: {error.message}") from None
+            refused = isinstance(error, QueueFull) or (ask.away and isinstance(error, NoLiveWorker))
+            if refused and not texts:
+                raise Refused(error.message) from None
+            begun = f" after {len(texts)} choices had begun" if texts else ""
+            raise Lost(f"{ask.name}: {error.reason}{begun}: {error.message}") from None
         if len(ended) != ask.options.get("n", 1):
             raise Lost(f"{ask.name}: ended without a completion of each choice")
         if "logprobs" in ask.options and logprobs != sum(map(len, token_ids.values())):

@@ -38,6 +38,8 @@ class Ask:
     chat: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     rule: Rule = Rule.EQUAL
+    away: bool = False
+    """Whether all workers of the model may be away at once: what says so at the start is an answer, too."""
 
     @property
     def messages(self) -> list[ChatMessage]:
@@ -124,7 +126,7 @@ def dice_workload(main: str, solo: str, seedless: str, tokens: int) -> Workload:
             Ask(name="two choices", model=main, prompt=prompt, options={**seeded, "n": 2}),
             Ask(name="tools", model=main, prompt=prompt, chat=True, options={**seeded, "tools": TOOLS}),
             Ask(name="drawn", model=main, prompt=prompt, options=some, rule=Rule.OWN_KEY),
-            Ask(name="solo", model=solo, prompt=prompt, options=seeded),
+            Ask(name="solo", model=solo, prompt=prompt, options=seeded, away=True),
             Ask(name="seedless", model=seedless, prompt=prompt, options=some, rule=Rule.LENGTH),
         ]
         grpc += [
