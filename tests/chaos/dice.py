@@ -75,7 +75,7 @@ class Dice(EchoBackend):
 
     async def start(self) -> Sequence[ModelInfo]:
         able = {Capability.GENERATE, Capability.CHAT, Capability.EMBED, Capability.LOGPROBS, Capability.RESUME}
-        able |= {Capability.STRUCTURED_OUTPUT}
+        able |= {Capability.STRUCTURED_OUTPUT, Capability.STATEFUL_RESUME}
         if self._counter:
             able |= {Capability.SEEDED_RESUME}
         return [
