@@ -51,7 +51,7 @@ from fastchat_grpc.errors import InvalidArgument
 from fastchat_grpc.rpc import convert
 from fastchat_grpc.rpc.addresses import AddressBook, Addresses
 from fastchat_grpc.rpc.failover import Call, Failover
-from fastchat_grpc.rpc.resume import PARSED, resume_request
+from fastchat_grpc.rpc.resume import PARSED, fallback_seed, resume_request
 from fastchat_grpc.rpc.security import bearer
 from fastchat_grpc.v1 import generation_pb2, registry_pb2
 from fastchat_grpc.v1.generation_pb2_grpc import GenerationServiceStub as GenerationStub
@@ -204,6 +204,9 @@ class AsyncClient:
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """Events of a generation. Closing the iterator, or breaking out of it, cancels the generation."""
         message = convert.generate_request_to_pb(request)
+        seed = fallback_seed(message, self._failover.rng)
+        if seed is not None:
+            message.sampling.fallback_seed = seed
 
         def start(channel: grpc.aio.Channel, call: Call[Any], timeout_s: float | None) -> Any:
             state = call.state

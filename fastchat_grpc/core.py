@@ -114,6 +114,8 @@ class SamplingParams:
     frequency_penalty: float = Unset(0.0)
     seed: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
+    fallback_seed: int | None = None
+    """Seed that a relay or a client made up; see `seeded`. A backend never sees it."""
 
     def __post_init__(self) -> None:
         _within("sampling.temperature", self.temperature, 0, 100)
@@ -124,8 +126,10 @@ class SamplingParams:
         _require(math.isfinite(penalty) and penalty > 0, "sampling.repetition_penalty", penalty, "above 0")
         _within("sampling.presence_penalty", self.presence_penalty, -2, 2)
         _within("sampling.frequency_penalty", self.frequency_penalty, -2, 2)
-        if self.seed is not None:
-            _require(INT64_MIN <= self.seed <= INT64_MAX, "sampling.seed", self.seed, "a 64-bit integer")
+        for name in ("seed", "fallback_seed"):
+            seed = getattr(self, name)
+            if seed is not None:
+                _require(INT64_MIN <= seed <= INT64_MAX, f"sampling.{name}", seed, "a 64-bit integer")
         for token_id, bias in self.logit_bias.items():
             if token_id < 0 or not -100 <= bias <= 100:
                 _require(
@@ -142,6 +146,18 @@ class SamplingParams:
         """The same with a model's own defaults for what is unset."""
         missing = {name: value for name, value in defaults.stated.items() if name not in self.given}
         return replace(self, **missing) if missing else self
+
+    def seeded(self, *, counter_based: bool) -> SamplingParams:
+        """The same with its fallback seed in the place of an unset seed, or without it.
+
+        Args:
+            counter_based: whether the model's random numbers depend on seed and place alone (SEEDED_RESUME), so
+                that another worker can draw them. Elsewhere a seed is refused, or slow, and of no use.
+        """
+        if self.fallback_seed is None:
+            return self
+        wanted = counter_based and self.seed is None and not self.greedy
+        return replace(self, seed=self.fallback_seed if wanted else self.seed, fallback_seed=None)
 
     @property
     def greedy(self) -> bool:

@@ -16,7 +16,7 @@ from fastchat_grpc.controller.dispatch import Dispatcher, PickRequest
 from fastchat_grpc.core import Capability, ModelInfo
 from fastchat_grpc.rpc.failover import Call, Failover
 from fastchat_grpc.rpc.pool import ChannelPool, PooledChannel
-from fastchat_grpc.rpc.resume import RAW, SpareSeed, continues, obstacle, resume_needs, resume_request
+from fastchat_grpc.rpc.resume import RAW, continues, fallback_seed, obstacle, resume_needs, resume_request
 from fastchat_grpc.v1 import generation_pb2 as pb
 
 GENERATE = "/fastchat_grpc.v1.GenerationService/Generate"
@@ -98,7 +98,7 @@ class _Generation:
     def __init__(self, relay: Relay, request: pb.GenerateRequest, caller: Caller) -> None:
         self._request = request
         self._caller = caller
-        self._seed = SpareSeed(relay.failover.rng)
+        self._fallback_seed = fallback_seed(request, relay.failover.rng)
         self._arrived_resumed = request.HasField("resume")
         self.candidates = Candidates(relay, request.model, relay.affinity_key(request), self._wanted, self._open)
 
@@ -124,7 +124,7 @@ class _Generation:
             request,
             state.snapshot() if state.started else None,
             model=info.name,
-            seed=self._seed.for_server(request, info.capabilities),
+            fallback_seed=self._fallback_seed,
         )
         generate = channel.unary_stream(GENERATE)
         return generate(message.SerializeToString(), timeout=call.remaining_s(), metadata=self._caller.metadata)

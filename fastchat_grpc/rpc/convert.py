@@ -118,6 +118,7 @@ def generate_request_to_pb(request: GenerateRequest) -> pb.GenerateRequest:
         model=request.model,
         sampling=pb.SamplingParams(
             seed=sampling.seed,
+            fallback_seed=sampling.fallback_seed,
             logit_bias=dict(sampling.logit_bias),
             **sampling.given,  # type: ignore[arg-type]  # unset stays unset, for the model's own defaults
         ),
@@ -185,6 +186,7 @@ def _sampling_from_pb(message: pb.SamplingParams) -> SamplingParams:
             "presence_penalty",
             "frequency_penalty",
             "seed",
+            "fallback_seed",
         ),
     )
 

@@ -222,42 +222,33 @@ class ResumeState(Generic[T]):
             choice.token_ids = array("i")
 
 
-class SpareSeed:
-    """A seed for a request that has none, so that whoever goes on with it draws as the first would have.
+def fallback_seed(request: pb.GenerateRequest, rng: random.Random) -> int | None:
+    """A seed to send with every attempt of a request, so that whoever goes on with it draws as the first would have.
 
-    It goes to servers alone that can make use of it: others may refuse seeds, or are slow with them.
+    None where the request has one, of its caller's or of a relay above, or where nothing is drawn.
     """
-
-    def __init__(self, rng: random.Random) -> None:
-        self._rng = rng
-        self._seed: int | None = None
-
-    def for_server(self, request: pb.GenerateRequest, capabilities: Collection[Capability]) -> int | None:
-        """The seed to send, always the same; None: none is wanted."""
-        heeded = Capability.RESUME in capabilities and Capability.SEEDED_RESUME in capabilities
-        if not heeded or request.sampling.HasField("seed") or not sampled(request):
-            return None
-        if self._seed is None:
-            self._seed = self._rng.getrandbits(63)
-        return self._seed
+    sampling = request.sampling
+    if sampling.HasField("seed") or sampling.HasField("fallback_seed") or not sampled(request):
+        return None
+    return rng.getrandbits(63)
 
 
 def resume_request(
-    request: pb.GenerateRequest, resume: pb.Resume | None, *, model: str = "", seed: int | None = None
+    request: pb.GenerateRequest, resume: pb.Resume | None, *, model: str = "", fallback_seed: int | None = None
 ) -> pb.GenerateRequest:
     """A copy of the request for the next attempt.
 
     Args:
         resume: what the caller has already; None: nothing of this call.
         model: the model's full name; empty: as the caller wrote it.
-        seed: for a request without one.
+        fallback_seed: for a request without a seed.
     """
     attempt = pb.GenerateRequest()
     attempt.CopyFrom(request)
     if model:
         attempt.model = model
-    if seed is not None:
-        attempt.sampling.seed = seed
+    if fallback_seed is not None:
+        attempt.sampling.fallback_seed = fallback_seed
     if resume is not None:
         attempt.resume.SetInParent()  # present even when empty: the prompt is not echoed again
         attempt.resume.CopyFrom(resume)

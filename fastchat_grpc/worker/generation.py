@@ -9,7 +9,7 @@ from dataclasses import replace
 from time import monotonic
 
 from fastchat_grpc.backends.base import Backend
-from fastchat_grpc.core import Delta, EmbedRequest, EmbedResult, Event, GenerateRequest, ModelInfo, Prompt
+from fastchat_grpc.core import Capability, Delta, EmbedRequest, EmbedResult, Event, GenerateRequest, ModelInfo, Prompt
 from fastchat_grpc.errors import Draining, InvalidArgument, ModelNotFound, Starting
 from fastchat_grpc.worker.active import Active
 from fastchat_grpc.worker.admission import Admission
@@ -70,7 +70,9 @@ class LocalGeneration:
         Raises ReaderTooSlow to a caller that comes back after its slot was taken for want of reading.
         """
         model = self.model(request.model)
-        request = replace(request, model=model.name, sampling=request.sampling.filled(model.default_sampling))
+        counter_based = Capability.SEEDED_RESUME in model.capabilities
+        sampling = request.sampling.filled(model.default_sampling).seeded(counter_based=counter_based)
+        request = replace(request, model=model.name, sampling=sampling)
         resumed = request.resume is not None
         async with (
             self._evictable() as active,

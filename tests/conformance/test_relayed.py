@@ -16,7 +16,7 @@ from tests.conformance.harness import (
     Harness,
     Result,
     chat,
-    empty_result,
+    empty,
     grammar_request,
     lively,
     request,
@@ -110,7 +110,7 @@ def _needs_state(asked: GenerateRequest) -> bool:
 
 
 def _collect(asked: GenerateRequest, events: Sequence[Event]) -> Result:
-    result = empty_result(asked)
+    result = empty(asked)
     for event in events:
         take(result, event, asked)
     for choice in result.choices.values():

@@ -112,3 +112,13 @@ async def test_a_worker_fills_in_its_models_defaults_for_each_of_its_models():
         (1.0, -1),
         (1.0, -1),
     ]
+
+
+def test_a_fallback_seed_acts_where_seeds_can_be_continued_and_nobody_chose_one() -> None:
+    made_up = SamplingParams(fallback_seed=5)
+    assert made_up.seeded(counter_based=True).seed == 5
+    assert made_up.seeded(counter_based=False).seed is None
+    assert SamplingParams(seed=3, fallback_seed=5).seeded(counter_based=True).seed == 3
+    assert SamplingParams(temperature=0.0, fallback_seed=5).seeded(counter_based=True).seed is None
+    for able in (True, False):
+        assert made_up.seeded(counter_based=able).fallback_seed is None, "no backend sees it"

@@ -33,7 +33,16 @@ from fastchat_grpc.errors import (
 )
 from fastchat_grpc.rpc.failover import EOF, Attempt, Call, Failover, Nobody
 from fastchat_grpc.rpc.plan import Outlook
-from fastchat_grpc.rpc.resume import PARSED, RAW, UNREAD, ResumeState, SpareSeed, obstacle, resume_needs, resume_request
+from fastchat_grpc.rpc.resume import (
+    PARSED,
+    RAW,
+    UNREAD,
+    ResumeState,
+    fallback_seed,
+    obstacle,
+    resume_needs,
+    resume_request,
+)
 from fastchat_grpc.rpc.retry import RetryBudget, Verdict, judge
 from fastchat_grpc.rpc.status import error_to_status
 from fastchat_grpc.v1 import generation_pb2 as pb
@@ -120,7 +129,7 @@ class Fleet:
         self.arriving: list[Server] = []
         self.used = 0
         self.waits = 0
-        self.seed = SpareSeed(random.Random())
+        self.fallback_seed = fallback_seed(request, random.Random())
 
     def pick(self, call: Call[pb.GenerateResponse]) -> FakeAttempt:
         if self.used == len(self.servers):
@@ -133,7 +142,7 @@ class Fleet:
         server.asked = resume_request(
             self.request,
             state.snapshot() if state is not None and state.started else None,
-            seed=self.seed.for_server(self.request, server.can),
+            fallback_seed=self.fallback_seed,
         )
         return FakeAttempt(server)
 
@@ -325,7 +334,8 @@ def sampled(**sampling: float) -> pb.GenerateRequest:
 
 def seed_of(server: Server) -> int | None:
     assert server.asked is not None
-    return server.asked.sampling.seed if server.asked.sampling.HasField("seed") else None
+    sampling = server.asked.sampling
+    return sampling.fallback_seed if sampling.HasField("fallback_seed") else None
 
 
 class TestSeeds:
@@ -338,27 +348,18 @@ class TestSeeds:
         assert await self.seed() is not None
         assert await self.seed() != await self.seed()
 
-    async def test_a_seed_of_the_caller_stays(self) -> None:
-        assert await self.seed(seed=0) == 0
+    async def test_a_seed_of_the_caller_or_of_a_relay_above_stays(self) -> None:
+        assert await self.seed(seed=0) is None
+        assert await self.seed(fallback_seed=7) == 7
 
     async def test_greedy_requests_need_none(self) -> None:
         assert await self.seed(temperature=0.0) is None
         assert await self.seed(top_p=0.0) is None
 
-    @pytest.mark.parametrize("can", [frozenset(), {Capability.RESUME}, {Capability.SEEDED_RESUME}])
-    async def test_a_server_that_cannot_make_use_of_it_gets_none(self, can: frozenset[Capability]) -> None:
-        assert await self.seed(frozenset(can)) is None
-
     async def test_every_attempt_has_the_same(self) -> None:
         servers = [Server(error=LOST), Server([delta("x", 1)], LOST), Server([end()])]
         await run(*servers, request=sampled())
         assert len({seed_of(server) for server in servers}) == 1
-
-    async def test_it_is_not_sent_where_a_stream_goes_on_without(self) -> None:
-        first, second = Server([delta("x", 1)], LOST), Server([end()], can=frozenset({Capability.RESUME}))
-        await run(first, second, request=sampled())
-        assert seed_of(first) is not None
-        assert seed_of(second) is None
 
     async def test_a_seeded_stream_ends_with_a_server_that_cannot_continue_its_numbers(self) -> None:
         spare = Server([end()])
