@@ -109,6 +109,13 @@ class AdapterNotFound(FastChatError):
     reason = "ADAPTER_NOT_FOUND"
 
 
+class ModelDiffers(FastChatError):
+    """A generation that another worker began cannot go on here: the model of that name has other weights."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "MODEL_DIFFERS"
+
+
 class WorkerNotFound(FastChatError):
     """No worker of that id is registered."""
 

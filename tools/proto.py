@@ -3,7 +3,8 @@
 python tools/proto.py generate   write stubs, type stubs and the bridge's descriptor set
 python tools/proto.py check      fail if the committed files differ from what generate would write
 python tools/proto.py lint       buf lint (STANDARD and COMMENTS)
-python tools/proto.py breaking [REF]   buf breaking (WIRE_JSON) against a git revision, main by default
+python tools/proto.py breaking   buf breaking (WIRE_JSON) against proto/baseline.binpb
+python tools/proto.py freeze     write proto/baseline.binpb: what later changes must keep (see docs/contract.md)
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from grpc_tools import protoc
 ROOT = Path(__file__).resolve().parent.parent
 PROTO = ROOT / "proto"
 PACKAGE = Path("fastchat_grpc/v1")
+BASELINE = PROTO / "baseline.binpb"
 # googleapis-common-protos ships the .proto files beside the generated modules.
 GOOGLE = Path(google.api.annotations_pb2.__file__).parents[2]
 WELL_KNOWN = Path(protoc.__file__).parent / "_proto"
@@ -61,7 +63,7 @@ def check() -> None:
 
 def workspace(tmp: Path, contracts: Path) -> Path:
     """Build a buf workspace of `contracts` and the google protos they import; buf's registry is not needed."""
-    shutil.copytree(contracts, tmp / "proto")
+    shutil.copytree(contracts, tmp / "proto", ignore=shutil.ignore_patterns(BASELINE.name))
     shutil.copy(PROTO / "buf.yaml", tmp / "buf.yaml")
     for name in ("annotations.proto", "http.proto", "httpbody.proto"):
         (tmp / "google/google/api").mkdir(parents=True, exist_ok=True)
@@ -79,26 +81,32 @@ def lint() -> None:
         sys.exit(buf("lint", str(workspace(Path(tmp), PROTO))))
 
 
-def breaking(ref: str) -> None:
-    """Exit with buf's verdict on compatibility with the contracts at a git revision."""
-    tree = subprocess.run(["git", "ls-tree", "-d", ref, "proto"], cwd=ROOT, capture_output=True, text=True, check=False)
-    if tree.returncode != 0 or not tree.stdout:
-        print(f"buf breaking: {ref} holds no contracts to compare with")
-        return
+def image(tmp: Path) -> Path:
+    """The contracts as they are, in one file."""
+    file = tmp / "image.binpb"
+    if buf("build", str(workspace(tmp / "now", PROTO)), "--exclude-source-info", "-o", str(file)) != 0:
+        sys.exit("buf build failed")
+    return file
+
+
+def freeze() -> None:
+    """Make the contracts as they are the ones that later changes must keep."""
     with tempfile.TemporaryDirectory() as tmp:
-        archive = subprocess.run(["git", "archive", ref, "proto"], cwd=ROOT, capture_output=True, check=True)
-        subprocess.run(["tar", "-x", "-C", tmp], input=archive.stdout, check=True)
-        before = workspace(Path(tmp) / "before", Path(tmp) / "proto")
-        after = workspace(Path(tmp) / "after", PROTO)
-        sys.exit(buf("breaking", str(after), "--against", str(before)))
+        shutil.copy(image(Path(tmp)), BASELINE)
+
+
+def breaking() -> None:
+    """Exit with buf's verdict on compatibility with the frozen contracts."""
+    with tempfile.TemporaryDirectory() as tmp:
+        rules = '{"version": "v1", "breaking": {"use": ["WIRE_JSON"]}}'
+        sys.exit(buf("breaking", str(image(Path(tmp))), "--against", str(BASELINE), "--config", rules))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("generate", "check", "lint"):
+    for name in ("generate", "check", "lint", "breaking", "freeze"):
         commands.add_parser(name)
-    commands.add_parser("breaking").add_argument("ref", nargs="?", default="main")
     args = parser.parse_args()
     match args.command:
         case "generate":
@@ -108,7 +116,9 @@ def main() -> None:
         case "lint":
             lint()
         case "breaking":
-            breaking(args.ref)
+            breaking()
+        case "freeze":
+            freeze()
 
 
 if __name__ == "__main__":

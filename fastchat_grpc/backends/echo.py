@@ -38,6 +38,8 @@ from fastchat_grpc.text.choice import Choice, ChoiceLimits
 EOS = 256
 VOCABULARY_SIZE = 257
 EMBEDDING_SIZE = 16
+FINGERPRINT = "echo"
+"""It has no weights, and one tokenizer."""
 OPTIONS = frozenset({"delay_ms", "first_delay_ms", "fail_after", "hang_after"})
 
 
@@ -82,6 +84,8 @@ class EchoBackend:
                 backend="echo",
                 embedding_size=EMBEDDING_SIZE,
                 vocabulary_size=VOCABULARY_SIZE,
+                fingerprint=FINGERPRINT,
+                tokenizer_fingerprint=FINGERPRINT,
             )
             for name in self._config.model.served_names
         ]

@@ -29,6 +29,7 @@ from typing import Any
 
 from fastchat_grpc.backends import registry
 from fastchat_grpc.backends.base import Backend, BackendLoad
+from fastchat_grpc.backends.identity import identified
 from fastchat_grpc.config import BackendConfig
 from fastchat_grpc.core import EmbedRequest, EmbedResult, Event, GenerateRequest, ModelInfo, Prompt
 from fastchat_grpc.errors import ConfigError, ModelNotFound
@@ -62,7 +63,8 @@ _OWN_FIELDS: Mapping[str, type | tuple[type, type]] = {"backend": str, "options"
 def create(config: BackendConfig) -> MultiBackend:
     """Make every backend that the file lists. Raises ConfigError."""
     config.refuse_unknown_options(frozenset())
-    return MultiBackend(config, [registry.create(part) for part in read_models(config)])
+    parts = read_models(config)
+    return MultiBackend(config, [registry.create(part) for part in parts], parts)
 
 
 def read_models(config: BackendConfig) -> list[BackendConfig]:
@@ -126,16 +128,17 @@ _ITEM_NAMES: Mapping[type, str] = {str: "strings", int: "whole numbers"}
 class MultiBackend:
     """See the module's documentation."""
 
-    def __init__(self, config: BackendConfig, parts: Sequence[Backend]) -> None:
+    def __init__(self, config: BackendConfig, parts: Sequence[Backend], configs: Sequence[BackendConfig]) -> None:
         self._config = config
+        self._configs = configs
         self._parts = parts
         self._owners: dict[str, Backend] = {}
 
     async def start(self) -> Sequence[ModelInfo]:
         """Start the backends one after another, which bounds the memory that loading takes. Raises ModelLoadError."""
         found: list[ModelInfo] = []
-        for part in self._parts:
-            for info in await part.start():
+        for part, config in zip(self._parts, self._configs, strict=True):
+            for info in await identified(await part.start(), config):
                 if info.name in self._owners:
                     raise ConfigError(f"two models are named {info.name}; set names in {self._config.model.path}")
                 self._owners[info.name] = part

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from time import monotonic
@@ -26,7 +27,10 @@ from fastchat_grpc.core import (
 from fastchat_grpc.errors import Draining
 from fastchat_grpc.rpc import convert
 from fastchat_grpc.rpc.border import parse_request
+from fastchat_grpc.rpc.request_ids import request_id, told
 from fastchat_grpc.v1 import generation_pb2 as pb
+
+logger = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -150,9 +154,17 @@ class GenerationServicer:
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         server.add_registered_method_handlers(SERVICE, handlers)
 
-    def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[bytes]:
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[bytes]:
         self._generation.check()
-        return self._relay.generate(request, caller_of(context))
+        request.request_id = name = request_id(request.request_id, context.invocation_metadata())
+        logger.debug("request %r is relayed", name)
+        begun = False
+        async with aclosing(self._relay.generate(request, caller_of(context))) as events:
+            async for event in events:
+                if not begun:  # no sooner: a refusal must be able to go without, for proxies that retry it
+                    begun = True
+                    await context.send_initial_metadata(told(request_id=name))
+                yield event
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:
         worker_id, instance_id = self._generation.identity

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import islice
 from typing import Any
 
-from fastchat_grpc.controller.fleet import Worker
+from fastchat_grpc.controller.fleet import ChangeKind, Worker
 from fastchat_grpc.controller.paging import ENTRIES_AT_ONCE, MAX_PAGE_BYTES, Position, page_size
 from fastchat_grpc.controller.pools import FleetModel
 from fastchat_grpc.controller.registry import Registry
 from fastchat_grpc.rpc import convert
 from fastchat_grpc.v1 import registry_pb2 as pb
+
+CHANGES_PER_MESSAGE = 200
+"""Changes of one message of a watch: a message is made at a time, and other calls get their turn in between."""
+
+_KINDS: Mapping[ChangeKind, Any] = {
+    ChangeKind.ADDED: pb.WORKER_CHANGE_TYPE_ADDED,
+    ChangeKind.STATE: pb.WORKER_CHANGE_TYPE_UPDATED,
+    ChangeKind.LOAD: pb.WORKER_CHANGE_TYPE_LOAD,
+    ChangeKind.REMOVED: pb.WORKER_CHANGE_TYPE_REMOVED,
+}
 
 
 async def workers_page(registry: Registry, request: pb.ListWorkersRequest) -> pb.ListWorkersResponse:
@@ -59,6 +69,26 @@ async def models_page(catalogue: Sequence[FleetModel], request: pb.ListModelsReq
         if seen % ENTRIES_AT_ONCE == 0:
             await asyncio.sleep(0)
     return response
+
+
+def change_batches(
+    changes: Sequence[tuple[ChangeKind, Worker]], registry: Registry, version: str, *, snapshot: bool = False
+) -> Iterator[pb.WatchWorkersResponse]:
+    """Changes as messages of bounded size; at least one. The last alone says where the watcher is after it."""
+    for start in range(0, max(1, len(changes)), CHANGES_PER_MESSAGE):
+        batch = changes[start : start + CHANGES_PER_MESSAGE]
+        last = start + CHANGES_PER_MESSAGE >= len(changes)
+        yield pb.WatchWorkersResponse(
+            changes=[
+                pb.WorkerChange(
+                    type=_KINDS[kind],
+                    worker=(load_to_pb if kind is ChangeKind.LOAD else worker_to_pb)(worker, registry),
+                )
+                for kind, worker in batch
+            ],
+            version=version if last else "",
+            snapshot=snapshot,
+        )
 
 
 def worker_to_pb(worker: Worker, registry: Registry) -> pb.Worker:

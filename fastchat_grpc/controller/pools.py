@@ -253,4 +253,14 @@ def merge_models(models: Sequence[ModelInfo]) -> ModelInfo:
         backend=",".join(sorted({model.backend for model in distinct})),
         embedding_size=first.embedding_size if len({model.embedding_size for model in distinct}) == 1 else 0,
         vocabulary_size=first.vocabulary_size if len({model.vocabulary_size for model in distinct}) == 1 else 0,
+        fingerprint=_shared([model.fingerprint for model in distinct]),
+        revision=_shared([model.revision for model in distinct]),
+        quantization=_shared([model.quantization for model in distinct]),
+        tokenizer_fingerprint=_shared([model.tokenizer_fingerprint for model in distinct]),
+        max_output_length=min(lengths) if all(lengths := [model.max_output_length for model in distinct]) else 0,
     )
+
+
+def _shared(texts: Sequence[str]) -> str:
+    """What all say alike; empty where they differ."""
+    return texts[0] if len(set(texts)) == 1 else ""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import grpc
 
 from fastchat_grpc.controller.dispatch import Dispatcher, PickRequest
 from fastchat_grpc.controller.fleet import ChangeKind, LeaseTerms, Worker, WorkerSpec
-from fastchat_grpc.controller.listing import models_page, worker_to_pb, workers_page
+from fastchat_grpc.controller.history import History
+from fastchat_grpc.controller.listing import change_batches, models_page, worker_to_pb, workers_page
 from fastchat_grpc.controller.picks import Picks
 from fastchat_grpc.controller.refresh import Refresh
 from fastchat_grpc.controller.watch import Watch
@@ -32,13 +33,6 @@ MAX_WEIGHT = 1e6
 WATCH_PAUSE_S = 0.1
 """Changes are gathered this long before they are sent, so that a large fleet's loads come in batches."""
 
-_KINDS: Mapping[ChangeKind, Any] = {
-    ChangeKind.ADDED: pb.WORKER_CHANGE_TYPE_ADDED,
-    ChangeKind.STATE: pb.WORKER_CHANGE_TYPE_UPDATED,
-    ChangeKind.LOAD: pb.WORKER_CHANGE_TYPE_UPDATED,
-    ChangeKind.REMOVED: pb.WORKER_CHANGE_TYPE_REMOVED,
-}
-
 
 class ControllerServicer(registry_pb2_grpc.ControllerServiceServicer):
     """Messages in, messages out. Errors become statuses in the interceptor."""
@@ -54,6 +48,7 @@ class ControllerServicer(registry_pb2_grpc.ControllerServiceServicer):
         self._terms: LeaseTerms | None = None
         self._confirmation = pb.HeartbeatResponse()
         self._watches: set[Watch] = set()
+        self._history = History(self._registry)
         self._picks = Picks()
         self._pick_ttl = convert.duration(self._picks.ttl_s)
 
@@ -103,12 +98,20 @@ class ControllerServicer(registry_pb2_grpc.ControllerServiceServicer):
     async def WatchWorkers(
         self, request: pb.WatchWorkersRequest, context: Context
     ) -> AsyncIterator[pb.WatchWorkersResponse]:
-        watch = Watch(self._registry, request.model)
+        missed = self._history.since(request.resume_version) if request.resume_version else None
+        watch = Watch(self._registry, request.model, loads=not request.exclude_load, resumed=missed)
         self._watches.add(watch)
+        version = self._history.version
         try:
-            yield self._changes([(ChangeKind.ADDED, worker) for worker in watch.initial])
+            if missed is None:
+                snapshot = [(ChangeKind.ADDED, worker) for worker in watch.initial]
+                for message in change_batches(snapshot, self._registry, version, snapshot=True):
+                    yield message
+            else:
+                yield pb.WatchWorkersResponse(version=request.resume_version)  # it stands; nothing is forgotten
             while changes := await watch.next():
-                yield self._changes(changes)
+                for message in change_batches(changes, self._registry, self._history.version):
+                    yield message
                 await asyncio.sleep(WATCH_PAUSE_S)
         finally:
             self._watches.discard(watch)
@@ -169,14 +172,6 @@ class ControllerServicer(registry_pb2_grpc.ControllerServiceServicer):
                 heartbeat_interval=convert.duration(terms.heartbeat_interval_s),
             )
         return self._confirmation
-
-    def _changes(self, changes: Sequence[tuple[ChangeKind, Worker]]) -> pb.WatchWorkersResponse:
-        return pb.WatchWorkersResponse(
-            changes=[
-                pb.WorkerChange(type=_KINDS[kind], worker=worker_to_pb(worker, self._registry))
-                for kind, worker in changes
-            ]
-        )
 
 
 def spec_from_pb(request: pb.RegisterRequest) -> WorkerSpec:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fastchat_grpc.controller.fleet import Change, ChangeKind, Worker
 from fastchat_grpc.controller.registry import Registry
@@ -18,9 +18,18 @@ class Watch:
     Args:
         model: only workers that serve it; empty: all.
         loads: whether changes of load alone count.
+        resumed: what the watcher has missed since it was last here (`History.since`); it knows the rest.
+            None: it knows nothing.
     """
 
-    def __init__(self, registry: Registry, model: str = "", *, loads: bool = True) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        model: str = "",
+        *,
+        loads: bool = True,
+        resumed: Mapping[Worker, ChangeKind] | None = None,
+    ) -> None:
         self._model = model
         self._loads = loads
         self._pending: dict[Worker, ChangeKind] = {}
@@ -29,7 +38,17 @@ class Watch:
         self.initial: Sequence[Worker] = registry.workers(model)
         """The workers at the beginning; `next` tells what comes after."""
         self._told = set(self.initial)
+        if resumed is not None:
+            self._resume(resumed)
         self._unsubscribe = registry.subscribe(self._on_change)
+
+    def _resume(self, missed: Mapping[Worker, ChangeKind]) -> None:
+        self.initial = ()
+        for worker, kind in missed.items():
+            if worker in self._told:
+                self._put(worker, kind)
+            elif kind is not ChangeKind.ADDED:  # it has left, or serves the model no more, if it ever did
+                self._put(worker, ChangeKind.REMOVED)
 
     def close(self) -> None:
         """Stop collecting; `next` returns what is left, then nothing."""

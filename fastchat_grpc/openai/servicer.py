@@ -36,6 +36,7 @@ from fastchat_grpc.openai.tokens import (
     render_tokenize,
 )
 from fastchat_grpc.rpc.border import to_domain_error
+from fastchat_grpc.rpc.request_ids import request_id, told
 from fastchat_grpc.v1 import openai_pb2 as pb
 from fastchat_grpc.v1 import openai_pb2_grpc
 
@@ -80,8 +81,8 @@ class OpenAIServicer(openai_pb2_grpc.OpenAIServiceServicer):
             chunks = self._stream(call, ChatStream(call, reply_id, created))
         else:
             chunks = self._body(call, ChatBody(call, reply_id, created))
-        async with aclosing(chunks):
-            async for chunk in chunks:
+        async with aclosing(_named(chunks, call, context)) as named:
+            async for chunk in named:
                 yield chunk
 
     async def Completions(self, request: HttpBody, context: Context) -> AsyncGenerator[HttpBody, None]:
@@ -91,8 +92,8 @@ class OpenAIServicer(openai_pb2_grpc.OpenAIServiceServicer):
             chunks = self._stream(call, CompletionStream(call, reply_id, created))
         else:
             chunks = self._body(call, CompletionBody(call, reply_id, created))
-        async with aclosing(chunks):
-            async for chunk in chunks:
+        async with aclosing(_named(chunks, call, context)) as named:
+            async for chunk in named:
                 yield chunk
 
     async def Embeddings(self, request: HttpBody, context: Context) -> HttpBody:
@@ -144,7 +145,7 @@ class OpenAIServicer(openai_pb2_grpc.OpenAIServiceServicer):
         name, now = values.get("model"), time.monotonic()
         if now >= self._catalog_until or not any(model.name == name for model in self._catalog):
             self._catalog, self._catalog_until = self._port.models(), now + CATALOG_S
-        return parse(values, self._catalog, request_id(context))
+        return parse(values, self._catalog, request_id("", context.invocation_metadata()))
 
     async def _stream(self, call: Call, reply: StreamReply) -> AsyncGenerator[HttpBody, None]:
         """One body per event of the generation that says something new; a failure midway ends the stream in band."""
@@ -193,9 +194,14 @@ def _json(body: bytes) -> HttpBody:
     return HttpBody(content_type=sse.JSON_TYPE, data=body)
 
 
-def request_id(context: Context) -> str:
-    """The caller's name for the request: its x-request-id, or an empty string."""
-    for key, value in context.invocation_metadata() or ():
-        if key == "x-request-id" and isinstance(value, str):
-            return value[:128]
-    return ""
+async def _named(
+    chunks: AsyncGenerator[HttpBody, None], call: Call, context: Context
+) -> AsyncGenerator[HttpBody, None]:
+    """The same, with the request's name as metadata, which bridges make a header. A refusal comes before it."""
+    begun = False
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            if not begun:
+                begun = True
+                await context.send_initial_metadata(told(request_id=call.generations[0].request_id))
+            yield chunk

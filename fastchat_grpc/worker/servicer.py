@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from time import monotonic
 from typing import Any
 
 import grpc
 
 from fastchat_grpc import __version__
-from fastchat_grpc.core import Load
+from fastchat_grpc.core import Completion, GenerateRequest, Load, ModelInfo, Origin
+from fastchat_grpc.errors import ModelDiffers
 from fastchat_grpc.rpc import convert
+from fastchat_grpc.rpc.request_ids import request_id, told
 from fastchat_grpc.v1 import generation_pb2 as pb
 from fastchat_grpc.v1 import generation_pb2_grpc
 from fastchat_grpc.worker.generation import LocalGeneration
+
+logger = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -31,8 +37,23 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self._started = monotonic()
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
-        async with aclosing(self._generation.generate(convert.generate_request_from_pb(request))) as events:
+        request.request_id = request_id(request.request_id, context.invocation_metadata())
+        domain = convert.generate_request_from_pb(request)
+        model = self._generation.model(request.model)
+        _check_origin(domain, model)
+        worker_id, _ = self._identity()
+        origin = Origin(
+            model=model.name, worker_id=worker_id, request_id=domain.request_id, model_fingerprint=model.fingerprint
+        )
+        logger.debug("request %r runs", domain.request_id)
+        begun = False
+        async with aclosing(self._generation.generate(domain)) as events:
             async for event in events:
+                if not begun:  # no sooner: a refusal must be able to go without, for proxies that retry it
+                    begun = True
+                    await context.send_initial_metadata(told(request_id=domain.request_id, worker_id=worker_id))
+                if isinstance(event, Completion):
+                    event = replace(event, origin=origin)
                 yield convert.event_to_pb(event)
 
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
@@ -67,4 +88,14 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             models=[convert.model_to_pb(model) for model in self._generation.models()],
             load=convert.load_to_pb(self._load()),
             uptime=convert.duration(monotonic() - self._started),
+        )
+
+
+def _check_origin(request: GenerateRequest, model: ModelInfo) -> None:
+    """Raise ModelDiffers if the request goes on with what other weights began."""
+    began, here = request.resume_fingerprint, model.fingerprint
+    if began and here and began != here:
+        raise ModelDiffers(
+            f"the generation began with another revision of model {model.name!r} than this worker serves",
+            metadata={"model": model.name, "fingerprint": here},
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from typing import Any
 
 import grpc
 import pytest
@@ -326,7 +327,7 @@ class TestRegistryService:
         await stub.Heartbeat(
             pb.HeartbeatRequest(lease_id=second.lease_id, load=generation_pb2.WorkerLoad(running_count=3))
         )
-        assert await told() == [(pb.WORKER_CHANGE_TYPE_UPDATED, "b")]
+        assert await told() == [(pb.WORKER_CHANGE_TYPE_LOAD, "b")]
         await stub.Deregister(pb.DeregisterRequest(lease_id=first.lease_id))
         assert await told() == [(pb.WORKER_CHANGE_TYPE_REMOVED, "a")]
         watch.cancel()
@@ -336,8 +337,82 @@ class TestRegistryService:
     ) -> None:
         watch = stub.WatchWorkers(pb.WatchWorkersRequest())
         message = await asyncio.wait_for(watch.read(), 5)
-        assert list(message.changes) == []
+        assert (list(message.changes), message.snapshot) == ([], True)
+        assert message.version
         watch.cancel()
+
+    async def test_a_watch_goes_on_where_it_was(self, stub: registry_pb2_grpc.ControllerServiceStub) -> None:
+        leases = {
+            name: (await stub.Register(registration(worker_id=name, instance_id=name))).lease_id for name in "abc"
+        }
+        watch = stub.WatchWorkers(pb.WatchWorkersRequest(exclude_load=True))
+        version = (await asyncio.wait_for(watch.read(), 5)).version
+        watch.cancel()
+        await stub.Deregister(pb.DeregisterRequest(lease_id=leases["a"]))
+        await stub.Register(registration(worker_id="d", instance_id="d"))
+        gone = await stub.Register(registration(worker_id="e", instance_id="e"))
+        await stub.Deregister(pb.DeregisterRequest(lease_id=gone.lease_id))
+        busy = generation_pb2.WorkerLoad(running_count=3)
+        await stub.Heartbeat(pb.HeartbeatRequest(lease_id=leases["b"], load=busy))
+
+        watch = stub.WatchWorkers(pb.WatchWorkersRequest(exclude_load=True, resume_version=version))
+        stands = await asyncio.wait_for(watch.read(), 5)
+        assert (stands.snapshot, list(stands.changes), stands.version) == (False, [], version)
+        missed = await asyncio.wait_for(watch.read(), 5)
+        assert not missed.snapshot
+        assert [(change.type, change.worker.worker_id) for change in missed.changes] == [
+            (pb.WORKER_CHANGE_TYPE_REMOVED, "a"),
+            (pb.WORKER_CHANGE_TYPE_ADDED, "d"),
+        ]
+        watch.cancel()
+        for unknown in ("", "x.1", version + "0", "nonsense"):
+            watch = stub.WatchWorkers(pb.WatchWorkersRequest(resume_version=unknown))
+            message = await asyncio.wait_for(watch.read(), 5)
+            assert message.snapshot
+            assert [change.worker.worker_id for change in message.changes] == ["b", "c", "d"]
+            watch.cancel()
+
+    async def test_lists_come_in_pages(self, stub: registry_pb2_grpc.ControllerServiceStub) -> None:
+        for i in range(7):
+            zone = {"zone": "even" if i % 2 == 0 else "odd"}
+            models = [generation_pb2.ModelInfo(name=name, context_length=8) for name in ("m", f"m-{i}")]
+            spec = registration(worker_id=f"w{i}", instance_id=f"w{i}", address=f"h{i}:1", labels=zone)
+            del spec.models[:]
+            spec.models.extend(models)
+            await stub.Register(spec)
+
+        async def ids(**filters: Any) -> list[list[str]]:
+            pages, token = [], ""
+            while True:
+                page = await stub.ListWorkers(pb.ListWorkersRequest(page_token=token, **filters))
+                pages.append([worker.worker_id for worker in page.workers])
+                token = page.next_page_token
+                if not token:
+                    return pages
+
+        assert await ids(page_size=3) == [["w0", "w1", "w2"], ["w3", "w4", "w5"], ["w6"]]
+        assert await ids(page_size=7) == [[f"w{i}" for i in range(7)]], "no empty page follows"
+        assert await ids(page_size=2, labels={"zone": "odd"}) == [["w1", "w3"], ["w5"]]
+        assert await ids(model="m-4") == [["w4"]]
+        assert await ids(worker_id_prefix="w6") == [["w6"]]
+        assert await ids(states=[generation_pb2.WORKER_STATE_DRAINING]) == [[]]
+        token = (await stub.ListWorkers(pb.ListWorkersRequest(page_size=3))).next_page_token
+        await stub.Register(registration(worker_id="w20", instance_id="w20", address="h:1"))
+        page = await stub.ListWorkers(pb.ListWorkersRequest(page_size=3, page_token=token))
+        assert [worker.worker_id for worker in page.workers] == ["w20", "w3", "w4"], "after w2, in order of ids"
+        for request in (
+            pb.ListWorkersRequest(page_token=token, model="m"),
+            pb.ListWorkersRequest(page_token="nonsense"),
+            pb.ListWorkersRequest(page_size=-1),
+            pb.ListWorkersRequest(page_size=1001),
+        ):
+            await fails(stub.ListWorkers(request), errors.InvalidArgument, "page_")
+        first = await stub.ListModels(pb.ListModelsRequest(page_size=5, name_prefix="m-"))
+        rest = await stub.ListModels(
+            pb.ListModelsRequest(page_size=5, name_prefix="m-", page_token=first.next_page_token)
+        )
+        assert [entry.model.name for entry in (*first.models, *rest.models)] == [f"m-{i}" for i in range(7)]
+        assert not rest.next_page_token
 
     async def test_refreshing_drops_who_does_not_answer(
         self,

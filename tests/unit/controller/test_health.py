@@ -90,3 +90,23 @@ def test_a_worker_that_fails_each_probe_is_left_alone_for_longer_each_time(healt
         waits.append(again - due)
         due = again
     assert waits == [4.0, 8.0, 16.0]
+
+
+def test_a_drain_that_is_taken_back_is_told_until_the_worker_serves_again() -> None:
+    health = Health(WorkerState.SERVING, 0.0, BreakerConfig())
+    health.drained(Drain(None))
+    health.heard(WorkerState.DRAINING, 1.0)
+    health.undrained()
+    assert (health.tier, health.undrain) == (Tier.NONE, True), "it does not take work yet"
+    health.heard(WorkerState.DRAINING, 2.0)
+    assert health.undrain
+    health.heard(WorkerState.SERVING, 3.0)
+    assert (health.tier, health.undrain) == (Tier.READY, False)
+
+
+def test_a_drain_that_is_taken_back_before_the_worker_hears_of_it_was_none() -> None:
+    health = Health(WorkerState.SERVING, 0.0, BreakerConfig())
+    health.drained(Drain(None))
+    health.undrained()
+    health.heard(WorkerState.SERVING, 1.0)
+    assert (health.tier, health.undrain) == (Tier.READY, False)

@@ -107,13 +107,17 @@ class FakePort:
 
 
 class FakeContext:
-    """The only thing that the servicer asks of a context."""
+    """The only things that the servicer asks of a context."""
 
     def __init__(self, **metadata: str) -> None:
+        self.initial_metadata: dict[str, str] = {}
         self._metadata = tuple((key.replace("_", "-"), value) for key, value in metadata.items())
 
     def invocation_metadata(self) -> Any:
         return self._metadata
+
+    async def send_initial_metadata(self, metadata: Any) -> None:
+        self.initial_metadata = dict(metadata)
 
 
 def body(**values: Any) -> HttpBody:

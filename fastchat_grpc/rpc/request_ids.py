@@ -1,0 +1,36 @@
+"""Names of requests: the caller's own, or one that the first server makes, the same at all who take part."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable
+from typing import Any
+
+from fastchat_grpc.core import MAX_REQUEST_ID_LENGTH
+
+REQUEST_ID = "x-request-id"
+WORKER_ID = "x-fastchat-grpc-worker"
+
+
+def request_id(given: str, metadata: Iterable[tuple[str, Any]] | None) -> str:
+    """The name of a request: as its message says, else as its metadata says, else a new one."""
+    if given:
+        return given
+    for key, value in metadata or ():
+        if key == REQUEST_ID and isinstance(value, str) and value:
+            return value[:MAX_REQUEST_ID_LENGTH]
+    return uuid.uuid4().hex
+
+
+def told(**values: str) -> tuple[tuple[str, str], ...]:
+    """Metadata that tells a caller who answers which request. What cannot be metadata, or is empty, is left out.
+
+    Args:
+        values: `request_id` and `worker_id`.
+    """
+    keys = {"request_id": REQUEST_ID, "worker_id": WORKER_ID}
+    return tuple((keys[name], value) for name, value in values.items() if value and _printable(value))
+
+
+def _printable(value: str) -> bool:
+    return value.isascii() and value.isprintable() and value == value.strip()
