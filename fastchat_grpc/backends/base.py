@@ -22,6 +22,8 @@ class BackendLoad:
     """Requests that the engine can batch; the default of the worker's concurrency limit."""
     kv_cache_usage: float = 0.0
     """Used part of the KV cache, 0 to 1."""
+    kv_free_tokens: int = 0
+    """Tokens that the KV cache has room for; 0: none, or unknown."""
     processed_tokens: int = 0
     """Tokens processed since start, those of prompts included; grows while the engine makes progress."""
 

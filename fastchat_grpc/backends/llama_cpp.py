@@ -117,6 +117,7 @@ class LlamaCppBackend(ServedBackend):
         return BackendLoad(
             max_running=self._loader.max_running,
             kv_cache_usage=engine.kv_cache_usage if engine is not None else 0.0,
+            kv_free_tokens=engine.kv_free_tokens if engine is not None else 0,
             processed_tokens=engine.processed_tokens if engine is not None else 0,
         )
 

@@ -117,8 +117,15 @@ class LlamaEngine:
     @property
     def kv_cache_usage(self) -> float:
         """Part of the KV cache that running sequences use; shared tokens count for each."""
-        used = sum(len(slot.tokens) for slot in list(self._active))
-        return min(1.0, used / self._limits.kv_cache_tokens)
+        return min(1.0, self._used_tokens() / self._limits.kv_cache_tokens)
+
+    @property
+    def kv_free_tokens(self) -> int:
+        """Tokens that the KV cache has room for."""
+        return max(0, self._limits.kv_cache_tokens - self._used_tokens())
+
+    def _used_tokens(self) -> int:
+        return sum(len(slot.tokens) for slot in list(self._active))
 
     def add(self, running: Running) -> None:
         sampler = Sampler(self._llama, self._model, self._context, self._tokenizer, running)

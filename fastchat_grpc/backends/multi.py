@@ -29,7 +29,6 @@ from typing import Any
 
 from fastchat_grpc.backends import registry
 from fastchat_grpc.backends.base import Backend, BackendLoad
-from fastchat_grpc.backends.identity import identified
 from fastchat_grpc.config import BackendConfig
 from fastchat_grpc.core import EmbedRequest, EmbedResult, Event, GenerateRequest, ModelInfo, Prompt
 from fastchat_grpc.errors import ConfigError, ModelNotFound
@@ -138,7 +137,7 @@ class MultiBackend:
         """Start the backends one after another, which bounds the memory that loading takes. Raises ModelLoadError."""
         found: list[ModelInfo] = []
         for part, config in zip(self._parts, self._configs, strict=True):
-            for info in await identified(await part.start(), config):
+            for info in await registry.start(part, config):
                 if info.name in self._owners:
                     raise ConfigError(f"two models are named {info.name}; set names in {self._config.model.path}")
                 self._owners[info.name] = part
@@ -173,6 +172,7 @@ class MultiBackend:
         return BackendLoad(
             max_running=self._config.model.max_running or max(load.max_running for load in loads),
             kv_cache_usage=max(load.kv_cache_usage for load in loads),
+            kv_free_tokens=min(load.kv_free_tokens for load in loads),
             processed_tokens=sum(load.processed_tokens for load in loads),
         )
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 from fastchat_grpc.backends.base import Backend
 from fastchat_grpc.backends.capabilities import TRAITS
+from fastchat_grpc.backends.identity import identified
 from fastchat_grpc.config import BackendConfig
+from fastchat_grpc.core import ModelInfo
 from fastchat_grpc.errors import ConfigError
 from fastchat_grpc.models.quantization_plan import FASTEST
 
@@ -47,6 +50,11 @@ def create(config: BackendConfig) -> Backend:
             f"backend {config.name} needs {error.name}, which is not installed; "
             f"run: pip install 'fastchat-grpc[{TRAITS[config.name].extra}]'"
         ) from error
+
+
+async def start(backend: Backend, config: BackendConfig) -> Sequence[ModelInfo]:
+    """Start a backend: its models, with fingerprints where their files tell them. Raises ModelLoadError."""
+    return await identified(await backend.start(), config)
 
 
 def _create_own(config: BackendConfig) -> Backend:

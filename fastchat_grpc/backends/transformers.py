@@ -136,6 +136,7 @@ class TransformersBackend:
         return BackendLoad(
             max_running=self._built.max_running,
             kv_cache_usage=engine.scheduler.pool.usage,
+            kv_free_tokens=engine.scheduler.pool.available * engine.scheduler.pool.block_size,
             processed_tokens=engine.processed_tokens,
         )
 

@@ -112,6 +112,8 @@ class RelayedGeneration:
             max_waiting=sum(load.max_waiting for load in loads),
             kv_cache_usage=max((load.kv_cache_usage for load in loads), default=0.0),
             tokens_per_second=sum(load.tokens_per_second for load in loads),
+            kv_free_tokens=sum(load.kv_free_tokens for load in loads),
+            oldest_waiting_s=max((age for load in loads if (age := load.oldest_waiting_s) is not None), default=None),
         )
 
     def weight(self) -> float:

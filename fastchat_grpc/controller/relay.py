@@ -126,8 +126,5 @@ class _Generation:
             model=info.name,
             fallback_seed=self._fallback_seed,
         )
-        origin = self.candidates.origin
-        if state.started and origin is not None:
-            message.resume.model_fingerprint = origin.fingerprint
         generate = channel.unary_stream(GENERATE)
         return generate(message.SerializeToString(), timeout=call.remaining_s(), metadata=self._caller.metadata)

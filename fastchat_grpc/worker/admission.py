@@ -46,6 +46,7 @@ class _Waiter:
     weight: int = field(compare=False)
     resumed: bool = field(compare=False)
     turn: asyncio.Future[None] = field(compare=False)
+    arrived: float = field(compare=False)
 
 
 class Admission:
@@ -82,6 +83,12 @@ class Admission:
     def waiting(self) -> int:
         """Requests in the queue."""
         return self._waiting[True] + self._waiting[False]
+
+    @property
+    def oldest_waiting_s(self) -> float | None:
+        """Age of the request that waits longest; None: none waits."""
+        arrivals = [waiter.arrived for waiter in self._queue if not waiter.turn.done()]
+        return self._clock() - min(arrivals) if arrivals else None
 
     @asynccontextmanager
     async def slot(self, priority: int = 0, *, weight: int = 1, resumed: bool = False) -> AsyncIterator[Slot]:
@@ -131,9 +138,10 @@ class Admission:
 
     async def _wait(self, priority: int, weight: int, resumed: bool) -> None:
         level = -MAX_PRIORITY if resumed else min(max(priority, -MAX_PRIORITY), MAX_PRIORITY)
-        due = self._clock() + level * PRIORITY_STEP_S
+        now = self._clock()
+        due = now + level * PRIORITY_STEP_S
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._queue, _Waiter(due, next(self._numbers), weight, resumed, turn))
+        heapq.heappush(self._queue, _Waiter(due, next(self._numbers), weight, resumed, turn, now))
         self._waiting[resumed] += 1
         try:
             await turn

@@ -11,7 +11,6 @@ from typing import Any
 
 from fastchat_grpc import __version__
 from fastchat_grpc.backends import registry
-from fastchat_grpc.backends.identity import identified
 from fastchat_grpc.config import WorkerConfig
 from fastchat_grpc.core import WorkerState
 from fastchat_grpc.openai.servicer import OpenAIServicer
@@ -102,7 +101,7 @@ class WorkerApp:
         """Listen, load, then register: callers never meet a worker that cannot answer."""
         descriptors.raise_limit()
         await self._listen()
-        models = await identified(await self._backend.start(), self._config.backend)
+        models = await registry.start(self._backend, self._config.backend)
         self._generation.open(models, self._admission())
         self._monitor.set_state(WorkerState.SERVING)
         assert self._server is not None

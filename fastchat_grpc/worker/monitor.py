@@ -79,6 +79,8 @@ class Monitor:
             max_waiting=admission.max_waiting,
             kv_cache_usage=backend.kv_cache_usage,
             tokens_per_second=self._speed,
+            kv_free_tokens=backend.kv_free_tokens,
+            oldest_waiting_s=admission.oldest_waiting_s,
         )
         return self._told
 

@@ -16,7 +16,7 @@ from fastchat_grpc import errors
 from fastchat_grpc.client import AsyncClient
 from fastchat_grpc.config import ConfigError, DispatchMethod, FailoverConfig, LeaseConfig
 from fastchat_grpc.controller.app import ControllerApp
-from fastchat_grpc.core import Completion, Delta, PromptEcho
+from fastchat_grpc.core import Completion, Delta, PromptEcho, WorkerState
 from fastchat_grpc.rpc.channels import open_channel
 from fastchat_grpc.rpc.status import error_from_rpc
 from fastchat_grpc.v1 import generation_pb2, generation_pb2_grpc, registry_pb2_grpc
@@ -475,8 +475,31 @@ class TestDrain:
         assert (await running).text == text
         assert controller.relay.failover.resumed == 1
 
+    async def test_a_drain_that_is_taken_back_lets_the_worker_take_requests_again(
+        self, client: AsyncClient, controller: ControllerApp, start_worker: StartWorker
+    ) -> None:
+        stays = await start_worker(
+            controllers=(controller.address,), worker_id="stays", options={"delay_ms": "30"}, drain_timeout_s=60.0
+        )
+        serving = asyncio.create_task(stays.serve())
+        await joined(controller, 1)
+        (worker,) = controller.registry.workers()
+        text = "0123456789" * 100
+        running = asyncio.create_task(client.complete(text))
+        await eventually(lambda: worker.reserved_count == 1)
+        await client.drain_worker("stays")
+        await eventually(lambda: worker.health.state is WorkerState.DRAINING)
+        await client.undrain_worker("stays")
+        await eventually(lambda: worker.health.state is WorkerState.SERVING)
+        assert (await client.complete("x")).text == "x"
+        assert not serving.done()
+        running.cancel()
+        serving.cancel()
+
     async def test_draining_an_unknown_worker_is_not_found(self, stub: registry_pb2_grpc.ControllerServiceStub) -> None:
         await fails(stub.DrainWorker(pb.DrainWorkerRequest(worker_id="?")), errors.WorkerNotFound)
+        await fails(stub.UndrainWorker(pb.UndrainWorkerRequest(worker_id="?")), errors.WorkerNotFound)
+        await fails(stub.GetWorker(pb.GetWorkerRequest(worker_id="?")), errors.WorkerNotFound)
 
 
 class TestLife:

@@ -298,3 +298,24 @@ async def test_a_worker_that_reopens_takes_requests_again() -> None:
     admission.reopen()
     async with admission.slot():
         pass
+
+
+async def test_the_age_of_the_oldest_waiting_request_is_told() -> None:
+    now = [100.0]
+    admission = Admission(max_running=1, max_waiting=5, clock=lambda: now[0])
+    first = Holder(admission)
+    await settle()
+    assert admission.oldest_waiting_s is None
+    second = Holder(admission, priority=5)
+    await settle()
+    now[0] = 103.0
+    third = Holder(admission, priority=-60)
+    await settle()
+    now[0] = 104.0
+    assert admission.oldest_waiting_s == 4.0
+    second.task.cancel()
+    await settle()
+    assert admission.oldest_waiting_s == 1.0
+    await first.end()
+    await third.end()
+    assert admission.oldest_waiting_s is None

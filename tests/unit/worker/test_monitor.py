@@ -19,6 +19,7 @@ class Counts:
     waiting: int = 0
     max_running: int = 8
     max_waiting: int = 8
+    oldest_waiting_s: float | None = None
     output_tokens: int = 0
     processed: int = 0
     now: float = 100.0
