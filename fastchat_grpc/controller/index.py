@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
+from operator import attrgetter
 from random import Random
 from typing import Any, Generic, Protocol, TypeVar
+
+_score = attrgetter("score")
 
 TRIES = 8
 """Candidates are drawn so often at random, before all of them are listed."""
@@ -31,14 +34,12 @@ class ScoreIndex(Generic[W]):
     score costs the same in a fleet of ten and of ten thousand.
     """
 
-    __slots__ = ("_buckets", "_scores", "items", "max_weight", "total")
+    __slots__ = ("_buckets", "_scores", "items", "max_weight")
 
     def __init__(self) -> None:
         self.items: list[W] = []
         self.max_weight = 0.0
         """No member weighs more."""
-        self.total = 0.0
-        """Sum of the scores."""
         self._buckets: dict[float, list[W]] | None = None
         self._scores: list[float] = []  # a heap of the buckets' scores; some buckets are empty
 
@@ -51,7 +52,6 @@ class ScoreIndex(Generic[W]):
         worker.place = len(self.items)
         self.items.append(worker)
         self.max_weight = max(self.max_weight, worker.weight)
-        self.total += worker.score
         self._put(worker)
 
     def discard(self, worker: W) -> None:
@@ -62,13 +62,11 @@ class ScoreIndex(Generic[W]):
             self.items[worker.place] = last
             last.place = worker.place
         self._take(worker)
-        self.total -= worker.score
         if not self.items:
-            self.max_weight = self.total = 0.0
+            self.max_weight = 0.0
 
     def move(self, worker: W, score: float) -> None:
         """A member's score has changed."""
-        self.total += score - worker.score
         buckets = self._buckets
         if buckets is None:
             worker.score = score
@@ -219,7 +217,7 @@ class Candidates(Generic[W]):
     def mean(self) -> float:
         """The mean score of all, whether they fit or not; 0 where there is none."""
         count = sum(map(len, self._indexes))
-        return sum(index.total for index in self._indexes) / count if count else 0.0
+        return sum(sum(map(_score, index.items)) for index in self._indexes) / count if count else 0.0
 
     def all(self) -> Sequence[W]:
         """All that fit. Not to be changed."""

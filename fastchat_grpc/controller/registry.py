@@ -117,7 +117,9 @@ class Registry(Accounts):
 
     def heartbeat(self, lease_id: str, load: Load) -> Worker:
         """Renew a lease. Raises LeaseNotFound if it is unknown, expired or replaced."""
-        now = self.expire()
+        now, timers = self._clock(), self._timers
+        if timers and timers[0][0] <= now:
+            self.expire()
         worker = self._leases.get(lease_id)
         if worker is None:
             raise LeaseNotFound(UNKNOWN_LEASE)
@@ -248,7 +250,7 @@ class Registry(Accounts):
     def _report(self, worker: Worker, load: Load, now: float) -> None:
         """Take a worker's figures, and with them its word that it lives."""
         policy, health = self._policy, worker.health
-        stalled = load.state is WorkerState.DEGRADED and health.state is not WorkerState.DEGRADED
+        was, state = health.state, load.state
         late_s = now - worker.heartbeat_at - worker.terms.heartbeat_interval_s
         if late_s > LATE_S or policy.late:
             policy.heard(late_s, now)
@@ -258,11 +260,15 @@ class Registry(Accounts):
         if worker.deadline < worker.timer_at:
             self._set_lease_timer(worker, now)  # the interval has shrunk with the fleet
         worker.ledger.report(load, now, terms.heartbeat_interval_s)
-        if worker.ledger.score != worker.score:
-            self._rescore(worker)
-        if not (health.heard(load.state, now) and self._settle(worker)) and self._listeners:
+        score = worker.ledger.score
+        if score != worker.score:
+            if worker.index is not None:
+                worker.index.move(worker, score)
+            else:
+                worker.score = score
+        if not (health.heard(state, now) and self._settle(worker)) and self._listeners:
             self._notify(Change(ChangeKind.LOAD, worker))
-        if stalled:
+        if state is not was and state is WorkerState.DEGRADED:
             self._trouble(worker)
         if self._queues:
             self.room.freed(worker)
