@@ -33,6 +33,7 @@ class Verdict(enum.Enum):
 
 _REFUSALS = {
     "QUEUE_FULL": Verdict.FULL,
+    "TOO_MANY_CALLS": Verdict.FULL,
     "DRAINING": Verdict.LEAVING,
     "STARTING": Verdict.STARTING,
     "NO_LIVE_WORKER": Verdict.EMPTY,
@@ -45,7 +46,7 @@ _INABILITIES = frozenset({Code.INVALID_ARGUMENT, Code.NOT_FOUND, Code.UNIMPLEMEN
 def judge(error: FastChatError, *, resumed: bool = False) -> Verdict:
     """Whether an attempt that ended with `error` may be made elsewhere.
 
-    RESOURCE_EXHAUSTED is retried only where the reason is our own QUEUE_FULL: grpc answers with the
+    RESOURCE_EXHAUSTED is retried only where the reason is one of our own: grpc answers with the
     same code to messages that are too large, which no other server will take either.
 
     Args:

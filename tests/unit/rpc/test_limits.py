@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from fastchat_grpc.errors import TooManyCalls
+from fastchat_grpc.errors import ReaderTooSlow, TooManyCalls
 from fastchat_grpc.rpc.limits import CallBounds, CallLimits
+from fastchat_grpc.rpc.retry import Verdict, judge
 
 METHOD = "/fastchat_grpc.v1.GenerationService/Generate"
 WATCH = "/grpc.health.v1.Health/Watch"
@@ -42,3 +43,8 @@ def test_watches_have_bounds_of_their_own_and_heartbeats_none():
         with pytest.raises(TooManyCalls), limits.of(WATCH).call("ipv4:1.1.1.1:2"):
             pytest.fail("entered")
     assert limits.of("/fastchat_grpc.v1.ControllerService/Heartbeat") is None
+
+
+def test_a_server_with_too_many_calls_is_full_and_a_reader_that_was_too_slow_is_told():
+    assert judge(TooManyCalls("full", retry_after_s=1.0)) is Verdict.FULL
+    assert judge(ReaderTooSlow("not read")) is Verdict.FINAL
