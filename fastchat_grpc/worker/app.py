@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 ABANDON_S = 1.0
 """Time that a backend has to give up loading when the worker is stopped meanwhile."""
+CLOSE_ABANDONED_S = 5.0
+"""And to end what it has started by then, such as processes of its own."""
 
 
 async def run(config: WorkerConfig, stop: asyncio.Event) -> None:
@@ -54,6 +56,7 @@ class WorkerApp:
         self._stop = stop or asyncio.Event()
         self._ordered = asyncio.Event()  # a controller wants this worker to drain
         self._withdrawn = asyncio.Event()  # and no longer wants it
+        self._abandoned = False  # stopped while it was loading
         self._draining = False
         self._draining_since = 0.0
         self._drain_timeout_s = config.drain_timeout_s
@@ -89,6 +92,7 @@ class WorkerApp:
         try:
             if await any_of(self._stop.wait(), asyncio.wait([starting])) and not starting.done():
                 logger.info("stopped while loading the model")
+                self._abandoned = True
                 return False
             await starting  # raises what went wrong
             return True
@@ -136,7 +140,7 @@ class WorkerApp:
         if self._server is not None:
             await self._server.stop(grace_s=1.0)
         try:
-            async with asyncio.timeout(None if self._generation.opened else ABANDON_S):
+            async with asyncio.timeout(CLOSE_ABANDONED_S if self._abandoned else None):
                 await self._backend.close()
         except TimeoutError:
             logger.warning("the backend does not give up loading and is left behind")
