@@ -15,7 +15,9 @@ local OURS = {[408] = true, [413] = true}
 -- The services refuse more than 16 KiB of headers, each counted with 32 bytes more, and some come on top of these.
 local MAX_HEADERS = 14000
 local OVERHEAD = 32
--- What stays of headers that are too large: what the services behind read, and what says how the body is to be read.
+-- Envoy takes 100 of them, and fails a request that the gateway's own headers bring above that.
+local MAX_COUNT = 80
+-- What stays of headers that are too many or too large: what the services behind read, and what says how the body is to be read.
 local NEEDED = {["authorization"] = true, ["x-api-key"] = true, ["api-key"] = true, ["x-request-id"] = true,
   ["content-type"] = true, ["content-length"] = true, ["content-encoding"] = true, ["transfer-encoding"] = true, ["te"] = true,
   ["accept"] = true, ["accept-encoding"] = true, ["user-agent"] = true, ["host"] = true, ["traceparent"] = true,
@@ -76,23 +78,26 @@ local function refuse(handle, status, message, field)
     error_json(status, message, field, nil))
 end
 
-local function size(headers)
-  local total = 0
-  for name, value in pairs(headers) do total = total + #name + #value + OVERHEAD end
-  return total
+local function fits(headers)
+  local total, count = 0, 0
+  for name, value in pairs(headers) do
+    total = total + #name + #value + OVERHEAD
+    count = count + 1
+  end
+  return total <= MAX_HEADERS and count <= MAX_COUNT
 end
 
--- Whether the headers are, or could be made, small enough for the services behind.
+-- Whether the headers are, or could be made, few and small enough for the services behind.
 local function slim(headers, is_grpc)
   headers:remove("cookie")  -- no service reads them
-  if size(headers) <= MAX_HEADERS then return true end
+  if fits(headers) then return true end
   if is_grpc then return false end
   local surplus = {}
   for name, _ in pairs(headers) do
     if name:sub(1, 1) ~= ":" and not NEEDED[name] then surplus[#surplus + 1] = name end
   end
   for _, name in ipairs(surplus) do headers:remove(name) end
-  return size(headers) <= MAX_HEADERS
+  return fits(headers)
 end
 
 -- A page of any origin may send a form or plain text without asking first, but never JSON.

@@ -247,6 +247,12 @@ async def test_twenty_kilobytes_of_cookies_are_no_trouble(http: Connection) -> N
     assert text_of(await chat(http, x_own="x" * 20_000)) == "hello"
 
 
+@pytest.mark.parametrize("count", [60, 88, 94])
+async def test_headers_may_be_many(http: Connection, count: int) -> None:
+    answer = await chat(http, **{f"x_extra_{i}": "1" for i in range(count)})
+    assert answer.status == 200, answer.body
+
+
 async def test_headers_that_cannot_be_left_out_have_a_bound(http: Connection) -> None:
     answer = await chat(http, user_agent="x" * 20_000)
     assert answer.status == 431
