@@ -220,6 +220,8 @@ class ControllerConfig:
     """Controllers to register with, as a worker that serves the whole fleet."""
     parent_tls: TlsConfig | None = None
     parent_join_token: str | None = field(default=None, repr=False)
+    strict_fields: bool = False
+    """Members of OpenAI requests that nobody knows are refused; else they are ignored and named to the caller."""
     api_keys: ApiKeyConfig = ApiKeyConfig()
     """Keys that callers of generation, models and worker lists must show, directly or through a gateway."""
 
@@ -380,6 +382,8 @@ class WorkerConfig:
     """Seconds without progress, with requests running, after which the worker calls itself DEGRADED."""
     send_timeout_s: float = 60.0
     """Seconds that what was generated may stay unread by its caller before the request loses its slot."""
+    strict_fields: bool = False
+    """Members of OpenAI requests that nobody knows are refused; else they are ignored and named to the caller."""
     controller_tls: TlsConfig | None = None
     join_token: str | None = field(default=None, repr=False)
     """Shared secret that the controllers ask for at registration (authorization: Bearer)."""

@@ -77,6 +77,9 @@ def group(*options: Option[Any]) -> Option[Any]:
 log_level_option = click.option(
     "--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning"])
 )
+strict_option = click.option(
+    "--strict-fields", is_flag=True, help="Refuse unknown members of OpenAI requests; else they are ignored and named."
+)
 drain_option = click.option(
     "--drain-timeout", type=float, default=30.0, show_default=True, help="Seconds for requests to end on shutdown."
 )
@@ -145,6 +148,7 @@ controller_options = group(
     click.option("--parent-join-token", envvar="FASTCHAT_GRPC_PARENT_JOIN_TOKEN", help="Secret of the parents."),
     click.option("--worker-address", help="host:port that parents are told.  [default: where it listens]"),
     click.option("--worker-id", default="", help="Identity towards parents.  [default: its address]"),
+    strict_option,
     drain_option,
 )
 
@@ -171,6 +175,7 @@ def controller_config(flags: dict[str, Any]) -> ControllerConfig:
         parent_addresses=flags["parent_address"],
         parent_tls=_client_tls(flags["parent_ca"]),
         parent_join_token=flags["parent_join_token"],
+        strict_fields=flags["strict_fields"],
         api_keys=ApiKeyConfig.parse(flags["api_keys"], flags["api_key_file"]),
     )
 
@@ -295,6 +300,7 @@ worker_options = group(
     ),
     click.option("--join-token", envvar="FASTCHAT_GRPC_JOIN_TOKEN", help="Secret that the controllers ask for."),
     click.option("--no-heartbeat", is_flag=True, help="Register without heartbeats; the worker never expires."),
+    strict_option,
     drain_option,
     click.option("--controller-ca", type=tls_files, help="PEM authority of the controllers' TLS certificates."),
 )
@@ -317,6 +323,7 @@ def worker_config(flags: dict[str, Any]) -> WorkerConfig:
         drain_timeout_s=flags["drain_timeout"],
         stall_timeout_s=flags["stall_timeout"],
         send_timeout_s=flags["send_timeout"],
+        strict_fields=flags["strict_fields"],
         controller_tls=_client_tls(flags["controller_ca"]),
         join_token=flags["join_token"],
     )

@@ -148,7 +148,12 @@ class ControllerApp:
             (
                 "fastchat_grpc.v1.OpenAIService",
                 lambda server: openai_pb2_grpc.add_OpenAIServiceServicer_to_server(
-                    OnBehalf(OpenAIServicer(self.generation), self.registry, self._config.failover.wait_s), server
+                    OnBehalf(
+                        OpenAIServicer(self.generation, strict_fields=self._config.strict_fields),
+                        self.registry,
+                        self._config.failover.wait_s,
+                    ),
+                    server,
                 ),
             ),
             *(self.bridge.services() if self.bridge is not None else ()),

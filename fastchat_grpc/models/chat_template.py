@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from fastchat_grpc.core import ChatMessage, ChatPrompt, Image, Tool
+from fastchat_grpc.core import ChatMessage, ChatPrompt, Image, Tool, ToolChoice
 from fastchat_grpc.errors import InvalidArgument, UnsupportedField
 from fastchat_grpc.models.overrides import CHAT_TEMPLATES
 
@@ -62,7 +62,9 @@ class ChatTemplate:
         template = self._templates.get("tool_use", self.source) if chat.tools else self.source
         if not template:
             raise InvalidArgument("chat", "the model has no chat template; send a prompt instead of messages")
-        if chat.offered and "tools" not in template:
+        # A call that is forced comes from the grammar, whether or not the template can show its tool.
+        forced = chat.tool_choice not in (ToolChoice.AUTO, ToolChoice.NONE)
+        if chat.offered and not forced and "tools" not in template:
             raise InvalidArgument("chat.tools", "the model's chat template takes no tools")
         return template
 

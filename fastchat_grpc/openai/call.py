@@ -39,6 +39,8 @@ class Reply:
 
     model: str
     stream: bool = False
+    fingerprint: str = ""
+    """Identity of what generates; empty where it is unknown."""
     include_usage: bool = False
     continuous_usage: bool = False
     logprobs: bool = False
@@ -58,6 +60,8 @@ class Call:
 
     generations: tuple[GenerateRequest, ...]
     reply: Reply
+    ignored: tuple[str, ...] = ()
+    """Members of the request that nobody knows, printable and short."""
 
     @property
     def choices_per_prompt(self) -> int:

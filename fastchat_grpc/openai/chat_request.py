@@ -7,22 +7,31 @@ from dataclasses import replace
 from typing import Any
 
 from fastchat_grpc.core import (
-    DEFAULT_MAX_NEW_TOKENS,
     MAX_LOGPROBS,
     Capability,
     ChatPrompt,
+    Grammar,
     ModelInfo,
     ToolChoice,
-    UnsetInt,
 )
 from fastchat_grpc.errors import UnsupportedField
 from fastchat_grpc.openai.call import Call, ToolMode, ToolOptions
 from fastchat_grpc.openai.fields import Fields
-from fastchat_grpc.openai.grammar import forced_call, parse_grammar
+from fastchat_grpc.openai.grammar import parse_grammar
 from fastchat_grpc.openai.jsonio import dumps
 from fastchat_grpc.openai.messages import first_image, last_text, parse_messages, parse_tools
 from fastchat_grpc.openai.paths import GRAMMAR
-from fastchat_grpc.openai.settings import RENAMES, find_model, model_name, parse_generation, parse_reply, refuse_rest
+from fastchat_grpc.openai.settings import (
+    RENAMES,
+    find_model,
+    limit,
+    longest,
+    model_name,
+    parse_generation,
+    parse_reply,
+    refuse_rest,
+)
+from fastchat_grpc.openai.tools.schema import call_or_answer, forced_call
 
 _RENAMES = {
     **RENAMES,
@@ -37,17 +46,22 @@ _RENAMES = {
     "chat.template_arguments_json": "chat_template_kwargs",
     "chat.continue_final_message": "continue_final_message",
 }
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
-def parse_chat(values: Mapping[str, Any], models: Sequence[ModelInfo], request_id: str = "") -> Call:
-    """Check and convert a chat completion. Raises InvalidArgument, which names the field."""
+def parse_chat(
+    values: Mapping[str, Any], models: Sequence[ModelInfo], request_id: str = "", *, strict: bool = False
+) -> Call:
+    """Check and convert a chat completion. Raises InvalidArgument, which names the field.
+
+    Args:
+        strict: members that nobody knows are refused, too.
+    """
     fields = Fields(values)
     model = find_model(models, model_name(fields))
     chat, tools = parse_conversation(fields)
     _refuse_images(chat, model)
-    grammar, grammar_path = parse_grammar(fields)
-    if tools.forced:
-        grammar, grammar_path = forced_call(chat.tools, chat.tool_choice, parallel=tools.parallel), "tool_choice"
+    grammar, grammar_path = _grammar(fields, chat, tools)
     max_tokens, max_tokens_path = _max_tokens(fields, model)
     logprobs = _logprobs(fields)
     echo = fields.flag("echo") and chat.messages[-1].role == "assistant"
@@ -69,8 +83,23 @@ def parse_chat(values: Mapping[str, Any], models: Sequence[ModelInfo], request_i
         keep_special=tools.mode is ToolMode.AUTO,
         request_id=request_id,
     )
-    _refuse_rest(fields)
-    return Call(generations=(generation,), reply=reply)
+    return Call(generations=(generation,), reply=reply, ignored=_refuse_rest(fields, strict=strict))
+
+
+def _grammar(fields: Fields, chat: ChatPrompt, tools: ToolOptions) -> tuple[Grammar | None, str]:
+    """The grammar of the output and the field that asked for it, where it and calls must get along."""
+    grammar, path = parse_grammar(fields)
+    # What a response_format asks for is the text of an answer; a forced call has none.
+    if tools.forced:
+        if grammar is not None and not path.startswith("response_format"):
+            raise UnsupportedField(path, "cannot be combined with a tool_choice that forces a call")
+        return forced_call(chat.tools, chat.tool_choice, parallel=tools.parallel), "tool_choice"
+    if grammar is not None and tools.mode is ToolMode.AUTO:
+        combined = call_or_answer(chat.tools, grammar, parallel=tools.parallel)
+        if combined is None:
+            raise UnsupportedField(path, "would keep the model from calling its tools; set tool_choice to none")
+        return combined, path
+    return grammar, path
 
 
 def parse_conversation(fields: Fields) -> tuple[ChatPrompt, ToolOptions]:
@@ -98,8 +127,14 @@ def parse_conversation(fields: Fields) -> tuple[ChatPrompt, ToolOptions]:
 
 def _template_arguments(fields: Fields) -> str:
     arguments = dict(fields.table("chat_template_kwargs") or {})
-    if (effort := fields.text("reasoning_effort")) is not None:
+    if (effort := fields.one_of("reasoning_effort", _EFFORTS)) is not None:
         arguments.setdefault("reasoning_effort", effort)
+    thinking = fields.flag("enable_thinking")
+    if (wanted := fields.nested("thinking")) is not None:
+        thinking = wanted.one_of("type", ("enabled", "disabled", "adaptive")) != "disabled"
+        wanted.unsupported("budget_tokens")
+    if thinking is not None:
+        arguments.setdefault("enable_thinking", thinking)
     return dumps(arguments).decode() if arguments else ""
 
 
@@ -116,7 +151,9 @@ def _tool_choice(fields: Fields, names: tuple[str, ...]) -> tuple[ToolChoice | s
     if value == "none":
         return ToolChoice.NONE, ToolOptions()
     if not names:
-        raise fields.wrong("tool_choice", f"{value} needs tools")
+        if value == "required":
+            raise fields.wrong("tool_choice", f"{value} needs tools")
+        return ToolChoice.NONE, ToolOptions()
     return ToolChoice(value), ToolOptions(mode=ToolMode(value), names=names, parallel=parallel)
 
 
@@ -129,21 +166,16 @@ def _named_tool(wanted: Fields, names: tuple[str, ...]) -> str:
     name = function.required("name")
     if name not in names:
         raise function.wrong("name", "is not the name of a tool of this request")
-    function.finish()
-    wanted.finish()
     return name
 
 
 def _max_tokens(fields: Fields, model: ModelInfo | None) -> tuple[int, str]:
-    old, new = fields.integer("max_tokens", 1), fields.integer("max_completion_tokens", 1)
-    if old is not None and new is not None and old != new:
-        raise fields.wrong("max_tokens", f"({old}) contradicts max_completion_tokens ({new}); send one of them")
-    limit = new if new is not None else old
-    if limit is None:
-        # Up to the end of the context, where generation ends by itself; a server whose context is unknown knows it.
-        known = model is not None and model.context_length > 0
-        limit = model.context_length if model is not None and known else UnsetInt(DEFAULT_MAX_NEW_TOKENS)
-    return limit, "max_completion_tokens" if old is None else "max_tokens"
+    # A gateway sets one of them and leaves the other as its caller sent it: the newer name wins.
+    new, unlimited = limit(fields, "max_completion_tokens", 1)
+    old, _ = limit(fields, "max_tokens", 1)
+    if new is not None or unlimited or old is None:
+        return longest(model) if new is None else new, "max_completion_tokens"
+    return old, "max_tokens"
 
 
 def _logprobs(fields: Fields) -> int | None:
@@ -161,13 +193,17 @@ def _refuse_images(chat: ChatPrompt, model: ModelInfo | None) -> None:
         raise UnsupportedField(image, f"the model {model.name} reads text only")
 
 
-def _refuse_rest(fields: Fields) -> None:
-    fields.unsupported("functions", hint="use tools")
-    fields.unsupported("function_call", hint="use tool_choice")
+def _refuse_rest(fields: Fields, *, strict: bool) -> tuple[str, ...]:
+    fields.unsupported("functions", [], hint="use tools")
+    fields.unsupported("function_call", "none", "auto", hint="use tool_choice")
     fields.unsupported("modalities", ["text"])
     fields.unsupported("chat_template", hint="the model's own is used; see chat_template_kwargs")
     fields.unsupported("documents", [])
     fields.unsupported("add_special_tokens", False)
-    for name in ("audio", "prediction", "web_search_options", "verbosity", "mm_processor_kwargs"):
+    fields.unsupported("verbosity", "medium")
+    fields.unsupported("mm_processor_kwargs", {})
+    # A prediction makes an answer faster, and no other.
+    fields.table("prediction")
+    for name in ("audio", "web_search_options"):
         fields.unsupported(name)
-    refuse_rest(fields)
+    return refuse_rest(fields, strict=strict)

@@ -22,21 +22,38 @@ from fastchat_grpc.openai.fields import Fields, integers
 from fastchat_grpc.openai.grammar import parse_grammar
 from fastchat_grpc.openai.jsonio import type_name
 from fastchat_grpc.openai.paths import GRAMMAR
-from fastchat_grpc.openai.settings import RENAMES, find_model, model_name, parse_generation, parse_reply, refuse_rest
+from fastchat_grpc.openai.settings import (
+    RENAMES,
+    find_model,
+    limit,
+    longest,
+    model_name,
+    parse_generation,
+    parse_reply,
+    refuse_rest,
+)
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's default for text completions, and vLLM's."""
 _RENAMES = {**RENAMES, "prompt_token_ids": "prompt", "input": "prompt", "output.prompt_logprobs": "logprobs"}
 
 
-def parse_completion(values: Mapping[str, Any], models: Sequence[ModelInfo], request_id: str = "") -> Call:
-    """Check and convert a text completion. Raises InvalidArgument, which names the field."""
+def parse_completion(
+    values: Mapping[str, Any], models: Sequence[ModelInfo], request_id: str = "", *, strict: bool = False
+) -> Call:
+    """Check and convert a text completion. Raises InvalidArgument, which names the field.
+
+    Args:
+        strict: members that nobody knows are refused, too.
+    """
     fields = Fields(values)
     model = find_model(models, model_name(fields))
     prompts = parse_prompts(fields.raw("prompt"), "prompt")
     grammar, grammar_path = parse_grammar(fields)
     echo = bool(fields.flag("echo"))
-    max_tokens = fields.integer("max_tokens", 0)
+    max_tokens, unlimited = limit(fields, "max_tokens", 0)
+    if unlimited:
+        max_tokens = longest(model)
     if max_tokens == 0 and not echo:
         raise fields.wrong("max_tokens", "must be at least 1, or 0 with echo to score a prompt, got 0")
     logprobs = fields.integer("logprobs", 0, MAX_LOGPROBS)
@@ -59,8 +76,8 @@ def parse_completion(values: Mapping[str, Any], models: Sequence[ModelInfo], req
     n = generation.output.n
     if len(prompts) * n > MAX_CHOICES:
         raise fields.wrong("prompt", f"prompts times n must be at most {MAX_CHOICES}, got {len(prompts)} times {n}")
-    _refuse_rest(fields, n)
-    return Call(generations=tuple(_per_prompt(generation, prompts)), reply=reply)
+    ignored = _refuse_rest(fields, n, strict=strict)
+    return Call(generations=tuple(_per_prompt(generation, prompts)), reply=reply, ignored=ignored)
 
 
 def parse_prompts(value: object, path: str) -> tuple[Prompt, ...]:
@@ -97,9 +114,11 @@ def _per_prompt(generation: GenerateRequest, prompts: Sequence[Prompt]) -> Itera
         yield replace(generation, prompt=prompt, request_id=name)
 
 
-def _refuse_rest(fields: Fields, n: int) -> None:
+def _refuse_rest(fields: Fields, n: int, *, strict: bool) -> tuple[str, ...]:
     fields.unsupported("suffix", "")
     fields.unsupported("best_of", n)
     fields.unsupported("add_special_tokens", True)
     fields.unsupported("prompt_embeds")
-    refuse_rest(fields)
+    for name in ("messages", "tools"):
+        fields.unsupported(name, [], hint="use /v1/chat/completions")
+    return refuse_rest(fields, strict=strict)

@@ -13,7 +13,7 @@ from fastchat_grpc.core import MAX_EMBED_INPUTS, EmbedRequest, EmbedResult, Mode
 from fastchat_grpc.errors import InvalidArgument
 from fastchat_grpc.openai.fields import Fields, integers
 from fastchat_grpc.openai.jsonio import dumps, type_name
-from fastchat_grpc.openai.settings import IGNORED, find_model, model_name
+from fastchat_grpc.openai.settings import check_harmless, find_model, model_name
 
 RENAMES = {"inputs": "input"}
 
@@ -25,9 +25,10 @@ class EmbeddingCall:
     request: EmbedRequest
     model: str
     as_base64: bool
+    ignored: tuple[str, ...] = ()
 
 
-def parse_embeddings(values: Mapping[str, Any], models: Sequence[ModelInfo]) -> EmbeddingCall:
+def parse_embeddings(values: Mapping[str, Any], models: Sequence[ModelInfo], *, strict: bool = False) -> EmbeddingCall:
     """Check and convert. Raises InvalidArgument, which names the field."""
     fields = Fields(values)
     name = model_name(fields)
@@ -43,10 +44,14 @@ def parse_embeddings(values: Mapping[str, Any], models: Sequence[ModelInfo]) -> 
         truncate=fields.flag("truncate"),
         normalize=fields.flag("normalize") is not False,
     )
-    fields.ignore(*IGNORED)
+    check_harmless(fields)
     fields.unsupported("truncate_prompt_tokens", hint="use truncate: true")
-    fields.finish()
-    return EmbeddingCall(request=request, model=name or (model.name if model is not None else ""), as_base64=as_base64)
+    return EmbeddingCall(
+        request=request,
+        model=name or (model.name if model is not None else ""),
+        as_base64=as_base64,
+        ignored=fields.rest(strict=strict),
+    )
 
 
 def _inputs(value: object) -> tuple[str | tuple[int, ...], ...]:

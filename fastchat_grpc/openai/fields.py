@@ -1,4 +1,9 @@
-"""Strict reading of JSON objects: every error names the field, and what was not read is refused."""
+"""Reading of JSON objects: every error names the field, and what nobody read is known by name.
+
+A member that cannot change the answer is ignored: clients, editors and gateways attach data of their own. One that
+would change it, and that this server does not have, is refused by name (`unsupported`). Members of the top level
+that nobody knows are ignored, too, and told (`unknown`).
+"""
 
 from __future__ import annotations
 
@@ -11,13 +16,14 @@ from fastchat_grpc.errors import InvalidArgument, UnsupportedField
 from fastchat_grpc.openai.jsonio import type_name
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
+MAX_UNKNOWN = 16
+"""Unknown members that are told by name."""
 
 
 class Fields:
     """The members of one JSON object, read by name.
 
-    A member that is absent or null reads as None: OpenAI's clients send null for "unset". `finish` refuses
-    every member that nobody asked for.
+    A member that is absent or null reads as None: OpenAI's clients send null for "unset".
     """
 
     def __init__(self, values: Mapping[str, Any], path: str = "") -> None:
@@ -112,25 +118,37 @@ class Fields:
         ):
             raise UnsupportedField(self.path(name), "is not supported" + (f"; {hint}" if hint else ""))
 
+    def unknown(self) -> tuple[str, ...]:
+        """Names of the members that were not read and say something, printable and short."""
+        names = [name for name, value in self._values.items() if value is not None and name not in self._known]
+        return tuple(shorten(name, quotes=False) or '""' for name in names[:MAX_UNKNOWN])
+
     def finish(self) -> None:
-        """Refuse the first member that was not read."""
-        for name in self._values:
-            if name not in self._known:
+        """Refuse the first member that was not read and says something: where each one changes the answer."""
+        for name, value in self._values.items():
+            if value is not None and name not in self._known:
                 close = difflib.get_close_matches(name[:64], self._known, n=1, cutoff=0.75)
                 hint = f"; did you mean {close[0]}?" if close else ""
                 raise InvalidArgument(self.path(shorten(name, quotes=False) or '""'), f"unknown field{hint}")
+
+    def rest(self, *, strict: bool) -> tuple[str, ...]:
+        """Names of the members that nobody read; with `strict` the first is refused."""
+        if strict:
+            self.finish()
+        return self.unknown()
 
 
 def integer(value: object, path: str, low: int = INT32_MIN, high: int = INT32_MAX) -> int:
     """Check an integer; a boolean is none."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidArgument(path, f"must be an integer, got {type_name(value)}")
-    # The JSON parser reads integers beyond 64 bits as floats: out of range, rather than no integers.
-    if isinstance(value, float) and not (value.is_integer() and abs(value) >= 2**53):
+    # JSON has one type of number: 512.0 is an integer. The parser reads integers beyond 64 bits as floats, which are
+    # out of every range.
+    if isinstance(value, float) and not value.is_integer():
         raise InvalidArgument(path, f"must be an integer, got {value!r}")
-    if not low <= value <= high or isinstance(value, float):
+    if not low <= value <= high or (isinstance(value, float) and abs(value) >= 2**53):
         raise InvalidArgument(path, f"must be from {low} to {high}, got {value}")
-    return value
+    return int(value)
 
 
 def number(value: object, path: str) -> float:
@@ -142,10 +160,10 @@ def number(value: object, path: str) -> float:
 
 def integers(values: list[Any], path: str, low: int = 0) -> tuple[int, ...]:
     """Check a list of 32-bit integers, such as token ids."""
-    for i, value in enumerate(values):
-        if type(value) is not int or not low <= value <= INT32_MAX:
-            integer(value, f"{path}[{i}]", low)
-    return tuple(values)
+    return tuple(
+        value if type(value) is int and low <= value <= INT32_MAX else integer(value, f"{path}[{i}]", low)
+        for i, value in enumerate(values)
+    )
 
 
 def strings(values: list[Any], path: str) -> tuple[str, ...]:

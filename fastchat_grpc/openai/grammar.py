@@ -1,14 +1,13 @@
-"""Structured output: OpenAI's response_format, vLLM's structured_outputs, and calls that tool_choice forces."""
+"""Structured output: OpenAI's response_format and vLLM's structured_outputs."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastchat_grpc.core import Grammar, GrammarKind, Tool, ToolChoice
-from fastchat_grpc.errors import InvalidArgument, UnsupportedField
+from fastchat_grpc.core import Grammar, GrammarKind
+from fastchat_grpc.errors import InvalidArgument
 from fastchat_grpc.openai.fields import Fields, strings
 from fastchat_grpc.openai.jsonio import type_name
 
@@ -40,12 +39,13 @@ def _response_format(fields: Fields) -> tuple[Grammar, str] | None:
         case "text":
             result = None
         case "json_object":
-            result = Grammar(GrammarKind.JSON_OBJECT), path
+            # Several servers take a schema here, which is json_schema under another name.
+            schema = wanted.table("schema")
+            result = (Grammar(GrammarKind.JSON_OBJECT), path) if schema is None else _schema(wanted, schema)
         case "json_schema":
             result = _json_schema(wanted)
         case _:
             raise wanted.wrong("type", "must be one of text, json_object, json_schema")
-    wanted.finish()
     return result
 
 
@@ -59,8 +59,11 @@ def _json_schema(wanted: Fields) -> tuple[Grammar, str]:
     schema = named.table("schema")
     if schema is None:
         raise named.wrong("schema", "is required")
-    named.finish()
-    return Grammar(GrammarKind.JSON_SCHEMA, json.dumps(schema)), named.path("schema")
+    return _schema(named, schema)
+
+
+def _schema(fields: Fields, schema: dict[str, Any]) -> tuple[Grammar, str]:
+    return Grammar(GrammarKind.JSON_SCHEMA, json.dumps(schema)), fields.path("schema")
 
 
 def _structured(fields: Fields) -> list[tuple[Grammar, str]]:
@@ -113,44 +116,3 @@ def _parse_schema(text: str, path: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         raise InvalidArgument(path, "is not valid JSON") from None
-
-
-def forced_call(tools: Sequence[Tool], choice: ToolChoice | str, *, parallel: bool) -> Grammar:
-    """The grammar of an output that must be a call: the arguments of the named tool, or a list of calls.
-
-    The list is `[{"name": ..., "parameters": {...}}, ...]`, as vLLM asks for it.
-    """
-    named = [tool for tool in tools if tool.name == choice]
-    definitions: dict[str, Any] = {}
-    if named:
-        schema = _arguments_schema(named[0], definitions)
-    else:
-        calls = [
-            {
-                "type": "object",
-                "properties": {"name": {"enum": [tool.name]}, "parameters": _arguments_schema(tool, definitions)},
-                "required": ["name", "parameters"],
-                "additionalProperties": False,
-            }
-            for tool in tools
-        ]
-        schema = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
-        if not parallel:
-            schema["maxItems"] = 1
-    if definitions:
-        schema = {**schema, "$defs": definitions}
-    return Grammar(GrammarKind.JSON_SCHEMA, json.dumps(schema))
-
-
-def _arguments_schema(tool: Tool, definitions: dict[str, Any]) -> dict[str, Any]:
-    # References are absolute ("#/$defs/X"), so a tool's definitions must stand at the root of the whole schema.
-    schema = tool.parameters() or {"type": "object", "properties": {}}
-    own = schema.get("$defs") or {}
-    if not isinstance(own, Mapping):
-        raise InvalidArgument("tools", f"$defs of {tool.name} must be an object, got {type_name(own)}")
-    for name, definition in own.items():
-        if definitions.setdefault(name, definition) != definition:
-            raise UnsupportedField(
-                "tools", f"two tools define $defs.{name[:64]} differently, which tool_choice cannot force"
-            )
-    return {"type": "object", **{key: value for key, value in schema.items() if key != "$defs"}}

@@ -7,7 +7,7 @@ import binascii
 import re
 from typing import Any
 
-from fastchat_grpc.core import CHAT_ROLES, ChatMessage, Image, Tool, ToolCall
+from fastchat_grpc.core import CHAT_ROLES, ChatMessage, Image, Tool, ToolCall, json_object
 from fastchat_grpc.errors import InvalidArgument, UnsupportedField
 from fastchat_grpc.openai.fields import Fields, objects
 from fastchat_grpc.openai.jsonio import dumps, type_name
@@ -36,23 +36,20 @@ def _message(fields: Fields) -> ChatMessage:
     if calls and not assistant:
         raise fields.wrong("tool_calls", "belong to an assistant message")
     refusal = fields.text("refusal")
-    content = _content(fields, required=not (assistant and (calls or refusal)))
+    # An assistant's turn may be empty: it called tools, was cut, or only thought.
+    content = _content(fields, required=not assistant)
     call_id = fields.text("tool_call_id")
     if role == "tool" and not call_id:
         raise fields.wrong("tool_call_id", "is required in a tool message")
     fields.unsupported("function_call", hint="use tool_calls")
     fields.unsupported("audio")
-    # What a client sends back when it repeats an assistant message of ours or of another server.
-    fields.ignore("annotations", "reasoning_content", "reasoning")
-    message = ChatMessage(
+    return ChatMessage(
         role=role,
         content=content or (refusal or "" if assistant else content),
         name=fields.text("name") or "",
         tool_calls=calls,
         tool_call_id=call_id or "",
     )
-    fields.finish()
-    return message
 
 
 def _content(fields: Fields, *, required: bool) -> str | tuple[str | Image, ...]:
@@ -74,20 +71,17 @@ def _content(fields: Fields, *, required: bool) -> str | tuple[str | Image, ...]
 
 
 def _part(fields: Fields) -> str | Image:
-    part: str | Image
     match fields.required("type"):
         case "text":
-            part = fields.required("text")
+            return fields.required("text")
         case "refusal":
-            part = fields.required("refusal")
+            return fields.required("refusal")
         case "image_url":
-            part = _image(fields)
+            return _image(fields)
         case "input_audio" | "file" | "video_url" | "audio_url" | "input_image" as kind:
             raise UnsupportedField(fields.path("type"), f"parts of type {kind} are not supported")
         case _:
             raise fields.wrong("type", "must be text or image_url")
-    fields.finish()
-    return part
 
 
 def _image(fields: Fields) -> Image:
@@ -99,7 +93,6 @@ def _image(fields: Fields) -> Image:
             raise fields.wrong("image_url", "is required")
         url, path = source.required("url"), source.path("url")
         source.one_of("detail", ("auto", "low", "high"))
-        source.finish()
     if not url.startswith("data:"):
         if not url.startswith(("http://", "https://")):
             raise InvalidArgument(path, "must be an http, https or data address")
@@ -118,13 +111,16 @@ def _tool_call(fields: Fields) -> ToolCall:
     function = fields.nested("function")
     if function is None:
         raise fields.wrong("function", "is required")
-    call = ToolCall(
-        id=fields.required("id"), name=function.required("name"), arguments_json=function.text("arguments") or "{}"
-    )
-    function.finish()
-    fields.ignore("index")
-    fields.finish()
-    return call
+    return ToolCall(id=fields.required("id"), name=function.required("name"), arguments_json=_arguments(function))
+
+
+def _arguments(function: Fields) -> str:
+    """Arguments of a call of the history, as the caller wrote them: templates want an object, or fail on some."""
+    text = (function.text("arguments") or "").strip()
+    if text in ("", "null"):
+        return "{}"
+    json_object(text, function.path("arguments"))
+    return text
 
 
 def parse_tools(values: list[Any] | None, path: str = "tools") -> tuple[Tool, ...]:
@@ -132,10 +128,11 @@ def parse_tools(values: list[Any] | None, path: str = "tools") -> tuple[Tool, ..
     if values is not None and len(values) > MAX_TOOLS:
         raise InvalidArgument(path, f"must hold at most {MAX_TOOLS} tools, got {len(values)}")
     tools = tuple(_tool(fields) for fields in objects(values, path))
-    names = [tool.name for tool in tools]
-    for i, name in enumerate(names):
-        if name in names[:i]:
-            raise InvalidArgument(f"{path}[{i}].function.name", f"must be unique, but {name} is there twice")
+    names: set[str] = set()
+    for i, tool in enumerate(tools):
+        if tool.name in names:
+            raise InvalidArgument(f"{path}[{i}].function.name", f"must be unique, but {tool.name} is there twice")
+        names.add(tool.name)
     return tools
 
 
@@ -149,16 +146,13 @@ def _tool(fields: Fields) -> Tool:
     if _TOOL_NAME.fullmatch(name) is None:
         raise function.wrong("name", "must be 1 to 64 letters, digits, underscores, dots and dashes")
     parameters = function.table("parameters")
-    tool = Tool(
+    # Arguments follow their schema strictly where tool_choice forces a call; else as well as the model can.
+    function.flag("strict")
+    return Tool(
         name=name,
         description=function.text("description") or "",
         parameters_json=dumps(parameters).decode() if parameters is not None else "",
     )
-    # Arguments follow their schema strictly where tool_choice forces a call; else as well as the model can.
-    function.flag("strict")
-    function.finish()
-    fields.finish()
-    return tool
 
 
 def last_text(messages: tuple[ChatMessage, ...]) -> str:

@@ -11,9 +11,10 @@ from typing import Any, Protocol
 import grpc
 from google.api.httpbody_pb2 import HttpBody
 
-from fastchat_grpc.core import Event, GenerateRequest, ModelInfo
+from fastchat_grpc.core import Completion, Event, GenerateRequest, ModelInfo
 from fastchat_grpc.errors import InvalidArgument, ModelNotFound
 from fastchat_grpc.openai import sse
+from fastchat_grpc.openai.beside import Beside
 from fastchat_grpc.openai.call import Call
 from fastchat_grpc.openai.chat_reply import ChatBody, ChatStream
 from fastchat_grpc.openai.chat_request import parse_chat
@@ -21,6 +22,7 @@ from fastchat_grpc.openai.completion_reply import CompletionBody, CompletionStre
 from fastchat_grpc.openai.completion_request import parse_completion
 from fastchat_grpc.openai.embeddings import RENAMES as EMBED_RENAMES
 from fastchat_grpc.openai.embeddings import parse_embeddings, render_embeddings
+from fastchat_grpc.openai.ignored import Ignored
 from fastchat_grpc.openai.jsonio import dumps, parse_object
 from fastchat_grpc.openai.merge import merge
 from fastchat_grpc.openai.paths import rename, renamed_errors
@@ -66,54 +68,75 @@ class OpenAIServicer(openai_pb2_grpc.OpenAIServiceServicer):
     """Answers in the OpenAI schema for whatever generates behind `port`.
 
     Nothing is sent before the first event: until then a failure is a status, and a bridge may retry elsewhere.
+
+    Args:
+        strict_fields: members of requests that nobody knows are refused; else they are ignored and named to the caller.
     """
 
-    def __init__(self, port: GenerationPort) -> None:
+    def __init__(self, port: GenerationPort, *, strict_fields: bool = False) -> None:
         self._port = port
+        self._strict = strict_fields
+        self._ignored = Ignored()
+        self._beside = Beside()
         self._catalog: Sequence[ModelInfo] = ()
         self._catalog_until = 0.0
         self._started = int(time.time())
 
     async def ChatCompletions(self, request: HttpBody, context: Context) -> AsyncGenerator[HttpBody, None]:
-        call = self._parse(parse_chat, request, context)
+        call = await self._parse(parse_chat, request, context)
         reply_id, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         if call.reply.stream:
             chunks = self._stream(call, ChatStream(call, reply_id, created))
         else:
             chunks = self._body(call, ChatBody(call, reply_id, created))
-        async with aclosing(_named(chunks, call, context)) as named:
+        async with aclosing(self._named(chunks, call, context)) as named:
             async for chunk in named:
                 yield chunk
 
     async def Completions(self, request: HttpBody, context: Context) -> AsyncGenerator[HttpBody, None]:
-        call = self._parse(parse_completion, request, context)
+        call = await self._parse(parse_completion, request, context)
         reply_id, created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
         if call.reply.stream:
             chunks = self._stream(call, CompletionStream(call, reply_id, created))
         else:
             chunks = self._body(call, CompletionBody(call, reply_id, created))
-        async with aclosing(_named(chunks, call, context)) as named:
+        async with aclosing(self._named(chunks, call, context)) as named:
             async for chunk in named:
                 yield chunk
 
     async def Embeddings(self, request: HttpBody, context: Context) -> HttpBody:
         with renamed_errors(EMBED_RENAMES):
-            call = parse_embeddings(parse_object(request.data), self._port.models())
-            return _json(render_embeddings(call, await self._port.embed(call.request)))
+            values, size = await self._read(request), len(request.data)
+            models = self._port.models()
+            call = await self._beside.run(size, parse_embeddings, values, models, strict=self._strict)
+            result = await self._port.embed(call.request)
+            # A number takes about ten bytes.
+            size = 10 * sum(len(vector) for vector in result.embeddings)
+            reply = _json(await self._beside.run(size, render_embeddings, call, result))
+        await context.send_initial_metadata(self._ignored.header(call.ignored))
+        return reply
 
     async def Tokenize(self, request: HttpBody, context: Context) -> HttpBody:
         with renamed_errors(TOKENIZE_RENAMES):
-            name, prompt = parse_tokenize(parse_object(request.data))
+            values, size = await self._read(request), len(request.data)
+            name, prompt, ignored = await self._beside.run(size, parse_tokenize, values, strict=self._strict)
             token_ids = await self._port.tokenize(name, prompt)
-        return _json(render_tokenize(token_ids, find_model(self._port.models(), name)))
+        model = find_model(self._port.models(), name)
+        reply = _json(await self._beside.run(6 * len(token_ids), render_tokenize, token_ids, model))
+        await context.send_initial_metadata(self._ignored.header(ignored))
+        return reply
 
     async def Detokenize(self, request: HttpBody, context: Context) -> HttpBody:
-        name, token_ids = parse_detokenize(parse_object(request.data))
+        values, size = await self._read(request), len(request.data)
+        name, token_ids, ignored = await self._beside.run(size, parse_detokenize, values, strict=self._strict)
         with renamed_errors({"token_ids": "tokens"}):
-            return _json(render_detokenize(await self._port.detokenize(name, token_ids)))
+            reply = _json(render_detokenize(await self._port.detokenize(name, token_ids)))
+        await context.send_initial_metadata(self._ignored.header(ignored))
+        return reply
 
     async def TokenCheck(self, request: HttpBody, context: Context) -> HttpBody:
-        checks = parse_token_check(parse_object(request.data), self._port.models())
+        values, size = await self._read(request), len(request.data)
+        checks = await self._beside.run(size, parse_token_check, values, self._port.models())
         counts = [len(await self._port.tokenize(check.model.name, check.prompt)) for check in checks]
         return _json(render_token_check(checks, counts))
 
@@ -139,13 +162,33 @@ class OpenAIServicer(openai_pb2_grpc.OpenAIServiceServicer):
             "capabilities": sorted(capability.value for capability in model.capabilities),
         }
 
-    def _parse(self, parse: Callable[..., Call], request: HttpBody, context: Context) -> Call:
-        values = parse_object(request.data)
+    async def _read(self, request: HttpBody) -> dict[str, Any]:
+        return await self._beside.run(len(request.data), parse_object, request.data)
+
+    async def _parse(self, parse: Callable[..., Call], request: HttpBody, context: Context) -> Call:
+        values = await self._read(request)
         # A controller sums its models over its fleet, which is not for every request.
         name, now = values.get("model"), time.monotonic()
         if now >= self._catalog_until or not any(model.name == name for model in self._catalog):
             self._catalog, self._catalog_until = self._port.models(), now + CATALOG_S
-        return parse(values, self._catalog, request_id("", context.invocation_metadata()))
+        name = request_id("", context.invocation_metadata())
+        return await self._beside.run(len(request.data), parse, values, self._catalog, name, strict=self._strict)
+
+    async def _named(
+        self, chunks: AsyncGenerator[HttpBody, None], call: Call, context: Context
+    ) -> AsyncGenerator[HttpBody, None]:
+        """The same, with metadata, which bridges make headers: the request's name, and what is ignored of it.
+
+        A refusal comes before it: what has begun is not tried elsewhere.
+        """
+        begun = False
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                if not begun:
+                    begun = True
+                    name = told(request_id=call.generations[0].request_id)
+                    await context.send_initial_metadata(name + self._ignored.header(call.ignored))
+                yield chunk
 
     async def _stream(self, call: Call, reply: StreamReply) -> AsyncGenerator[HttpBody, None]:
         """One body per event of the generation that says something new; a failure midway ends the stream in band."""
@@ -166,10 +209,12 @@ class OpenAIServicer(openai_pb2_grpc.OpenAIServiceServicer):
             raise error from None
 
     async def _body(self, call: Call, reply: BodyReply) -> AsyncGenerator[HttpBody, None]:
+        size = 0
         async with aclosing(self._events(call)) as events:
             async for base, event in events:
                 reply.feed(event, base)
-        yield _json(reply.end())
+                size += _weight(event)
+        yield _json(await self._beside.run(size, reply.end))
 
     async def _events(self, call: Call) -> AsyncGenerator[tuple[int, Event], None]:
         """Events of all prompts, each with the index of the first choice of its prompt."""
@@ -184,24 +229,19 @@ class OpenAIServicer(openai_pb2_grpc.OpenAIServiceServicer):
                 async for event in events:
                     yield event
         except InvalidArgument as error:
-            several = len(call.generations) > 1
-            raise rename(
-                error, {**call.reply.renames, "prompt": f"prompt[{position}]"} if several else call.reply.renames
-            ) from None
+            renames = call.reply.renames
+            if len(call.generations) > 1:
+                own = {path: f"prompt[{position}]" for path, shown in renames.items() if shown == "prompt"}
+                renames = {**renames, **own, "prompt": f"prompt[{position}]"}
+            raise rename(error, renames) from None
+
+
+def _weight(event: Event) -> int:
+    """Bytes that an event adds to a body, roughly."""
+    if isinstance(event, Completion):
+        return 0
+    return len(event.text) + 100 * len(event.logprobs)
 
 
 def _json(body: bytes) -> HttpBody:
     return HttpBody(content_type=sse.JSON_TYPE, data=body)
-
-
-async def _named(
-    chunks: AsyncGenerator[HttpBody, None], call: Call, context: Context
-) -> AsyncGenerator[HttpBody, None]:
-    """The same, with the request's name as metadata, which bridges make a header. A refusal comes before it."""
-    begun = False
-    async with aclosing(chunks):
-        async for chunk in chunks:
-            if not begun:
-                begun = True
-                await context.send_initial_metadata(told(request_id=call.generations[0].request_id))
-            yield chunk

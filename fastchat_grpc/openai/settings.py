@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastchat_grpc.core import (
+    DEFAULT_MAX_NEW_TOKENS,
     MAX_REQUEST_ID_LENGTH,
     GenerateRequest,
     Grammar,
@@ -14,20 +15,29 @@ from fastchat_grpc.core import (
     Prompt,
     SamplingParams,
     StopConditions,
+    UnsetInt,
 )
+from fastchat_grpc.errors import InvalidArgument
 from fastchat_grpc.openai.call import Reply
-from fastchat_grpc.openai.fields import INT32_MAX, Fields, integers, number, strings
+from fastchat_grpc.openai.fields import INT32_MAX, Fields, integers, number, shorten, strings
 from fastchat_grpc.openai.jsonio import type_name
 from fastchat_grpc.openai.paths import renamed_errors
 
-IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_retention")
-"""Members that are accepted and change nothing."""
+_ELSEWHERE = {
+    "max_new_tokens": "max_tokens",
+    "max_output_tokens": "max_tokens",
+    "num_predict": "max_tokens",
+    "stop_sequences": "stop",
+    "grammar": "structured_outputs",
+    "json_schema": "response_format",
+}
 UNARY_STREAM_INTERVAL = 16
 """Tokens between events of a generation whose caller sees only its end."""
 RENAMES = {
     "stopping.max_new_tokens": "max_tokens",
     "stopping.min_new_tokens": "min_tokens",
     "stopping.include_stop": "include_stop_str_in_output",
+    "prompt_token_ids.ids": "prompt",
     "output.keep_special_tokens": "skip_special_tokens",
     "output.stream_interval": "stream",
     "lora_adapter": "model",
@@ -56,10 +66,11 @@ def parse_reply(fields: Fields, model: ModelInfo | None, renames: Mapping[str, s
             raise fields.wrong("stream_options", "needs stream: true")
         include_usage = bool(options.flag("include_usage"))
         continuous = bool(options.flag("continuous_usage_stats"))
-        options.unsupported("include_obfuscation", False)
-        options.finish()
+        # Padding against listeners: OpenAI's own servers add it, and a reader drops it.
+        options.flag("include_obfuscation")
     return Reply(
         model=model_name(fields) or (model.name if model is not None else ""),
+        fingerprint=model.fingerprint if model is not None else "",
         stream=stream,
         include_usage=include_usage,
         continuous_usage=include_usage and continuous,
@@ -117,7 +128,7 @@ def _logit_bias(fields: Fields) -> Mapping[int, float]:
     biases: dict[int, float] = {}
     for key, value in (fields.table("logit_bias") or {}).items():
         if not (key.isascii() and key.isdecimal() and len(key) <= 10 and int(key) <= INT32_MAX):
-            raise fields.wrong("logit_bias", "must be keyed by token ids")
+            raise InvalidArgument(f"logit_bias[{shorten(key, quotes=False)}]", "must be keyed by token ids")
         biases[int(key)] = number(value, f"logit_bias[{key}]")
     return biases
 
@@ -131,7 +142,8 @@ def _stopping(fields: Fields, max_tokens: int) -> StopConditions:
     return StopConditions(
         max_new_tokens=max_tokens,
         min_new_tokens=_or(fields.integer("min_tokens", 0), 0),
-        stop=strings(stop or [], "stop"),
+        # An empty field of a form means no stop; taken at its word it would stop at once.
+        stop=tuple(item for item in strings(stop or [], "stop") if item),
         stop_token_ids=integers(fields.items("stop_token_ids") or [], "stop_token_ids"),
         ignore_eos=bool(fields.flag("ignore_eos")),
         include_stop=bool(fields.flag("include_stop_str_in_output")),
@@ -142,9 +154,41 @@ def _or(value: int | None, default: int) -> int:
     return default if value is None else value
 
 
-def refuse_rest(fields: Fields) -> None:
-    """Refuse, by name, what OpenAI's and vLLM's APIs have and this server has not; then whatever is left."""
-    fields.ignore(*IGNORED)
+def check_harmless(fields: Fields) -> None:
+    """Members that are accepted and change nothing; their types are those of the API."""
+    for name in ("user", "safety_identifier", "prompt_cache_retention"):
+        fields.text(name)
+    fields.flag("store")
+    fields.one_of("service_tier", ("auto", "default", "flex", "scale", "priority"))
+    for key, value in (fields.table("metadata") or {}).items():
+        if not isinstance(value, str):
+            raise InvalidArgument(
+                f"metadata[{shorten(key, quotes=False)}]", f"must be a string, got {type_name(value)}"
+            )
+
+
+def limit(fields: Fields, name: str, low: int) -> tuple[int | None, bool]:
+    """A number of tokens, and whether the caller asks for no limit, as -1 does in the APIs of several servers."""
+    value = fields.integer(name, -1)
+    if value == -1:
+        return None, True
+    if value is not None and value < low:
+        raise fields.wrong(name, f"must be at least {low}, or -1 for no limit, got {value}")
+    return value, False
+
+
+def longest(model: ModelInfo | None) -> int:
+    """Tokens up to the end of the context, where generation ends by itself.
+
+    Where the context is not known here the number stays unset, and what is known where the model runs counts.
+    """
+    known = model is not None and model.context_length > 0
+    return model.context_length if model is not None and known else UnsetInt(DEFAULT_MAX_NEW_TOKENS)
+
+
+def refuse_rest(fields: Fields, *, strict: bool) -> tuple[str, ...]:
+    """Refuse, by name, what would change the answer and this server has not. Returns what is left and ignored."""
+    check_harmless(fields)
     fields.unsupported("use_beam_search", False)
     fields.unsupported("length_penalty", 1, 1.0)
     fields.unsupported("spaces_between_special_tokens", True)
@@ -155,4 +199,9 @@ def refuse_rest(fields: Fields) -> None:
         fields.unsupported(name, [])
     for name in ("allowed_token_ids", "kv_transfer_params", "vllm_xargs", "moderation"):
         fields.unsupported(name)
-    fields.finish()
+    # What the APIs of other servers call it: ignored, each would be missed in the answer.
+    for name, ours in _ELSEWHERE.items():
+        fields.unsupported(name, hint=f"use {ours}")
+    fields.unsupported("repeat_penalty", 1, 1.0, hint="use repetition_penalty")
+    fields.unsupported("options", {}, hint="use the members of this API")
+    return fields.rest(strict=strict)

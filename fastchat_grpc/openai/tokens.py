@@ -17,8 +17,8 @@ MAX_CHECKS = 1024
 TOKENIZE_RENAMES = {"chat.messages": "messages", "chat": "messages", "chat.tools": "tools"}
 
 
-def parse_tokenize(values: Mapping[str, Any]) -> tuple[str, Prompt]:
-    """Model and prompt of a /tokenize request: `prompt`, or `messages` as in a chat completion."""
+def parse_tokenize(values: Mapping[str, Any], *, strict: bool = False) -> tuple[str, Prompt, tuple[str, ...]]:
+    """Model and prompt of a /tokenize request (`prompt`, or `messages` as in a chat), and what is ignored."""
     fields = Fields(values)
     name = model_name(fields)
     text = fields.text("prompt")
@@ -34,8 +34,7 @@ def parse_tokenize(values: Mapping[str, Any]) -> tuple[str, Prompt]:
         prompt = TextPrompt(text)
         fields.unsupported("add_special_tokens", True)
     fields.unsupported("return_token_strs", False)
-    fields.finish()
-    return name, prompt
+    return name, prompt, fields.rest(strict=strict)
 
 
 def render_tokenize(token_ids: Sequence[int], model: ModelInfo | None) -> bytes:
@@ -44,16 +43,17 @@ def render_tokenize(token_ids: Sequence[int], model: ModelInfo | None) -> bytes:
     return dumps({"count": len(token_ids), "max_model_len": length, "tokens": list(token_ids), "token_strs": None})
 
 
-def parse_detokenize(values: Mapping[str, Any]) -> tuple[str, tuple[int, ...]]:
-    """Model and token ids of a /detokenize request."""
+def parse_detokenize(
+    values: Mapping[str, Any], *, strict: bool = False
+) -> tuple[str, tuple[int, ...], tuple[str, ...]]:
+    """Model and token ids of a /detokenize request, and what is ignored."""
     fields = Fields(values)
     name = model_name(fields)
     tokens = fields.items("tokens")
     if tokens is None:
         raise fields.wrong("tokens", "is required")
     ids = integers(tokens, "tokens")
-    fields.finish()
-    return name, ids
+    return name, ids, fields.rest(strict=strict)
 
 
 def render_detokenize(text: str) -> bytes:
@@ -81,9 +81,7 @@ def parse_token_check(values: Mapping[str, Any], models: Sequence[ModelInfo]) ->
     prompts = fields.items("prompts")
     if not prompts or len(prompts) > MAX_CHECKS:
         raise InvalidArgument("prompts", f"must hold 1 to {MAX_CHECKS} prompts, got {len(prompts or ())}")
-    checks = [_check(item, models) for item in objects(prompts, "prompts")]
-    fields.finish()
-    return checks
+    return [_check(item, models) for item in objects(prompts, "prompts")]
 
 
 def _check(fields: Fields, models: Sequence[ModelInfo]) -> Check:
@@ -93,9 +91,7 @@ def _check(fields: Fields, models: Sequence[ModelInfo]) -> Check:
     model = find_model(models, name)
     if model is None:
         raise ModelNotFound(f"{fields.path('model')}: no such model is served; see /v1/models")
-    check = Check(model=model, prompt=TextPrompt(text), max_tokens=fields.integer("max_tokens", 0) or 0)
-    fields.finish()
-    return check
+    return Check(model=model, prompt=TextPrompt(text), max_tokens=fields.integer("max_tokens", 0) or 0)
 
 
 def render_token_check(checks: Sequence[Check], token_counts: Sequence[int]) -> bytes:

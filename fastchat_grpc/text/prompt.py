@@ -88,5 +88,8 @@ def echo(
 def check_token_ids(path: str, token_ids: Sequence[int], vocabulary_size: int) -> None:
     """Raise InvalidArgument for the first id outside the vocabulary."""
     if token_ids and max(token_ids) >= vocabulary_size:
-        token_id = next(token_id for token_id in token_ids if token_id >= vocabulary_size)
-        raise InvalidArgument(path, f"token id {token_id} is not below the vocabulary size of {vocabulary_size}")
+        i, token_id = next((i, token_id) for i, token_id in enumerate(token_ids) if token_id >= vocabulary_size)
+        place = token_id if path == "sampling.logit_bias" else i
+        raise InvalidArgument(
+            f"{path}[{place}]", f"token id {token_id} is not below the vocabulary size of {vocabulary_size}"
+        )

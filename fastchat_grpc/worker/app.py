@@ -161,7 +161,9 @@ class WorkerApp:
             ),
             (
                 "fastchat_grpc.v1.OpenAIService",
-                lambda s: openai_pb2_grpc.add_OpenAIServiceServicer_to_server(OpenAIServicer(self._generation), s),
+                lambda s: openai_pb2_grpc.add_OpenAIServiceServicer_to_server(
+                    OpenAIServicer(self._generation, strict_fields=self._config.strict_fields), s
+                ),
             ),
         ]
         server = RpcServer(self._config.listen, services)

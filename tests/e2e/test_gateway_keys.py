@@ -128,7 +128,7 @@ async def test_a_json_request_reaches_the_picker() -> None:
         assert (await site.chat()).status_code == 200
         assert site.controller.keys.uses["alice"] == before + 1
         assert (await site.http.get("/v1/models")).status_code == 200
-        assert (await site.chat(headers=None)).status_code == 400  # an unknown field: the worker looked at it
+        assert (await site.chat(temperature="x")).status_code == 400  # a wrong type: the worker looked at it
 
 
 async def test_the_log_has_the_name_of_the_key_and_never_the_key(

@@ -32,7 +32,7 @@ BAD: list[tuple[str, bytes | dict[str, Any], str]] = [
     ("no messages", {"messages": []}, "messages"),
     ("an image for a text model", {"messages": [{"role": "user", "content": [IMAGE]}]}, "messages[0].content[0]"),
     ("n too large", {"n": 1000}, "n"),
-    ("an unknown field", {"max_token": 5}, "max_token"),
+    ("a field of other servers", {"max_new_tokens": 5}, "max_new_tokens"),
     ("an unsupported field", {"functions": [{}]}, "functions"),
     ("a grammar that the model cannot follow", {"response_format": UNCOMPILABLE}, "response_format.json_schema.schema"),
     ("too many tokens of prompt", {"messages": [{"role": "user", "content": "x" * 9000}]}, "messages"),

@@ -104,11 +104,11 @@ async def test_status_and_model_info_describe_the_worker(worker: WorkerApp, clie
     [
         ("", {}, "prompt"),
         ([], {}, "prompt_token_ids"),
-        ([999], {}, "prompt_token_ids.ids"),
+        ([999], {}, "prompt_token_ids.ids[0]"),
         ("x" * 4096, {}, "input"),
         ("x", {"temperature": -1.0}, "sampling.temperature"),
         ("x", {"top_p": 7.0}, "sampling.top_p"),
-        ("x", {"logit_bias": {400: 1.0}}, "sampling.logit_bias"),
+        ("x", {"logit_bias": {400: 1.0}}, "sampling.logit_bias[400]"),
         ("x", {"max_new_tokens": 0}, "stopping.max_new_tokens"),
     ],
 )

@@ -240,3 +240,11 @@ def test_every_process_renders_the_same_prompt_from_the_same_bytes() -> None:
         with process.stdout as out:
             assert out.read().decode().splitlines()[-1] == expected
         assert process.wait() == 0
+
+
+@pytest.mark.parametrize("choice", [ToolChoice.REQUIRED, "f"])
+def test_a_call_that_is_forced_needs_no_template_that_shows_tools(choice: ToolChoice | str) -> None:
+    asked = chat(("user", "Hi"), tools=(Tool(name="f"),), tool_choice=choice)
+    assert template(CHATML.replace("tools", "")).render(asked).endswith("assistant\n")
+    with pytest.raises(InvalidArgument, match="takes no tools"):
+        template(TRIMS).render(chat(("user", "Hi"), tools=(Tool(name="f"),)))

@@ -260,8 +260,8 @@ def test_a_prompt_is_truncated_from_the_left_only_when_asked() -> None:
 @pytest.mark.parametrize(
     ("fields", "path"),
     [
-        ({"prompt": TokenPrompt((1, 999))}, "prompt_token_ids.ids"),
-        ({"prompt": TextPrompt("a"), "stopping": StopConditions(stop_token_ids=(999,))}, "stopping.stop_token_ids"),
+        ({"prompt": TokenPrompt((1, 999))}, "prompt_token_ids.ids[1]"),
+        ({"prompt": TextPrompt("a"), "stopping": StopConditions(stop_token_ids=(999,))}, "stopping.stop_token_ids[0]"),
     ],
 )
 def test_token_ids_outside_the_vocabulary_are_refused(fields: dict[str, object], path: str) -> None:
