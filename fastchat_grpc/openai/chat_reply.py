@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import uuid
+import random
+import string
 from typing import Any
 
-from fastchat_grpc.core import Completion, Delta, Event, FinishReason, PromptEcho, TokenLogprob
+from fastchat_grpc.core import Completion, Delta, Event, PromptEcho, TokenLogprob
 from fastchat_grpc.openai import sse
 from fastchat_grpc.openai.call import Call, Reply, ToolMode
+from fastchat_grpc.openai.finish import base_of, final_reason
 from fastchat_grpc.openai.jsonio import dumps, dumps_scalar, quote
 from fastchat_grpc.openai.logprobs import chat_logprobs
 from fastchat_grpc.openai.tally import Tally
 from fastchat_grpc.openai.tools.parser import NamedCallParser, ToolCallParser
 from fastchat_grpc.openai.tools.pieces import CallArguments, CallStart, Content, Piece
+from fastchat_grpc.text.offsets import TextOffsets
+
+_ID_LETTERS = string.ascii_letters + string.digits
+_random = random.SystemRandom()
 
 
 def _parser(reply: Reply) -> ToolCallParser | NamedCallParser | None:
@@ -23,28 +29,29 @@ def _parser(reply: Reply) -> ToolCallParser | NamedCallParser | None:
         case ToolMode.NAMED:
             return NamedCallParser(tools.names[0])
         case _:
-            return ToolCallParser(tools.names, parallel=tools.parallel)
+            return ToolCallParser(tools.names, parallel=tools.parallel, forced=tools.forced)
 
 
-def _finish_reason(reason: FinishReason, reply: Reply, *, called: bool) -> str:
+def _finish_reason(end: Completion | None, reply: Reply, *, called: bool) -> str:
+    reason = final_reason(end)
     # As OpenAI does: a call that the caller named ends with "stop", one that the model chose with "tool_calls".
-    if called and reason is FinishReason.STOP and reply.tools.mode is not ToolMode.NAMED:
-        return "tool_calls"
-    return reason.value
+    return "tool_calls" if called and reason == "stop" and reply.tools.mode is not ToolMode.NAMED else reason
 
 
 def _call_id() -> str:
-    return f"call_{uuid.uuid4().hex[:24]}"
+    """A name for a call. Chat templates of Mistral's models take nine letters and digits, and nothing else."""
+    return "".join(_random.choices(_ID_LETTERS, k=9))
 
 
 class _StreamedChoice:
     """What a streamed choice has pending. The bytes around its text are rendered once."""
 
-    __slots__ = ("head", "logprobs", "parser")
+    __slots__ = ("head", "logprobs", "parser", "places")
 
     def __init__(self, head: bytes, reply: Reply) -> None:
         self.head = head
         self.parser = _parser(reply)
+        self.places = TextOffsets()
         self.logprobs: list[TokenLogprob] = []
 
 
@@ -54,7 +61,7 @@ class ChatStream:
     def __init__(self, call: Call, reply_id: str, created: int) -> None:
         self._reply = call.reply
         self._tally = Tally(call.choices_per_prompt)
-        base = {"id": reply_id, "object": "chat.completion.chunk", "created": created, "model": call.reply.model}
+        base = base_of(call.reply, reply_id, "chat.completion.chunk", created)
         self._head = sse.START + dumps(base)[:-1]
         self._no_usage = b',"usage":null' if call.reply.include_usage else b""
         # Without logprobs and usage a content chunk is three byte strings and the quoted text.
@@ -79,28 +86,31 @@ class ChatStream:
         return self._head + b',"choices":[],"usage":' + dumps(self._tally.render()) + b"}" + sse.END + sse.DONE
 
     def _delta(self, event: Delta) -> bytes:
+        self._tally.note(event.index, event.usage)
         choice = self._choices.get(event.index)
         opening = b""
         if choice is None:
             choice, opening = self._open(event.index)
-        self._tally.note(event.index, event.usage)
         if choice.parser is None and self._plain:
             if not event.text:
                 return opening
             return opening + choice.head + b'"content":' + quote(event.text) + self._plain_tail
-        choice.logprobs.extend(event.logprobs)
+        if self._reply.logprobs:
+            choice.logprobs.extend([entry for entry, _ in choice.places.feed(event.logprobs, event.text)])
         pieces: list[Piece] = [Content(event.text)] if choice.parser is None else choice.parser.feed(event.text)
         return opening + self._render(choice, pieces)
 
     def _completion(self, event: Completion) -> bytes:
+        self._tally.note(event.index, event.usage)
         choice = self._choices.get(event.index)
         opening = b""
         if choice is None:
             choice, opening = self._open(event.index)
-        self._tally.note(event.index, event.usage)
+        # Tokens that do not show, such as the end or a stop string, are no part of what is told.
+        choice.logprobs.extend(entry for entry, _ in choice.places.close()[0])
         rest = self._render(choice, choice.parser.close()) if choice.parser is not None else b""
         called = choice.parser is not None and choice.parser.called
-        finish = _finish_reason(event.finish_reason, self._reply, called=called)
+        finish = _finish_reason(event, self._reply, called=called)
         tail = b'},"logprobs":' + self._take_logprobs(choice) + b',"finish_reason":' + quote(finish)
         tail += b',"stop_reason":' + dumps_scalar(event.matched) + b"}]" + self._usage() + b"}" + sse.END
         return opening + rest + choice.head + tail
@@ -108,9 +118,12 @@ class ChatStream:
     def _open(self, index: int) -> tuple[_StreamedChoice, bytes]:
         head = self._head + b',"choices":[{"index":%d,"delta":{' % index
         choice = self._choices[index] = _StreamedChoice(head, self._reply)
-        opening = head + b'"role":"assistant","content":""' + self._plain_tail
+        tail = self._plain_tail
+        if self._reply.continuous_usage:
+            tail = b'},"logprobs":null,"finish_reason":null}]' + self._usage() + b"}" + sse.END
+        opening = head + b'"role":"assistant","content":""' + tail
         if self._reply.prefix:
-            opening += head + b'"content":' + quote(self._reply.prefix) + self._plain_tail
+            opening += head + b'"content":' + quote(self._reply.prefix) + tail
         return choice, opening
 
     def _render(self, choice: _StreamedChoice, pieces: list[Piece]) -> bytes:
@@ -165,7 +178,7 @@ class ChatBody:
     def __init__(self, call: Call, reply_id: str, created: int) -> None:
         self._reply = call.reply
         self._tally = Tally(call.choices_per_prompt)
-        self._base = {"id": reply_id, "object": "chat.completion", "created": created, "model": call.reply.model}
+        self._base = base_of(call.reply, reply_id, "chat.completion", created)
         self._choices = {index: _Choice() for index in range(call.choices_per_prompt)}
 
     def feed(self, event: Event, base: int = 0) -> None:
@@ -186,17 +199,23 @@ class ChatBody:
         return dumps({**self._base, "choices": choices, "usage": self._tally.render()})
 
     def _render(self, index: int, choice: _Choice) -> dict[str, Any]:
-        content, calls = self._split("".join(choice.texts))
+        text = "".join(choice.texts)
+        content, calls = self._split(text)
         message: dict[str, Any] = {"role": "assistant", "content": self._reply.prefix + content, "refusal": None}
-        if calls:
+        if calls or self._reply.tools.forced:
             message["content"] = message["content"] or None
+        if calls:
             message["tool_calls"] = calls
-        reason = choice.end.finish_reason if choice.end is not None else FinishReason.ABORT
+        logprobs = None
+        if self._reply.logprobs:
+            places = TextOffsets()
+            seen = [*places.feed(choice.logprobs, text), *places.close()[0]]
+            logprobs = chat_logprobs(entry for entry, _ in seen)
         return {
             "index": index,
             "message": message,
-            "logprobs": chat_logprobs(choice.logprobs) if self._reply.logprobs else None,
-            "finish_reason": _finish_reason(reason, self._reply, called=bool(calls)),
+            "logprobs": logprobs,
+            "finish_reason": _finish_reason(choice.end, self._reply, called=bool(calls)),
             "stop_reason": choice.end.matched if choice.end is not None else None,
         }
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastchat_grpc.core import Completion, Delta, Event, FinishReason, PromptEcho, TokenLogprob
+from fastchat_grpc.core import Completion, Delta, Event, PromptEcho, TokenLogprob
 from fastchat_grpc.openai import sse
 from fastchat_grpc.openai.call import Call
+from fastchat_grpc.openai.finish import base_of, final_reason
 from fastchat_grpc.openai.jsonio import dumps, dumps_scalar, quote
 from fastchat_grpc.openai.logprobs import completion_logprobs
 from fastchat_grpc.openai.tally import Tally
@@ -20,7 +21,7 @@ class CompletionStream:
         self._reply = call.reply
         self._per_prompt = call.choices_per_prompt
         self._tally = Tally(call.choices_per_prompt, without_output=call.reply.without_output)
-        base = {"id": reply_id, "object": "text_completion", "created": created, "model": call.reply.model}
+        base = base_of(call.reply, reply_id, "text_completion", created)
         self._head = sse.START + dumps(base)[:-1]
         self._no_usage = b',"usage":null' if call.reply.include_usage else b""
         self._plain = not (call.reply.logprobs or call.reply.continuous_usage)
@@ -54,18 +55,26 @@ class CompletionStream:
         return self._text(index, event.text, event.logprobs)
 
     def _text(self, index: int, text: str, logprobs: tuple[TokenLogprob, ...]) -> bytes:
-        if not text and not logprobs:
-            return b""
         shown = b"null"
         if self._reply.logprobs:
-            places = self._places.setdefault(index, TextOffsets())
-            shown = dumps(completion_logprobs(logprobs, text, places))
+            places = self._places.get(index)
+            if places is None:
+                places = self._places[index] = TextOffsets()
+            placed = places.feed(logprobs, text)
+            shown = dumps(completion_logprobs(placed)) if placed else shown
+        if not text and shown == b"null":
+            return b""
         tail = b',"logprobs":' + shown + b',"finish_reason":null}]' + self._usage() + b"}" + sse.END
         return self._chunk_head(index) + quote(text) + tail
 
     def _completion(self, event: Completion, index: int) -> bytes:
         self._tally.note(index, event.usage)
-        tail = b',"logprobs":null,"finish_reason":' + quote(event.finish_reason.value)
+        shown = b"null"
+        if (places := self._places.get(index)) is not None:
+            # Every token that was generated has its entry, whether it shows or not.
+            seen, unseen = places.close()
+            shown = dumps(completion_logprobs(seen + unseen)) if seen or unseen else shown
+        tail = b',"logprobs":' + shown + b',"finish_reason":' + quote(final_reason(event))
         tail += b',"stop_reason":' + dumps_scalar(event.matched) + b"}]" + self._usage() + b"}" + sse.END
         return self._chunk_head(index) + b'""' + tail
 
@@ -97,7 +106,7 @@ class CompletionBody:
         self._reply = call.reply
         self._per_prompt = call.choices_per_prompt
         self._tally = Tally(call.choices_per_prompt, without_output=call.reply.without_output)
-        self._base = {"id": reply_id, "object": "text_completion", "created": created, "model": call.reply.model}
+        self._base = base_of(call.reply, reply_id, "text_completion", created)
         self._choices = {index: _Choice() for index in range(len(call.generations) * self._per_prompt)}
 
     def feed(self, event: Event, base: int = 0) -> None:
@@ -122,13 +131,17 @@ class CompletionBody:
         return dumps({**self._base, "choices": choices, "usage": self._tally.render()})
 
     def _render(self, index: int, choice: _Choice) -> dict[str, Any]:
-        reason = choice.end.finish_reason if choice.end is not None else FinishReason.ABORT
-        text = "".join(choice.texts)
-        logprobs = completion_logprobs(choice.logprobs, text, TextOffsets()) if self._reply.logprobs else None
+        reason, text, logprobs = final_reason(choice.end), "".join(choice.texts), None
+        if self._reply.logprobs:
+            places = TextOffsets()
+            placed = places.feed(choice.logprobs, text)
+            seen, unseen = places.close()
+            # Every token that was generated has its entry, whether it shows or not.
+            logprobs = completion_logprobs(placed + seen + unseen)
         return {
             "index": index,
             "text": text,
             "logprobs": logprobs,
-            "finish_reason": reason.value,
+            "finish_reason": reason,
             "stop_reason": choice.end.matched if choice.end is not None else None,
         }

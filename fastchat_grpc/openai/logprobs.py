@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from fastchat_grpc.core import TokenLogprob, TopLogprob
-from fastchat_grpc.text.offsets import TextOffsets
+from fastchat_grpc.text.offsets import Placed
 
 LEAST = -9999.0
 """Stands for minus infinity, which JSON cannot say (vLLM's value)."""
@@ -15,28 +15,32 @@ LEAST = -9999.0
 def chat_logprobs(entries: Iterable[TokenLogprob]) -> dict[str, Any]:
     """Logprobs of a chat choice: one object per token."""
     return {
-        "content": [{**_token(entry), "top_logprobs": [_token(top) for top in entry.top]} for entry in entries],
+        "content": [
+            {
+                "token": entry.token,
+                "logprob": _finite(entry.logprob),
+                "bytes": list(entry.token_bytes),
+                "top_logprobs": [_token(top) for top in entry.top],
+            }
+            for entry in entries
+        ],
         "refusal": None,
     }
 
 
-def _token(entry: TokenLogprob | TopLogprob) -> dict[str, Any]:
+def _token(entry: TopLogprob) -> dict[str, Any]:
     return {"token": entry.token, "logprob": _finite(entry.logprob), "bytes": list(entry.token_bytes)}
 
 
-def completion_logprobs(entries: Sequence[TokenLogprob], text: str, places: TextOffsets) -> dict[str, Any]:
-    """Logprobs of a text choice: parallel lists.
-
-    Args:
-        text: what came with them of the choice's text.
-        places: the choice's, which has seen all before.
-    """
+def completion_logprobs(entries: Iterable[Placed]) -> dict[str, Any]:
+    """Logprobs of a text choice: parallel lists."""
     tokens: list[str] = []
     values: list[float | None] = []
     tops: list[dict[str, float] | None] = []
-    offsets = places.feed(entries, text)
-    for entry in entries:
+    offsets: list[int] = []
+    for entry, offset in entries:
         tokens.append(entry.token)
+        offsets.append(offset)
         if entry.logprob is None:  # nothing comes before a prompt's first token
             values.append(None)
             tops.append(None)

@@ -3,11 +3,13 @@
 The common formats are told apart by how they begin:
 
 - Hermes, Qwen: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, any number of times
-- Mistral: `[TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]`, and `[TOOL_CALLS]name[ARGS]{...}`
+- Mistral: `[TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]`, `[TOOL_CALLS]name[ARGS]{...}`, and
+  `[TOOL_CALLS]name[CALL_ID]id[ARGS]{...}`
 - Llama 3: `<|python_tag|>{"name": ..., "parameters": {...}}; ...`
 - bare JSON (Llama 3.1 and 3.2; calls that a grammar forces): an object or a list of them at the very start
 
-What turns out to be no call is given back as content, character for character.
+What turns out to be no call is given back as content, character for character, and so are thoughts
+(`<think>...</think>`, `[THINK]...[/THINK]`): a call that is only considered is none.
 """
 
 from __future__ import annotations
@@ -19,19 +21,32 @@ from fastchat_grpc.openai.tools.pieces import CallArguments, CallStart, Content,
 from fastchat_grpc.openai.tools.scanner import CallScanner, Malformed, ValueScanner
 
 HERMES, MISTRAL, LLAMA = "<tool_call>", "[TOOL_CALLS]", "<|python_tag|>"
-_OPENERS = (HERMES, MISTRAL, LLAMA)
+_THOUGHTS = {"<think>": "</think>", "[THINK]": "[/THINK]"}
+_OPENERS = (HERMES, MISTRAL, LLAMA, *_THOUGHTS)
+_OPENER = re.compile("|".join(re.escape(opener) for opener in _OPENERS))
+_MARK_START = re.compile(r"[<\[]")
+"""All marks begin with one of these."""
+_LONGEST_MARK = max(len(mark) for mark in (*_OPENERS, *_THOUGHTS.values())) - 1
 _CLOSER = "</tool_call>"
 _MISTRAL_ARGS = "[ARGS]"
-_MAX_NAME = 80
+_MISTRAL_ID = "[CALL_ID]"
+_MAX_NAME = 160
 _NAME = re.compile(r"[\w.-]+")
 
 
 class ToolCallParser:
-    """Splits the output of one choice into content and calls. Feed it text as it comes; `close` it at the end."""
+    """Splits the output of one choice into content and calls. Feed it text as it comes; `close` it at the end.
 
-    def __init__(self, names: Collection[str], *, parallel: bool = True) -> None:
+    Args:
+        names: the tools of the request.
+        parallel: whether all calls are wanted, or the first alone.
+        forced: a grammar makes the output a list of calls: what is cut off before the first is known is no content.
+    """
+
+    def __init__(self, names: Collection[str], *, parallel: bool = True, forced: bool = False) -> None:
         self._names = frozenset(names)
         self._parallel = parallel
+        self._forced = forced
         self._text = ""
         """Read but not decided."""
         self._raw = ""
@@ -39,6 +54,9 @@ class ToolCallParser:
         self._pieces: list[Piece] = []
         self._step: Callable[[], bool] = self._begin
         self._format = ""
+        self._opener = ""
+        """The format's opener as it stood, with the white space before it."""
+        self._thought_end = ""
         self._calls = 0
         self._announced = False
         self._call = CallScanner()
@@ -60,7 +78,8 @@ class ToolCallParser:
         """The rest, at the end of the output. A call that was cut short keeps the arguments it has."""
         rest = self._text if self._announced else self._raw + self._text
         separators = self._announced and self._step == self._between
-        if not separators and (rest.strip() or not self.called):
+        cut = self._forced and self._step in (self._begin, self._between, self._object) and not self._format
+        if not separators and not (cut and rest.lstrip()[:1] in ("[", "{", "")) and (rest.strip() or not self.called):
             self._content(rest)
         self._raw = self._text = ""
         return self._take()
@@ -81,27 +100,43 @@ class ToolCallParser:
         if not head or any(opener.startswith(head) for opener in _OPENERS):
             return False
         if head[0] in "{[" and not head.startswith(_OPENERS):
-            self._open("")
+            self._open("", "")
         else:
             self._step = self._search
         return True
 
     def _search(self) -> bool:
         """Plain text, up to the next opener."""
-        found = [(at, opener) for opener in _OPENERS if (at := self._text.find(opener)) >= 0]
-        if found:
-            at, opener = min(found)
-            self._content(self._text[:at].rstrip())
-            self._raw, self._text = self._text[at : at + len(opener)], self._text[at + len(opener) :]
-            self._open(opener)
+        found = _OPENER.search(self._text)
+        if found is not None:
+            opener, end = found[0], found.end()
+            if opener in _THOUGHTS:
+                self._content(self._text[:end])
+                self._text, self._thought_end, self._step = self._text[end:], _THOUGHTS[opener], self._thought
+                return True
+            said = self._text[: found.start()].rstrip()
+            self._content(said)
+            self._raw, self._text = self._text[len(said) : end], self._text[end:]
+            self._open(opener, self._raw)
             return True
         keep = _undecided(self._text)
         self._content(self._text[: len(self._text) - keep])
         self._text = self._text[len(self._text) - keep :]
         return False
 
-    def _open(self, opener: str) -> None:
+    def _thought(self) -> bool:
+        """Inside a thought: content, up to its end."""
+        at = self._text.find(self._thought_end)
+        end = at + len(self._thought_end) if at >= 0 else len(self._text) - _begun(self._text, (self._thought_end,))
+        self._content(self._text[:end])
+        self._text = self._text[end:]
+        if at >= 0:
+            self._step = self._begin
+        return at >= 0
+
+    def _open(self, opener: str, as_it_stood: str) -> None:
         self._format = opener
+        self._opener = as_it_stood
         self._announced = False
         self._step = self._between
 
@@ -141,7 +176,8 @@ class ToolCallParser:
         if name is not None and bare and name not in self._names:
             self._give_back()
             return True
-        if name is not None and not self._announced and (self._call.has_arguments or not bare):
+        sure = self._call.has_arguments or not bare or self._forced
+        if name is not None and not self._announced and sure:
             self._announce(name)
         if self._announced:
             self._arguments(self._call.take_arguments())
@@ -162,7 +198,7 @@ class ToolCallParser:
                 self._give_back()
                 return True
             return False
-        name = self._text[:at].strip().removesuffix(_MISTRAL_ARGS).strip()
+        name = self._text[:at].strip().removesuffix(_MISTRAL_ARGS).partition(_MISTRAL_ID)[0].strip()
         if _NAME.fullmatch(name) is None:
             self._give_back()
             return True
@@ -207,9 +243,9 @@ class ToolCallParser:
     def _give_back(self) -> None:
         """It was no call: its opener is content, and the rest is searched like any text."""
         raw, self._raw = "" if self._announced else self._raw, ""
-        if self._format and raw.startswith(self._format):
-            self._content(self._format)
-            raw = raw.removeprefix(self._format)
+        if self._opener and raw.startswith(self._opener):
+            self._content(self._opener)
+            raw = raw.removeprefix(self._opener)
         self._text = raw + self._text
         self._step = self._search
 
@@ -242,11 +278,15 @@ class NamedCallParser:
 
 def _undecided(text: str) -> int:
     """Length of the end of `text` that may be the start of an opener, with the white space before it."""
-    longest = max(len(opener) for opener in _OPENERS) - 1
-    keep = 0
-    for length in range(min(longest, len(text)), 0, -1):
-        if any(opener.startswith(text[-length:]) for opener in _OPENERS):
-            keep = length
-            break
+    keep = _begun(text, _OPENERS)
     rest = text[: len(text) - keep]
     return keep + len(rest) - len(rest.rstrip())
+
+
+def _begun(text: str, marks: tuple[str, ...]) -> int:
+    """Length of the end of `text` that may be the start of a mark."""
+    for found in _MARK_START.finditer(text, max(0, len(text) - _LONGEST_MARK)):
+        tail = text[found.start() :]
+        if any(mark.startswith(tail) for mark in marks):
+            return len(tail)
+    return 0

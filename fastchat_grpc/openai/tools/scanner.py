@@ -102,7 +102,7 @@ class CallScanner:
         self._value = ""
         self._scanner = ValueScanner()
         self._arguments = ""
-        self._quoted = False
+        self._held = False
 
     @property
     def done(self) -> bool:
@@ -159,10 +159,10 @@ class CallScanner:
         return end
 
     def _argument_text(self, piece: str) -> None:
-        # Some models write the arguments as a string that holds JSON; that is unquoted as a whole.
-        self._quoted = (self._value or piece).startswith('"')
+        # Some models write the arguments as a string that holds JSON, or nothing there; that is read as a whole.
+        self._held = not (self._value or piece).startswith("{")
         self.has_arguments = True
-        if not self._quoted:
+        if not self._held:
             self._arguments += piece
 
     def _end_value(self) -> None:
@@ -175,8 +175,9 @@ class CallScanner:
         self._state = _State.COMMA
         if self._key in self.NAME and self.name is None:
             self.name = _string(self._value)
-        elif self._key in self.ARGUMENTS and self._quoted:
-            self._arguments += _string(self._value)
+        elif self._key in self.ARGUMENTS and self._held:
+            text = _string(self._value) if self._value.startswith('"') else self._value
+            self._arguments += "{}" if text.strip() in ("", "null") else text
 
 
 def _string(text: str) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import struct
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from fastchat_grpc.errors import BackendFailed, InvalidArgument, ModelNotFound, 
 from fastchat_grpc.openai.servicer import OpenAIServicer
 from fastchat_grpc.v1 import openai_pb2 as pb
 from tests.unit.openai.fakes import (
+    MODEL,
     FakeContext,
     FakePort,
     ask_chat,
@@ -61,7 +64,7 @@ async def test_usage_comes_in_a_chunk_of_its_own_where_asked_for() -> None:
 
 async def test_usage_can_come_with_every_chunk() -> None:
     chunks = await stream_chat(FakePort(), stream_options={"include_usage": True, "continuous_usage_stats": True})
-    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks if chunk != "[DONE]" and chunk["usage"]]
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks if chunk != "[DONE]"]
     assert counts == sorted(counts)
     assert counts[-1] == 2
 
@@ -168,6 +171,15 @@ async def test_scoring_a_prompt_returns_its_logprobs_alone() -> None:
     assert reply["usage"]["completion_tokens"] == 0
 
 
+async def test_the_model_is_told_by_its_fingerprint_where_it_is_known() -> None:
+    known = FakePort(models=[replace(MODEL, fingerprint="abc")])
+    for ask in (ask_chat, ask_text):
+        assert (await ask(known))["system_fingerprint"] == "abc"
+        assert (await ask(FakePort()))["system_fingerprint"] is None
+    for stream in (stream_chat, stream_text):
+        assert {chunk["system_fingerprint"] for chunk in (await stream(known))[:-1]} == {"abc"}
+
+
 async def test_the_stop_that_matched_is_told() -> None:
     assert (await ask_chat(FakePort(matched="END")))["choices"][0]["stop_reason"] == "END"
     assert (await stream_chat(FakePort(matched=42)))[-2]["choices"][0]["stop_reason"] == 42
@@ -196,7 +208,7 @@ async def test_a_call_in_the_output_becomes_a_tool_call() -> None:
     call = choice["message"]["tool_calls"][0]
     assert call["function"]["name"] == "weather"
     assert json.loads(call["function"]["arguments"]) == {"city": "Oslo"}
-    assert call["id"].startswith("call_")
+    assert re.fullmatch("[a-zA-Z0-9]{9}", call["id"])  # what the templates of Mistral's models ask for
 
 
 async def test_a_call_streams_its_name_first_and_its_arguments_in_pieces() -> None:
@@ -218,6 +230,33 @@ async def test_a_named_call_is_the_whole_output() -> None:
     assert message["content"] is None
     assert message["tool_calls"][0]["function"] == {"name": "weather", "arguments": '{"city":"Oslo"}'}
     assert reply["choices"][0]["finish_reason"] == "stop"
+
+
+LISTED = '[{"name": "weather", "parameters": {"city": "Oslo"}}]'
+
+
+@pytest.mark.parametrize("length", range(len(LISTED)))
+async def test_a_required_call_that_is_cut_shows_nothing_of_its_json_as_content(length: int) -> None:
+    pieces = tuple(LISTED[:length])
+    cut: dict[str, Any] = {"tools": [TOOL], "tool_choice": "required", "max_tokens": 12}
+    reply = await ask_chat(FakePort(pieces=pieces, finish=FinishReason.LENGTH), **cut)
+    ChatCompletion.model_validate(reply, strict=True)
+    choice = reply["choices"][0]
+    assert choice["message"]["content"] is None
+    assert choice["finish_reason"] == "length"
+    assert ("tool_calls" in choice["message"]) is (length >= len('[{"name": "weather"'))
+    for call in choice["message"].get("tool_calls", ()):
+        assert '{"city": "Oslo"}'.startswith(call["function"]["arguments"])
+    chunks = await stream_chat(FakePort(pieces=pieces, finish=FinishReason.LENGTH), **cut)
+    assert not any(chunk["choices"][0]["delta"].get("content") for chunk in chunks[:-1])
+    assert chunks[-2]["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("arguments", ['""', "null", '" "', "{}"])
+async def test_a_call_without_arguments_has_an_empty_object(arguments: str) -> None:
+    text = f'<tool_call>{{"name": "weather", "arguments": {arguments}}}</tool_call>'
+    (call,) = (await ask_chat(FakePort(pieces=tuple(text)), tools=[TOOL]))["choices"][0]["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {}
 
 
 async def test_text_is_left_alone_where_no_tools_are_given() -> None:
@@ -280,6 +319,27 @@ async def test_a_failure_midway_is_told_in_the_stream_and_in_the_status() -> Non
         }
     }
     assert found[-1] == "[DONE]"
+
+
+@pytest.mark.parametrize("ask", [ask_chat, ask_text])
+async def test_an_answer_that_broke_off_is_an_error_and_no_odd_finish_reason(ask: Any) -> None:
+    with pytest.raises(BackendFailed):
+        await ask(FakePort(finish=FinishReason.ABORT))
+
+
+async def test_a_stream_that_broke_off_ends_with_an_error() -> None:
+    sent: list[bytes] = []
+
+    async def collect() -> None:
+        port = FakePort(finish=FinishReason.ABORT)
+        async for item in OpenAIServicer(port).ChatCompletions(body(**chat(stream=True)), FakeContext()):
+            sent.append(item.data)
+
+    with pytest.raises(BackendFailed):
+        await collect()
+    found = events(b"".join(sent))
+    assert found[-2]["error"]["type"] == "server_error"
+    assert b"abort" not in b"".join(sent)
 
 
 async def test_an_unexpected_failure_midway_does_not_show_its_message() -> None:
