@@ -344,13 +344,14 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatMessage:
-    """One message. `content` is text, or parts that are text or images."""
+    """One message. `content` is text, or parts that are text or images; `reasoning` is what came before it."""
 
     role: str
     content: str | tuple[str | Image, ...] = ""
     name: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str = ""
+    reasoning: str = ""
 
 
 CHAT_ROLES = ("system", "developer", "user", "assistant", "tool")

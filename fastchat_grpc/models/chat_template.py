@@ -90,6 +90,8 @@ class ChatTemplate:
         result: dict[str, Any] = {"role": role, "content": _text(index, message)}
         if message.name:
             result["name"] = message.name
+        if message.reasoning:
+            result["reasoning_content"] = message.reasoning  # transformers adds the other names of it
         if message.tool_call_id:
             result["tool_call_id"] = message.tool_call_id
         if message.tool_calls:

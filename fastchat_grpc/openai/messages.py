@@ -49,7 +49,13 @@ def _message(fields: Fields) -> ChatMessage:
         name=fields.text("name") or "",
         tool_calls=calls,
         tool_call_id=call_id or "",
+        reasoning=_reasoning(fields) if assistant else "",
     )
+
+
+def _reasoning(fields: Fields) -> str:
+    """What an assistant thought, under either name that servers give it."""
+    return fields.text("reasoning_content") or fields.text("reasoning") or ""
 
 
 def _content(fields: Fields, *, required: bool) -> str | tuple[str | Image, ...]:

@@ -319,6 +319,7 @@ def _message_from_pb(message: pb.ChatMessage, path: str) -> ChatMessage:
             ToolCall(id=call.id, name=call.name, arguments_json=call.arguments_json) for call in message.tool_calls
         ),
         tool_call_id=message.tool_call_id,
+        reasoning=message.reasoning,
     )
 
 
@@ -338,6 +339,7 @@ def _message_to_pb(message: ChatMessage) -> pb.ChatMessage:
         role=message.role,
         name=message.name,
         tool_call_id=message.tool_call_id,
+        reasoning=message.reasoning,
         tool_calls=[
             pb.ToolCall(id=call.id, name=call.name, arguments_json=call.arguments_json) for call in message.tool_calls
         ],

@@ -248,3 +248,17 @@ def test_a_call_that_is_forced_needs_no_template_that_shows_tools(choice: ToolCh
     assert template(CHATML.replace("tools", "")).render(asked).endswith("assistant\n")
     with pytest.raises(InvalidArgument, match="takes no tools"):
         template(TRIMS).render(chat(("user", "Hi"), tools=(Tool(name="f"),)))
+
+
+THINKS = (
+    "{% for m in messages %}<{{ m.role }}>"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content }}{% endfor %}"
+)
+
+
+def test_a_template_that_asks_for_thoughts_gets_them() -> None:
+    turns = (ChatMessage(role="user", content="a"), ChatMessage(role="assistant", content="b", reasoning="hm"))
+    asked = ChatPrompt(messages=turns)
+    assert template(THINKS).render(asked) == "<user>a<assistant><think>hm</think>b"
+    assert "hm" not in template(CHATML).render(asked)

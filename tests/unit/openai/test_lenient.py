@@ -14,6 +14,8 @@ from fastchat_grpc.errors import InvalidArgument, PromptTooLong, QueueFull, Unsu
 from fastchat_grpc.openai.chat_request import parse_chat
 from fastchat_grpc.openai.completion_request import parse_completion
 from fastchat_grpc.openai.servicer import OpenAIServicer
+from fastchat_grpc.rpc import convert
+from fastchat_grpc.v1 import generation_pb2 as pb
 from tests.unit.openai.fakes import MODEL, FakeContext, FakePort, ask_text, body, chat
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
@@ -41,6 +43,17 @@ def test_an_assistants_turn_may_be_empty(turn: dict[str, Any]) -> None:
     asked = {"role": "user", "content": "a"}
     messages = one_chat(messages=[asked, {"role": "assistant", **turn}, asked]).prompt.messages
     assert [message.content for message in messages] == ["a", "", "a"]
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_what_an_assistant_thought_is_kept_for_the_template(name: str) -> None:
+    turns = [{"role": "assistant", "content": None, name: "thoughts"}, {"role": "user", "content": "x", name: "y"}]
+    request = one_chat(messages=turns)
+    assert [message.reasoning for message in request.prompt.messages] == ["thoughts", ""]
+    message = convert.generate_request_to_pb(request).SerializeToString()
+    assert convert.generate_request_from_pb(pb.GenerateRequest.FromString(message)) == request
+    with pytest.raises(InvalidArgument, match=name):
+        one_chat(messages=[{"role": "assistant", name: 5}])
 
 
 MEMBERS: list[dict[str, Any]] = [

@@ -12,8 +12,6 @@ from fastchat_grpc.errors import InvalidArgument, UnsupportedField
 from fastchat_grpc.openai.chat_request import parse_chat
 from tests.unit.openai.fakes import chat
 
-llguidance = pytest.importorskip("llguidance")
-
 MODEL = ModelInfo(name="m", context_length=100)
 ITEM = {"type": "object", "properties": {"i": {"$ref": "#/$defs/Item"}}, "required": ["i"]}
 SCHEMAS: dict[str, dict[str, Any]] = {
@@ -62,6 +60,7 @@ TAKEN: list[tuple[str, Any, bool]] = [
 
 def takes(grammar: Grammar, value: Any) -> bool:
     """Whether a grammar takes a text whole."""
+    llguidance = pytest.importorskip("llguidance")
     text = json.dumps(value).encode()
     tokenizer = llguidance.LLTokenizer("byte")
     matcher = llguidance.LLMatcher(tokenizer, llguidance.LLMatcher.grammar_from_json_schema(grammar.source))
