@@ -57,6 +57,9 @@ async def test_bad_requests_name_the_field_and_reach_no_engine(mode: str) -> Non
             assert len(error["message"]) < 400, what
         assert sum(worker._generation.output_tokens for worker in site.workers) == 0
         assert (await site.chat()).status_code == 200
+        for stream in (False, True):
+            reply = await site.chat(session_id="x", stream=stream)
+            assert (reply.status_code, reply.headers["x-fastchat-grpc-ignored"]) == (200, "session_id")
 
 
 # ---------------------------------------------------------------------------------------- fuzz

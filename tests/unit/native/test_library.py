@@ -37,6 +37,7 @@ def cache(tmp_path, monkeypatch, made):
 
     def compile_library(compiler, path, flags=library.FLAGS):
         compiled.append(path)
+        path.unlink(missing_ok=True)  # a library that is loaded keeps its file: writing into it ends the process
         path.write_bytes(made)
         path.chmod(0o700)
 
@@ -75,8 +76,9 @@ def test_a_broken_file_is_made_again(cache, content, caplog):
 def test_a_file_that_others_may_write_is_not_loaded(cache, caplog):
     _folder, compiled = cache
     load_library(Kernels)
-    compiled[0].chmod(0o666)
+    compiled[0].unlink()  # the loaded library keeps its file
     compiled[0].write_bytes(b"evil")
+    compiled[0].chmod(0o666)
     loaded = []
     load_library(lambda path: loaded.append(path.read_bytes()))
     assert b"evil" not in loaded
