@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from fastchat_grpc.config import MAX_MESSAGE_BYTES, GatewayConfig, GatewayMode
+from fastchat_grpc.config import GatewayConfig, GatewayMode
 from fastchat_grpc.gateway import http_lua
 from fastchat_grpc.gateway.access_logs import attempt_logs, request_logs
 from fastchat_grpc.gateway.checks import key_checks, picks
 from fastchat_grpc.gateway.clusters import API
-from fastchat_grpc.gateway.routes import virtual_host
+from fastchat_grpc.gateway.routes import ANSWER_BYTES, virtual_host
 from fastchat_grpc.gateway.shape import Tree, extension, seconds, socket_address, tls_context, typed
 from fastchat_grpc.rpc.bridge import CLIENT_HEADER, CLUSTER_HEADER, MISSED_HEADER, STREAM_HEADER, TICKET_HEADER
 
@@ -184,7 +184,7 @@ def _transcoding(config: GatewayConfig, descriptors: str) -> Tree:
         # Model names may have slashes, which clients encode.
         "url_unescape_spec": "ALL_CHARACTERS",
         "max_request_body_size": config.max_body_bytes,
-        "max_response_body_size": MAX_MESSAGE_BYTES + 65_536,
+        "max_response_body_size": ANSWER_BYTES,
         "print_options": {
             "always_print_primitive_fields": True,
             "preserve_proto_field_names": True,

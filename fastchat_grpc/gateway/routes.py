@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastchat_grpc.config import GatewayConfig, GatewayMode
+from fastchat_grpc.config import MAX_MESSAGE_BYTES, GatewayConfig, GatewayMode
 from fastchat_grpc.gateway.checks import key_check_settings, pick_settings, unpicked_settings
 from fastchat_grpc.gateway.clusters import API
 from fastchat_grpc.gateway.shape import Tree, glob_regex, seconds, typed
@@ -32,6 +32,8 @@ READS = tuple(
 FORBIDDEN = "this method is not open through the gateway; call the controller's own address"
 BEFORE_KEY_BYTES = 64 * 1024
 """So much of a body is held while its key is asked for; the rest is not read before the answer."""
+ANSWER_BYTES = MAX_MESSAGE_BYTES + 65_536
+"""So much of an answer in one piece is held."""
 NO_PATH = "no such path; see the API's documentation"
 _CORS = "envoy.filters.http.cors"
 _GRPC = {"name": "content-type", "string_match": {"prefix": "application/grpc"}}
@@ -85,7 +87,12 @@ def _picked(config: GatewayConfig, path: str, node_id: str) -> list[Tree]:
     action: Tree = {"cluster_header": CLUSTER_HEADER, **_unbounded()}
     if config.retries:
         action["retry_policy"] = retry
-    settings = {"typed_per_filter_config": pick_settings(config, node_id)}
+    settings: Tree = {
+        "typed_per_filter_config": pick_settings(config, node_id),
+        # A route that is looked up anew, as after a pick, bounds what is held of the answer, too, whatever the
+        # transcoder asked for before. The body has been bounded by then.
+        "request_body_buffer_limit": ANSWER_BYTES,
+    }
     idle = seconds(config.idle_timeout_s)
     if not path.startswith(SILENT):
         return [{"match": {"path": path}, "route": {**action, "idle_timeout": idle}, **settings}]

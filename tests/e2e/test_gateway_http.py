@@ -229,6 +229,14 @@ async def test_large_bodies_and_large_answers_pass(http: Connection) -> None:
     assert len(json.loads(tokens.body)["tokens"]) == len(text)
 
 
+async def test_a_large_answer_of_a_picked_worker_passes(http: Connection) -> None:
+    asked = {"model": "org/echo", "prompt": "x" * 4000, "echo": True, "logprobs": 5, "max_tokens": 1, "n": 100}
+    answer = await http.ask("POST", "/v1/completions", json.dumps(asked).encode(), content_type=JSON)
+    assert answer.status == 200, answer.body[:300]
+    assert len(answer.body) > 8_500_000
+    assert len(json.loads(answer.body)["choices"]) == 100
+
+
 async def test_an_answer_that_is_larger_than_a_message_is_no_reason_to_come_again(http: Connection) -> None:
     body = json.dumps({"model": "org/echo", "prompt": "x" * 6_000_000}).encode()
     answer = await http.ask("POST", "/tokenize", body, content_type=JSON)
