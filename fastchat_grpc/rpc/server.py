@@ -8,13 +8,13 @@ from typing import Any
 import grpc
 from grpc_channelz.v1 import channelz, channelz_pb2_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from fastchat_grpc.config import ListenConfig, join_address
 from fastchat_grpc.errors import ConfigError
 from fastchat_grpc.rpc.border import Admit, Border
 from fastchat_grpc.rpc.channels import SERVER_OPTIONS, server_credentials, size_options
 from fastchat_grpc.rpc.limits import MAX_STREAMS_PER_CONNECTION, CallBounds
+from fastchat_grpc.rpc.reflection import add_reflection
 
 
 class RpcServer:
@@ -42,8 +42,7 @@ class RpcServer:
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, border)
         channelz_pb2_grpc.add_ChannelzServicer_to_server(channelz.aio.ChannelzServicer(), border)
-        reflected = [*self._names, health.SERVICE_NAME, "grpc.channelz.v1.Channelz", reflection.SERVICE_NAME]
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(reflected), border)
+        add_reflection([*self._names, health.SERVICE_NAME, "grpc.channelz.v1.Channelz"], border)
         streams = ("grpc.max_concurrent_streams", MAX_STREAMS_PER_CONNECTION)
         self._server = grpc.aio.server(options=[*SERVER_OPTIONS, streams, *size_options(listen.max_message_bytes)])
         self._server.add_generic_rpc_handlers((border,))

@@ -65,6 +65,7 @@ async def test_bytes_that_are_no_message_are_the_callers_fault_in_every_method(
         ("/grpc.health.v1.Health/Watch", False, True),
         ("/grpc.channelz.v1.Channelz/GetServers", False, False),
         ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", True, True),
+        ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", True, True),
         ("/envoy.service.auth.v3.Authorization/Check", False, False),
         ("/envoy.service.endpoint.v3.EndpointDiscoveryService/StreamEndpoints", True, True),
         ("/envoy.service.accesslog.v3.AccessLogService/StreamAccessLogs", True, True),
