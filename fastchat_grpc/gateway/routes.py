@@ -35,6 +35,16 @@ BEFORE_KEY_BYTES = 64 * 1024
 ANSWER_BYTES = MAX_MESSAGE_BYTES + 65_536
 """So much of an answer in one piece is held."""
 NO_PATH = "no such path; see the API's documentation"
+_ELSEWHERE: Tree = {
+    "host_selection_retry_max_attempts": 5,
+    "retry_host_predicate": [
+        {
+            "name": "envoy.retry_host_predicates.previous_hosts",
+            "typed_config": typed("envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate"),
+        }
+    ],
+}
+"""Further tries go to hosts that have not been tried."""
 _CORS = "envoy.filters.http.cors"
 _GRPC = {"name": "content-type", "string_match": {"prefix": "application/grpc"}}
 
@@ -76,13 +86,7 @@ def _picked(config: GatewayConfig, path: str, node_id: str) -> list[Tree]:
         "retriable_headers": [{"name": "grpc-status", "string_match": {"exact": "5"}}],
         "num_retries": config.retries,
         "retry_back_off": {"base_interval": "0.01s", "max_interval": "0.05s"},
-        "host_selection_retry_max_attempts": 5,
-        "retry_host_predicate": [
-            {
-                "name": "envoy.retry_host_predicates.previous_hosts",
-                "typed_config": typed("envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate"),
-            }
-        ],
+        **_ELSEWHERE,
     }
     action: Tree = {"cluster_header": CLUSTER_HEADER, **_unbounded()}
     if config.retries:
@@ -104,11 +108,15 @@ def _picked(config: GatewayConfig, path: str, node_id: str) -> list[Tree]:
 
 
 def _api(config: GatewayConfig, match: Tree, *, silent: bool = False) -> Tree:
-    retry = {
+    retry: Tree = {
         "retry_on": "connect-failure,refused-stream",
         "num_retries": 2,
         "retry_back_off": {"base_interval": "0.01s", "max_interval": "0.05s"},
     }
+    if len(config.controller_addresses) > 1:
+        # A controller that dies before a relayed answer has begun leaves it to another. None of these methods
+        # changes anything, and controllers run no models that a request could kill them by.
+        retry |= {"retry_on": "connect-failure,refused-stream,reset", **_ELSEWHERE}
     idle = "0s" if silent else seconds(config.idle_timeout_s)
     return {
         "match": match,

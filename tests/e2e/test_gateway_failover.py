@@ -10,9 +10,11 @@ from time import perf_counter
 import pytest
 
 from fastchat_grpc.config import DispatchMethod
-from tests.conftest import eventually
+from fastchat_grpc.worker.app import WorkerApp
+from tests.conftest import echo_config, eventually
 from tests.e2e.echo_worker import worker_process
-from tests.e2e.gateway_site import Site, content, running_controller, running_site
+from tests.e2e.gateway_site import Site, content, running_controller, running_gateway, running_site
+from tests.e2e.processes import free_port, running_cli, wait_for_workers
 
 pytestmark = pytest.mark.slow
 FAVOURED = {"weight": 1e6}
@@ -150,6 +152,28 @@ async def test_killing_one_of_two_controllers_leaves_service_whole() -> None:
         await site.add_worker("new")
         body = {"model": "new", "prompt": "abc", "max_tokens": 3}
         assert (await site.http.post("/v1/completions", json=body)).status_code == 200
+
+
+async def test_a_relayed_request_whose_controller_is_killed_before_it_answers_goes_to_another() -> None:
+    port = free_port()
+    victim = f"127.0.0.1:{port}"
+    async with AsyncExitStack() as stack:
+        process = await stack.enter_async_context(running_cli("controller", "--port", str(port)))
+        site = await stack.enter_async_context(running_site("relay", workers=[]))
+        addresses = (site.controller.address, victim)
+        worker = WorkerApp(echo_config("slow", controllers=addresses, options={"first_delay_ms": "3000"}))
+        await worker.start()
+        stack.push_async_callback(worker.stop)
+        for address in addresses:
+            await wait_for_workers(address)
+        gateway = await stack.enter_async_context(running_gateway(site, "relay", controller_addresses=addresses))
+        body = {"model": "slow", "messages": [{"role": "user", "content": "hello"}]}
+        url = f"http://{gateway.address}/v1/chat/completions"
+        asked = [asyncio.create_task(site.http.post(url, json={**body, "stream": i % 4 > 1})) for i in range(8)]
+        await eventually(lambda: worker._generation.admission.running == len(asked))
+        process.kill()
+        replies = await asyncio.gather(*asked)
+        assert [reply.status_code for reply in replies] == [200] * len(asked)
 
 
 async def test_a_request_of_a_model_that_no_gateway_host_serves_never_reaches_another_models_worker() -> None:
