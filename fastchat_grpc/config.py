@@ -40,6 +40,14 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens there."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TlsConfig:
     """PEM files of one side of a connection. `ca` verifies the other side; with it, a server asks for mTLS."""
@@ -169,7 +177,10 @@ class ApiKeyConfig:
     keys: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     """Name and key; hashed at once. The name stands in logs and metrics."""
     file: Path | None = None
-    """Lines of NAME sha256:DIGEST; read again when it changes."""
+    """Lines of NAME sha256:DIGEST, followed by "admin" for those who may see and move workers; read again when it
+    changes."""
+    admins: frozenset[str] = frozenset()
+    """Names of the keys among `keys` that may do that."""
 
     def __post_init__(self) -> None:
         for number, (name, key) in enumerate(self.keys, 1):
@@ -186,14 +197,26 @@ class ApiKeyConfig:
 
     @classmethod
     def parse(cls, text: str, file: Path | None = None) -> ApiKeyConfig:
-        """Read "name=key,name=key"; a key without a name is called key1, key2, ... Raises ConfigError."""
+        """Read "name=key,name:admin=key"; a key without a name is called key1, key2, ... Raises ConfigError."""
         parts = [part.strip() for part in text.split(",") if part.strip()]
         named = [
             # Keys may end in "=" themselves, as base64 does.
             part.partition("=") if part.partition("=")[2].strip("=") else (f"key{number}", "=", part)
             for number, part in enumerate(parts, 1)
         ]
-        return cls(keys=tuple((name.strip(), key.strip()) for name, _, key in named), file=file)
+        names = [name.strip() for name, _, _ in named]
+        return cls(
+            keys=tuple(
+                (name.removesuffix(":admin"), key.strip()) for name, (_, _, key) in zip(names, named, strict=True)
+            ),
+            file=file,
+            admins=frozenset(name.removesuffix(":admin") for name in names if name.endswith(":admin")),
+        )
+
+    @property
+    def required(self) -> bool:
+        """Whether callers must show a key."""
+        return bool(self.keys) or self.file is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,7 +230,11 @@ class ControllerConfig:
     failover: FailoverConfig = FailoverConfig()
     drain_timeout_s: float = 30.0
     join_token: str | None = field(default=None, repr=False)
-    """Shared secret that Register, DrainWorker and RefreshWorkers then ask for (authorization: Bearer)."""
+    """Shared secret that members of the fleet and those who move workers then show (authorization: Bearer)."""
+    other_join_tokens: tuple[str, ...] = field(default=(), repr=False)
+    """Further secrets that are accepted, while one is changed."""
+    insecure_join: bool = False
+    """Whether anybody may register workers although callers need keys."""
     allowed_networks: tuple[str, ...] = ()
     """Networks (CIDR) that advertised worker addresses must lie in; empty: any."""
     worker_tls: TlsConfig | None = None
@@ -228,6 +255,11 @@ class ControllerConfig:
     def __post_init__(self) -> None:
         _require(self.drain_timeout_s >= 0, f"--drain-timeout must be at least 0, got {self.drain_timeout_s:g}")
         _require(self.join_token is None or bool(self.join_token), "--join-token must not be empty")
+        _require(
+            not self.api_keys.required or self.join_token is not None or self.insecure_join,
+            "API keys without a join token: anybody could register a worker and be sent the prompts; "
+            "set --join-token-file, or --insecure-join where the network lets nobody else in",
+        )
         for network in self.allowed_networks:
             try:
                 ipaddress.ip_network(network)

@@ -137,7 +137,12 @@ controller_options = group(
     click.option(
         "--api-keys", default="", envvar="FASTCHAT_GRPC_API_KEYS", help="Keys that callers need, as [name=]key,..."
     ),
-    click.option("--api-key-file", type=tls_files, help="File of keys: lines of NAME sha256:DIGEST."),
+    click.option(
+        "--api-key-file", type=tls_files, help='File of keys: lines of NAME sha256:DIGEST, then "admin" for admins.'
+    ),
+    click.option(
+        "--insecure-join", is_flag=True, help="Start with API keys and no join token: anybody may register workers."
+    ),
     click.option("--join-token", envvar="FASTCHAT_GRPC_JOIN_TOKEN", help="Secret that workers need to register."),
     click.option(
         "--allowed-networks", type=CommaList(), default="", help="Networks that workers may be in, such as 10.0.0.0/8."
@@ -177,6 +182,7 @@ def controller_config(flags: dict[str, Any]) -> ControllerConfig:
         parent_join_token=flags["parent_join_token"],
         strict_fields=flags["strict_fields"],
         api_keys=ApiKeyConfig.parse(flags["api_keys"], flags["api_key_file"]),
+        insecure_join=flags["insecure_join"],
     )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from fastchat_grpc.config import ControllerConfig
+from fastchat_grpc.config import ControllerConfig, is_loopback
 from fastchat_grpc.controller.callers import OnBehalf
 from fastchat_grpc.controller.dispatch import Dispatcher
 from fastchat_grpc.controller.fleet import Change, ChangeKind, Removal
@@ -23,7 +23,8 @@ from fastchat_grpc.controller.relay import Relay
 from fastchat_grpc.controller.servicer import ControllerServicer
 from fastchat_grpc.openai.servicer import OpenAIServicer
 from fastchat_grpc.rpc import descriptors
-from fastchat_grpc.rpc.api_keys import ApiKeys, admission
+from fastchat_grpc.rpc.access import Access
+from fastchat_grpc.rpc.api_keys import ApiKeys
 from fastchat_grpc.rpc.pool import ChannelPool
 from fastchat_grpc.rpc.security import AllowedNetworks, JoinToken
 from fastchat_grpc.rpc.server import RpcServer
@@ -42,17 +43,6 @@ YOUNG_TICK_S = 0.05
 STOP_GRACE_S = 1.0
 DESCRIPTORS_PER_WORKER = 2
 """Its own connection, and the one to it."""
-
-
-KEYLESS_METHODS = (
-    "/grpc.health.v1.Health/",
-    "/envoy.service.",
-    *(
-        f"/fastchat_grpc.v1.ControllerService/{name}"
-        for name in ("Register", "Heartbeat", "Deregister", "DrainWorker", "RefreshWorkers")
-    ),
-)
-"""Methods that ask for no API key: health, and those of the fleet's members, which show the join token."""
 
 
 async def run(config: ControllerConfig, stop: asyncio.Event) -> None:
@@ -82,13 +72,11 @@ class ControllerApp:
         )
         self.relay = Relay(self.dispatcher, self.pool, config.failover)
         self.generation = RelayedGeneration(self.relay)
-        join_token = JoinToken(config.join_token)
         self.keys = ApiKeys(config.api_keys)
-        self.bridge = _bridge(self.relay, self.keys, join_token, config)
-        self._servicer = ControllerServicer(
-            self.dispatcher, self.pool, join_token, AllowedNetworks(config.allowed_networks)
-        )
-        self._server = RpcServer(config.listen, self._services(), admission(self.keys, KEYLESS_METHODS))
+        self.bridge = _bridge(self.relay, self.keys, config)
+        self._servicer = ControllerServicer(self.dispatcher, self.pool, AllowedNetworks(config.allowed_networks))
+        access = Access(self.keys, JoinToken(config.join_token, *config.other_join_tokens))
+        self._server = RpcServer(config.listen, self._services(), access)
         self._parents: Parents | None = None
         self._supervisor = Supervisor(self._on_health)
         self._well = True  # what the supervisor says
@@ -124,6 +112,11 @@ class ControllerApp:
             spawn("registration with parents", self._parents.run)
         await self._tell_health()
         logger.info("controller listens on %s", self.address)
+        if self._config.join_token is None and not is_loopback(self._config.listen.host):
+            logger.warning(
+                "no join token: whoever reaches %s can register a worker and is sent prompts; set --join-token-file",
+                self.address,
+            )
 
     async def stop(self) -> None:
         """Refuse new requests, let those under way end, then free everything."""
@@ -222,10 +215,10 @@ class ControllerApp:
             self._stop.set()
 
 
-def _bridge(relay: Relay, keys: ApiKeys, join_token: JoinToken, config: ControllerConfig) -> EnvoyServices | None:
+def _bridge(relay: Relay, keys: ApiKeys, config: ControllerConfig) -> EnvoyServices | None:
     """What a gateway asks of a controller; None where the protos of Envoy are not installed (extra `gateway`)."""
     if importlib.util.find_spec("envoy") is None or importlib.util.find_spec("envoy.service") is None:
         return None
     from fastchat_grpc.controller.envoy.services import EnvoyServices
 
-    return EnvoyServices(relay, keys, join_token, settle_s=2 * config.lease.heartbeat_interval_s)
+    return EnvoyServices(relay, keys, settle_s=2 * config.lease.heartbeat_interval_s)

@@ -19,7 +19,7 @@ from fastchat_grpc.controller.watch import Watch
 from fastchat_grpc.errors import InvalidArgument
 from fastchat_grpc.rpc import convert
 from fastchat_grpc.rpc.pool import ChannelPool
-from fastchat_grpc.rpc.security import AllowedNetworks, JoinToken
+from fastchat_grpc.rpc.security import AllowedNetworks
 from fastchat_grpc.v1 import registry_pb2 as pb
 from fastchat_grpc.v1 import registry_pb2_grpc
 
@@ -35,15 +35,12 @@ WATCH_PAUSE_S = 0.1
 
 
 class ControllerServicer(registry_pb2_grpc.ControllerServiceServicer):
-    """Messages in, messages out. Errors become statuses in the interceptor."""
+    """Messages in, messages out. The border lets callers in, and makes statuses of errors."""
 
-    def __init__(
-        self, dispatcher: Dispatcher, pool: ChannelPool, join_token: JoinToken, networks: AllowedNetworks
-    ) -> None:
+    def __init__(self, dispatcher: Dispatcher, pool: ChannelPool, networks: AllowedNetworks) -> None:
         self._dispatcher = dispatcher
         self._registry = dispatcher.registry
         self._refresh = Refresh(self._registry, pool)
-        self._join_token = join_token
         self._networks = networks
         self._terms: LeaseTerms | None = None
         self._confirmation = pb.HeartbeatResponse()
@@ -59,7 +56,6 @@ class ControllerServicer(registry_pb2_grpc.ControllerServiceServicer):
         self._picks.close()
 
     async def Register(self, request: pb.RegisterRequest, context: Context) -> pb.RegisterResponse:
-        self._join_token.check(context.invocation_metadata())
         spec = spec_from_pb(request)
         await self._networks.check(spec.address)
         worker = self._registry.register(spec, convert.load_from_pb(request.load))
@@ -143,7 +139,6 @@ class ControllerServicer(registry_pb2_grpc.ControllerServiceServicer):
         return pb.ReleasePickResponse()
 
     async def DrainWorker(self, request: pb.DrainWorkerRequest, context: Context) -> pb.DrainWorkerResponse:
-        self._join_token.check(context.invocation_metadata())
         timeout_s = convert.seconds(request.timeout) if request.HasField("timeout") else None
         if timeout_s is not None and timeout_s < 0:
             raise InvalidArgument("timeout", f"must be at least 0 s, got {timeout_s:g}")
@@ -151,12 +146,10 @@ class ControllerServicer(registry_pb2_grpc.ControllerServiceServicer):
         return pb.DrainWorkerResponse(running_count=max(worker.load.running, worker.reserved_count))
 
     async def UndrainWorker(self, request: pb.UndrainWorkerRequest, context: Context) -> pb.UndrainWorkerResponse:
-        self._join_token.check(context.invocation_metadata())
         self._registry.undrain(request.worker_id)
         return pb.UndrainWorkerResponse()
 
     async def RefreshWorkers(self, request: pb.RefreshWorkersRequest, context: Context) -> pb.RefreshWorkersResponse:
-        self._join_token.check(context.invocation_metadata())
         live, removed = await self._refresh.run()
         return pb.RefreshWorkersResponse(
             live_worker_ids=[worker.spec.worker_id for worker in live],

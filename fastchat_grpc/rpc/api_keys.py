@@ -20,7 +20,6 @@ from typing import Any
 
 from fastchat_grpc.config import ApiKeyConfig
 from fastchat_grpc.errors import ConfigError, Unauthenticated
-from fastchat_grpc.rpc.border import Admit
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +27,7 @@ PREFIX = "sk-"
 RELOAD_S = 1.0
 """A changed key file is noticed within this time."""
 HEADERS = ("authorization", "x-api-key", "api-key")
-_LINE = re.compile(r"(?P<name>[A-Za-z0-9_.@-]{1,64})\s+sha256:(?P<digest>[0-9a-fA-F]{64})")
+_LINE = re.compile(r"(?P<name>[A-Za-z0-9_.@-]{1,64})\s+sha256:(?P<digest>[0-9a-fA-F]{64})(?:\s+(?P<role>user|admin))?")
 
 
 def new_key() -> str:
@@ -36,9 +35,9 @@ def new_key() -> str:
     return PREFIX + secrets.token_urlsafe(32)
 
 
-def key_line(name: str, key: str) -> str:
+def key_line(name: str, key: str, *, admin: bool = False) -> str:
     """The line of a key file that admits a key. Raises ConfigError for a name that cannot stand there."""
-    line = f"{name} sha256:{hashlib.sha256(key.encode()).hexdigest()}"
+    line = f"{name} sha256:{hashlib.sha256(key.encode()).hexdigest()}" + (" admin" if admin else "")
     if _LINE.fullmatch(line) is None:
         raise ConfigError(f"a key's name must be 1 to 64 letters, digits and _.@-, got {name!r}")
     return line
@@ -52,6 +51,8 @@ class ApiKeys:
         self._file = config.file
         self._given = {self._index(hashlib.sha256(key.encode()).digest()): name for name, key in config.keys}
         self._names: dict[bytes, str] = dict(self._given)
+        self._given_admins = config.admins
+        self._admins = config.admins
         self._stamp: tuple[int, int] | None = None
         self._look_at = 0.0
         self.uses: Counter[str] = Counter()
@@ -79,6 +80,10 @@ class ApiKeys:
         self.uses[name] += 1
         return name
 
+    def is_admin(self, name: str) -> bool:
+        """Whether the caller with this name may see and move workers."""
+        return name in self._admins
+
     def _index(self, digest: bytes) -> bytes:
         # Whoever tries keys cannot know these, so comparing them in variable time gives nothing away.
         return hmac.digest(self._secret, digest, "sha256")
@@ -103,15 +108,22 @@ class ApiKeys:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"API key file {path} cannot be read: {error}") from error
         names = dict(self._given)
+        admins = set(self._given_admins)
+        users = set(self._given.values()) - admins
         for number, line in enumerate(text.splitlines(), 1):
             line = line.split("#", 1)[0].strip()
             if not line:
                 continue
             match = _LINE.fullmatch(line)
             if match is None:
-                raise ConfigError(f"API key file {path}, line {number}: must be NAME sha256:DIGEST (64 hex digits)")
+                raise ConfigError(
+                    f"API key file {path}, line {number}: must be NAME sha256:DIGEST [admin] (64 hex digits)"
+                )
             names[self._index(bytes.fromhex(match["digest"]))] = match["name"]
-        self._names, self._stamp = names, stamp
+            (admins if match["role"] == "admin" else users).add(match["name"])
+        if both := admins & users:
+            raise ConfigError(f"API key file {path}: {min(both)} is both an admin and a user; give each a name")
+        self._names, self._admins, self._stamp = names, frozenset(admins), stamp
 
 
 def _shown(headers: Iterable[tuple[str, Any]]) -> str:
@@ -121,21 +133,3 @@ def _shown(headers: Iterable[tuple[str, Any]]) -> str:
         scheme, _, token = authorization.partition(" ")
         return token.strip() if scheme.lower() == "bearer" else ""
     return (found.get("x-api-key") or found.get("api-key") or "").strip()
-
-
-def admission(keys: ApiKeys, open_methods: Iterable[str]) -> Admit | None:
-    """Refuses calls without a key; None where no key is asked for.
-
-    Args:
-        keys: the keys.
-        open_methods: prefixes of methods ("/package.Service/" or whole) that need none.
-    """
-    if not keys.required:
-        return None
-    free = tuple(open_methods)
-
-    def admit(method: str, metadata: Any) -> None:
-        if not method.startswith(free):
-            keys.check(metadata)
-
-    return admit

@@ -21,23 +21,44 @@ def bearer(token: str | None) -> Sequence[tuple[str, str]]:
 
 
 class JoinToken:
-    """Checks the shared secret of registrations. None: everybody may join."""
+    """Checks the shared secret of a fleet's members. None, or no token: everybody is one.
 
-    def __init__(self, token: str | None) -> None:
-        self._expected = token.encode() if token else None
+    Several are accepted at once, so that a token can be changed member by member.
+    """
+
+    def __init__(self, *tokens: str | None) -> None:
+        self._accepted = tuple(token.encode() for token in tokens if token)
+
+    @property
+    def required(self) -> bool:
+        """Whether there is a token to show."""
+        return bool(self._accepted)
 
     def check(self, metadata: Metadata) -> None:
         """Raises Unauthenticated. Takes the same time for every wrong token."""
-        if self._expected is None:
+        if not self._accepted:
             return
-        shown = next((value for key, value in metadata or () if key == "authorization"), "")
-        scheme, _, given = shown.partition(" ")
-        if scheme.lower() != "bearer" or not given:
+        given = _bearer_of(metadata)
+        if not given:
             raise Unauthenticated(
-                "this controller asks for a join token: set --join-token, or send authorization: Bearer <token>"
+                "this controller asks for a join token: set --join-token-file, or send authorization: Bearer <token>"
             )
-        if not hmac.compare_digest(given.strip().encode(), self._expected):
+        if not self._accepts(given):
             raise Unauthenticated("the join token is wrong")
+
+    def shown_by(self, metadata: Metadata) -> bool:
+        """Whether a call shows an accepted token."""
+        return self._accepts(_bearer_of(metadata))
+
+    def _accepts(self, given: bytes) -> bool:
+        # All are compared, each in constant time: which of them matches tells nothing either.
+        return sum([hmac.compare_digest(given, token) for token in self._accepted]) > 0
+
+
+def _bearer_of(metadata: Metadata) -> bytes:
+    shown = next((value for key, value in metadata or () if key == "authorization"), "")
+    scheme, _, given = shown.partition(" ")
+    return given.strip().encode("utf-8", "surrogateescape") if scheme.lower() == "bearer" else b""
 
 
 class AllowedNetworks:

@@ -11,7 +11,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from fastchat_grpc.config import ListenConfig, join_address
 from fastchat_grpc.errors import ConfigError
-from fastchat_grpc.rpc.border import Admit, Border
+from fastchat_grpc.rpc.access import Access
+from fastchat_grpc.rpc.border import Border
 from fastchat_grpc.rpc.channels import SERVER_OPTIONS, server_credentials, size_options
 from fastchat_grpc.rpc.limits import MAX_STREAMS_PER_CONNECTION, CallBounds
 from fastchat_grpc.rpc.reflection import add_reflection
@@ -23,7 +24,7 @@ class RpcServer:
     Args:
         listen: where to listen, TLS, and the bound on messages.
         services: for each service its full name and the function that adds it to a server.
-        admit: decides which calls are let in; None: all.
+        access: what callers must show; None: this server has neither keys nor a token.
         bounds: how many calls may be open; None: the usual.
     """
 
@@ -31,12 +32,12 @@ class RpcServer:
         self,
         listen: ListenConfig,
         services: Sequence[tuple[str, Callable[[Any], None]]],
-        admit: Admit | None = None,
+        access: Access | None = None,
         bounds: CallBounds | None = None,
     ) -> None:
         self._listen = listen
         self._names = [name for name, _ in services]
-        border = Border(admit, bounds)
+        border = Border((access or Access()).admit, bounds)
         for _, add in services:
             add(border)
         self._health = health.aio.HealthServicer()

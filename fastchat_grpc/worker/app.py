@@ -15,9 +15,10 @@ from fastchat_grpc.config import WorkerConfig
 from fastchat_grpc.core import WorkerState
 from fastchat_grpc.openai.servicer import OpenAIServicer
 from fastchat_grpc.rpc import convert, descriptors
+from fastchat_grpc.rpc.access import Access
 from fastchat_grpc.rpc.registration import Registration
 from fastchat_grpc.rpc.registrations import Registrations
-from fastchat_grpc.rpc.security import bearer
+from fastchat_grpc.rpc.security import JoinToken, bearer
 from fastchat_grpc.rpc.server import RpcServer
 from fastchat_grpc.rpc.supervise import Supervisor
 from fastchat_grpc.v1 import generation_pb2_grpc, openai_pb2_grpc
@@ -166,7 +167,7 @@ class WorkerApp:
                 ),
             ),
         ]
-        server = RpcServer(self._config.listen, services)
+        server = RpcServer(self._config.listen, services, Access(join_token=JoinToken(self._config.join_token)))
         await server.start()
         self._server = server
 

@@ -27,7 +27,8 @@ from tests.conftest import echo_config, eventually
 from tests.e2e.processes import free_port
 
 KEY = "sk-a-secret-of-alice"
-KEYS = ApiKeyConfig(keys=(("alice", KEY),))
+ADMIN_KEY = "sk-a-secret-of-root"
+KEYS = ApiKeyConfig(keys=(("alice", KEY), ("root", ADMIN_KEY)), admins=frozenset({"root"}))
 LEASE = LeaseConfig(time_to_live_s=4.0, heartbeat_interval_s=0.5)
 
 
@@ -112,6 +113,7 @@ async def running_controller(
     """A controller with short leases."""
     settings.setdefault("lease", LEASE)
     settings.setdefault("drain_timeout_s", 0.0)
+    settings.setdefault("insecure_join", True)
     app = ControllerApp(ControllerConfig(listen=ListenConfig(port=port, tls=tls), worker_tls=tls, **settings))
     app.registry.settle()
     await app.start()

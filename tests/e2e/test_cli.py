@@ -111,7 +111,7 @@ async def test_a_new_key_opens_a_controller_that_asks_for_keys(tmp_path: Path) -
     assert key.strip() not in line
     port = free_port()
     address = f"127.0.0.1:{port}"
-    async with running_cli("controller", "--port", str(port), "--api-key-file", str(file)):
+    async with running_cli("controller", "--port", str(port), "--insecure-join", "--api-key-file", str(file)):
         async with asyncio.timeout(20):
             while (await run_cli("models", "--address", address, "--api-key", key.strip()))[0] != 0:
                 await asyncio.sleep(0.1)

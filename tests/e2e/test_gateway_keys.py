@@ -21,7 +21,7 @@ from fastchat_grpc.rpc.api_keys import key_line, new_key
 from fastchat_grpc.rpc.channels import open_channel
 from fastchat_grpc.v1 import generation_pb2 as pb
 from fastchat_grpc.v1 import generation_pb2_grpc, registry_pb2, registry_pb2_grpc
-from tests.e2e.gateway_site import KEY, KEYS, Site, running_gateway, running_site
+from tests.e2e.gateway_site import ADMIN_KEY, KEY, KEYS, Site, running_gateway, running_site
 
 pytestmark = pytest.mark.slow
 
@@ -91,7 +91,9 @@ async def test_with_a_key_every_road_of_the_api_is_open(mode: str) -> None:
         for shown in ({"authorization": f"Bearer {KEY}"}, {"x-api-key": KEY}, {"api-key": KEY}):
             for method, path, request in ROADS[:15]:
                 reply = await site.http.request(method, path, **{**request, "headers": shown})
-                assert reply.status_code == 200, (path, reply.text)
+                assert reply.status_code == (403 if path == "/v1/workers" else 200), (path, reply.text)
+        for shown in ({"authorization": f"Bearer {ADMIN_KEY}"}, {"x-api-key": ADMIN_KEY}):
+            assert (await site.http.get("/v1/workers", headers=shown)).status_code == 200
         assert site.controller.keys.uses["alice"] > 0
 
 
@@ -114,7 +116,11 @@ async def test_native_grpc_is_asked_for_the_same_key(mode: str) -> None:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await registry.ListWorkers(registry_pb2.ListWorkersRequest())
             assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
-            assert len((await registry.ListWorkers(registry_pb2.ListWorkersRequest(), metadata=good)).workers) == 1
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await registry.ListWorkers(registry_pb2.ListWorkersRequest(), metadata=good)
+            assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+            admin = (("authorization", f"Bearer {ADMIN_KEY}"),)
+            assert len((await registry.ListWorkers(registry_pb2.ListWorkersRequest(), metadata=admin)).workers) == 1
 
 
 async def _collect(call: Any) -> str:

@@ -66,13 +66,17 @@ class TestJoinToken:
             results = [
                 await outcome(stub.Register(registration(), metadata=metadata)),
                 await outcome(stub.DrainWorker(pb.DrainWorkerRequest(worker_id="w"), metadata=metadata)),
+                await outcome(stub.UndrainWorker(pb.UndrainWorkerRequest(worker_id="w"), metadata=metadata)),
+                await outcome(stub.ListWorkers(pb.ListWorkersRequest(), metadata=metadata)),
+                await outcome(stub.GetWorker(pb.GetWorkerRequest(worker_id="w"), metadata=metadata)),
+                await outcome(stub.PickWorker(pb.PickWorkerRequest(model="m"), metadata=metadata)),
                 await outcome(stub.RefreshWorkers(pb.RefreshWorkersRequest(), metadata=metadata)),
             ]
             if ok:
-                assert results == [None, None, None]
+                assert results == [None] * 7
             else:
                 assert all(isinstance(result, errors.Unauthenticated) for result in results)
-            assert await outcome(stub.ListWorkers(pb.ListWorkersRequest())) is None
+            assert await outcome(stub.ListModels(pb.ListModelsRequest())) is None
 
     async def test_a_worker_that_has_it_joins(self, start_worker: StartWorker) -> None:
         async with running_controller(join_token=TOKEN) as controller:

@@ -13,7 +13,7 @@ import binascii
 import enum
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -113,19 +113,16 @@ class Completions(als_pb2_grpc.AccessLogServiceServicer):  # type: ignore[misc]
     """The access log service. It releases reservations, and tells the registry how workers did.
 
     Args:
-        authorize: raises for callers that do not belong to the fleet; gets the call's metadata.
     """
 
-    def __init__(self, registry: Registry, tickets: Tickets, authorize: Callable[[Any], None]) -> None:
+    def __init__(self, registry: Registry, tickets: Tickets) -> None:
         self._registry = registry
         self._tickets = tickets
-        self._authorize = authorize
         self._streams: Counter[str] = Counter()
 
     async def StreamAccessLogs(
         self, requests: AsyncIterator[als_pb2.StreamAccessLogsMessage], context: Context
     ) -> als_pb2.StreamAccessLogsResponse:
-        self._authorize(context.invocation_metadata())
         gateway = ""
         try:
             async for message in requests:

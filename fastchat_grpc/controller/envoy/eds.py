@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from time import monotonic, time_ns
 from typing import Any
 
@@ -92,14 +92,10 @@ class Endpoints(eds_pb2_grpc.EndpointDiscoveryServiceServicer):  # type: ignore[
     Args:
         registry: the workers.
         settle_s: how long such a gateway keeps them at most.
-        authorize: raises for callers that do not belong to the fleet; gets the call's metadata.
         resolve: from "host:port" to "ip:port"; None where the name does not resolve.
     """
 
-    def __init__(
-        self, registry: Registry, settle_s: float, authorize: Callable[[Any], None], resolve: Resolve | None = None
-    ) -> None:
-        self._authorize = authorize
+    def __init__(self, registry: Registry, settle_s: float, resolve: Resolve | None = None) -> None:
         self._settled_at = monotonic() + settle_s
         self._epoch = time_ns()
         self._version = 1
@@ -186,7 +182,6 @@ class Endpoints(eds_pb2_grpc.EndpointDiscoveryServiceServicer):  # type: ignore[
     async def StreamEndpoints(
         self, requests: AsyncIterator[discovery_pb2.DiscoveryRequest], context: Context
     ) -> AsyncIterator[discovery_pb2.DiscoveryResponse]:
-        self._authorize(context.invocation_metadata())
         first = await anext(requests, None)
         if first is None:
             return

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from time import monotonic
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -80,12 +80,9 @@ class Picker(external_auth_pb2_grpc.AuthorizationServicer):  # type: ignore[misc
 
     Args:
         relay: knows the dispatcher, and what requests are grouped by.
-        authorize: raises for callers that do not belong to the fleet; gets the call's metadata.
     """
 
-    def __init__(
-        self, relay: Relay, endpoints: Endpoints, tickets: Tickets, keys: ApiKeys, authorize: Callable[[Any], None]
-    ) -> None:
+    def __init__(self, relay: Relay, endpoints: Endpoints, tickets: Tickets, keys: ApiKeys) -> None:
         self._dispatcher = relay.dispatcher
         self._registry = relay.dispatcher.registry
         by_prefix = self._dispatcher.method is DispatchMethod.PREFIX_AFFINITY
@@ -93,10 +90,8 @@ class Picker(external_auth_pb2_grpc.AuthorizationServicer):  # type: ignore[misc
         self._endpoints = endpoints
         self._tickets = tickets
         self._keys = keys
-        self._authorize = authorize
 
     async def Check(self, request: auth.CheckRequest, context: Context) -> auth.CheckResponse:
-        self._authorize(context.invocation_metadata())
         http, extensions = request.attributes.request.http, request.attributes.context_extensions
         key_only = extensions.get(bridge.KEY_ONLY_KEY, "") == "1"
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
 
 import grpc
 from envoy.service.accesslog.v3 import als_pb2_grpc
@@ -18,7 +17,6 @@ from fastchat_grpc.controller.envoy.ext_authz import Picker
 from fastchat_grpc.controller.envoy.tickets import Tickets
 from fastchat_grpc.controller.relay import Relay
 from fastchat_grpc.rpc.api_keys import ApiKeys
-from fastchat_grpc.rpc.security import JoinToken
 
 Service = tuple[str, Callable[[grpc.aio.Server], None]]
 
@@ -29,17 +27,15 @@ class EnvoyServices:
     Args:
         relay: knows registry and dispatcher.
         keys: who may ask.
-        join_token: what gateways must show.
         settle_s: how long after the start a gateway keeps the endpoints that it has.
     """
 
-    def __init__(self, relay: Relay, keys: ApiKeys, join_token: JoinToken, settle_s: float) -> None:
+    def __init__(self, relay: Relay, keys: ApiKeys, settle_s: float) -> None:
         registry = relay.dispatcher.registry
-        authorize: Callable[[Any], None] = join_token.check
         self.tickets = Tickets()
-        self.endpoints = Endpoints(registry, settle_s, authorize)
-        self.picker = Picker(relay, self.endpoints, self.tickets, keys, authorize)
-        self.completions = Completions(registry, self.tickets, authorize)
+        self.endpoints = Endpoints(registry, settle_s)
+        self.picker = Picker(relay, self.endpoints, self.tickets, keys)
+        self.completions = Completions(registry, self.tickets)
 
     def services(self) -> list[Service]:
         """Full names, and the functions that add them to a server."""

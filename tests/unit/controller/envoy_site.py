@@ -28,7 +28,6 @@ from fastchat_grpc.rpc.bridge import (
     TICKET_HEADER,
 )
 from fastchat_grpc.rpc.pool import ChannelPool
-from fastchat_grpc.rpc.security import JoinToken
 from fastchat_grpc.rpc.status import error_to_status
 
 CHAT = "/fastchat_grpc.v1.OpenAIService/ChatCompletions"
@@ -58,7 +57,7 @@ class Site:
             self.registry.settle()
         self.dispatcher = Dispatcher(self.registry, method)
         relay = Relay(self.dispatcher, ChannelPool(None, max_message_bytes=2**20), FailoverConfig())
-        self.bridge = EnvoyServices(relay, ApiKeys(keys), JoinToken(None), settle_s=0.0)
+        self.bridge = EnvoyServices(relay, ApiKeys(keys), settle_s=0.0)
         self.known: set[str] | None = None
         """Places that the gateway has; None: all."""
         self.extensions = {GATEWAY_KEY: "g", FINAL_KEY: "1"}

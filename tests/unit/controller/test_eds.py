@@ -33,7 +33,7 @@ class Site:
         self.registry = Registry()
         self.lookups: Counter[str] = Counter()
         self.names: dict[str, str] = {}
-        self.service = Endpoints(self.registry, settle_s, lambda metadata: None, self._resolve)
+        self.service = Endpoints(self.registry, settle_s, self._resolve)
         self._requests: asyncio.Queue[discovery_pb2.DiscoveryRequest | None] = asyncio.Queue()
 
     async def _resolve(self, address: str) -> str | None:
