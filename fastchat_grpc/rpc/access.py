@@ -6,6 +6,7 @@ table is refused, whoever asks.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any
@@ -15,6 +16,10 @@ from fastchat_grpc.rpc.api_keys import ApiKeys
 from fastchat_grpc.rpc.security import JoinToken
 
 Metadata = Iterable[tuple[str, Any]]
+
+
+SAN = "x509_subject_alternative_name"
+"""Where grpc puts the names of a peer's verified certificate: DNS names, IP addresses and URIs alike."""
 
 
 class Level(Enum):
@@ -98,3 +103,18 @@ class Access:
         name = self._keys.check(metadata)
         if not self._keys.is_admin(name):
             raise PermissionDenied("this method asks for the key of an admin, or for the join token")
+
+
+class PeerNames:
+    """Checks that a caller's certificate has one of some names ("*" stands for anything in them)."""
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        self._names = [re.compile(".*".join(map(re.escape, pattern.split("*")))) for pattern in patterns]
+
+    def admit(self, method: str, context: Any) -> None:
+        """Raises PermissionDenied for a call over a connection whose certificate has none of them."""
+        if METHODS.get(method) is Level.PUBLIC:
+            return
+        shown = [name.decode("utf-8", "replace") for name in context.auth_context().get(SAN, ())]
+        if not any(pattern.fullmatch(name) for pattern in self._names for name in shown):
+            raise PermissionDenied("the certificate has none of the names that may call here (--tls-peer-san)")

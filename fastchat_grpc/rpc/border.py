@@ -27,6 +27,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Admit = Callable[[str, Any], None]
 """Raises a FastChatError for a call that is not let in; gets its full method name and its metadata."""
+AdmitPeer = Callable[[str, Context], None]
+"""The same of the connection; gets the call's context."""
 
 _UNCOUNTED = nullcontext()
 
@@ -39,8 +41,11 @@ class Border(grpc.GenericRpcHandler):
     may quote a prompt.
     """
 
-    def __init__(self, admit: Admit | None = None, bounds: CallBounds | None = None) -> None:
+    def __init__(
+        self, admit: Admit | None = None, bounds: CallBounds | None = None, admit_peer: AdmitPeer | None = None
+    ) -> None:
         self._admit = admit
+        self._admit_peer = admit_peer
         self._limits = CallLimits(bounds)
         self._methods: dict[str, Handler] = {}
         self._generic: list[grpc.GenericRpcHandler] = []
@@ -49,7 +54,7 @@ class Border(grpc.GenericRpcHandler):
         """Called by the generated `add_..._to_server`."""
         for name, handler in handlers.items():
             method = f"/{service}/{name}"
-            self._methods[method] = _guarded(handler, method, self._limits)
+            self._methods[method] = _guarded(handler, method, self._limits, self._admit_peer)
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
         """Called by the generated `add_..._to_server`; stubs of old generators call nothing else."""
@@ -69,7 +74,9 @@ class Border(grpc.GenericRpcHandler):
     def _find(self, details: grpc.HandlerCallDetails) -> Handler | None:
         for generic in self._generic:
             if (handler := generic.service(details)) is not None:
-                self._methods[details.method] = guarded = _guarded(handler, details.method, self._limits)
+                self._methods[details.method] = guarded = _guarded(
+                    handler, details.method, self._limits, self._admit_peer
+                )
                 return guarded
         return None
 
@@ -83,13 +90,23 @@ def parse_request(deserialize: Callable[[bytes], T], raw: bytes) -> T:
         raise InvalidArgument("", "the request is not a message of this method's type") from None
 
 
-def _guarded(handler: Handler, method: str, limits: CallLimits) -> Handler:
+def _guarded(handler: Handler, method: str, limits: CallLimits, admit_peer: AdmitPeer | None) -> Handler:
     behaviors = (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
     behavior = next(behavior for behavior in behaviors if behavior is not None)
+    if admit_peer is not None:
+        behavior = _of_peer(behavior, method, admit_peer)
     parse = _parsing(handler)
     guard = _guard_stream if handler.response_streaming else _guard_unary
     # Requests are parsed by the guard: grpc would answer bytes that are no message with UNKNOWN, and log each.
     return _make(handler, guard(behavior, method, parse, limits.of(method)), None)
+
+
+def _of_peer(behavior: Callable[..., Any], method: str, admit_peer: AdmitPeer) -> Callable[..., Any]:
+    def checked(request: Any, context: Context) -> Any:
+        admit_peer(method, context)
+        return behavior(request, context)
+
+    return checked
 
 
 def _parsing(handler: Handler) -> Callable[[Any], Any]:

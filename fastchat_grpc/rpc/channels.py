@@ -79,7 +79,8 @@ def open_channel(
     """
     proxy = ("grpc.enable_http_proxy", int(uses_proxy(address)))
     # Each option once: which of two grpc would take is not documented.
-    merged = list(dict([*CLIENT_OPTIONS, proxy, *size_options(max_message_bytes), *options]).items())
+    name = [("grpc.ssl_target_name_override", tls.server_name)] if tls is not None and tls.server_name else []
+    merged = list(dict([*CLIENT_OPTIONS, proxy, *size_options(max_message_bytes), *name, *options]).items())
     if tls is None:
         return grpc.aio.insecure_channel(address, options=merged)
     return grpc.aio.secure_channel(address, channel_credentials(tls), options=merged)

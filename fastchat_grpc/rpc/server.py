@@ -9,9 +9,9 @@ import grpc
 from grpc_channelz.v1 import channelz, channelz_pb2_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from fastchat_grpc.config import ListenConfig, join_address
+from fastchat_grpc.config import ListenConfig, dial_host, join_address
 from fastchat_grpc.errors import ConfigError
-from fastchat_grpc.rpc.access import Access
+from fastchat_grpc.rpc.access import Access, PeerNames
 from fastchat_grpc.rpc.border import Border
 from fastchat_grpc.rpc.channels import SERVER_OPTIONS, server_credentials, size_options
 from fastchat_grpc.rpc.limits import MAX_STREAMS_PER_CONNECTION, CallBounds
@@ -37,7 +37,8 @@ class RpcServer:
     ) -> None:
         self._listen = listen
         self._names = [name for name, _ in services]
-        border = Border((access or Access()).admit, bounds)
+        peers = PeerNames(listen.peer_sans).admit if listen.peer_sans else None
+        border = Border((access or Access()).admit, bounds, peers)
         for _, add in services:
             add(border)
         self._health = health.aio.HealthServicer()
@@ -51,8 +52,8 @@ class RpcServer:
 
     @property
     def address(self) -> str:
-        """host:port that the server listens on."""
-        return join_address(self._listen.host, self.port)
+        """host:port where this machine reaches the server."""
+        return join_address(dial_host(self._listen.host), self.port)
 
     async def start(self) -> None:
         """Listen. Health says NOT_SERVING until `set_serving`. Raises ConfigError if the port is taken."""

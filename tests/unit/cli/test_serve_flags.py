@@ -1,0 +1,131 @@
+"""What `serve` passes on to its parts: everything, except what it says that it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import pytest
+import trustme
+
+from fastchat_grpc.cli.supervisor import (
+    COMMANDS,
+    NOT_OFFERED,
+    SECRETS,
+    SET_HERE,
+    _check,
+    _passed,
+    _secrets,
+    _trust,
+    _worker_places,
+    serve,
+)
+from fastchat_grpc.errors import ConfigError
+
+PAIRS = [(part, param) for part, command in COMMANDS.items() for param in command.params]
+VALUES = {"choice": None, "integer": "7", "float": "7.5", "a,b,...": "1,2", "key=value": "k=v"}
+
+
+def context(*arguments: str) -> click.Context:
+    return serve.make_context("serve", list(arguments))
+
+
+def sample(option: click.Option, tmp_path: Path) -> list[str]:
+    """Arguments that set an option to something."""
+    if option.is_flag:
+        return [option.opts[0]]
+    if isinstance(option.type, click.Choice):
+        return [option.opts[0], option.type.choices[-1]]
+    return [option.opts[0], VALUES.get(option.type.name) or str(tmp_path / "value")]
+
+
+@pytest.mark.parametrize(("part", "param"), PAIRS, ids=[f"{part} {param.name}" for part, param in PAIRS])
+def test_each_flag_of_each_part_is_passed_on_or_set_or_said_not_to_be_offered(
+    part: str, param: click.Option, tmp_path: Path
+) -> None:
+    if param.name in NOT_OFFERED:
+        assert param.name not in {other.name for other in serve.params}
+        return
+    if param.name in SET_HERE[part]:
+        return
+    arguments = sample(param, tmp_path)
+    ctx = context(*arguments)
+    if param.name in SECRETS:
+        assert _secrets(ctx) == {param.envvar: arguments[1]}
+        assert arguments[1] not in _passed(ctx, part)
+    else:
+        assert _passed(ctx, part) == arguments
+
+
+def test_no_flag_of_a_part_means_something_else_there() -> None:
+    """One value goes to every part that has the flag: so it must be read alike."""
+    ours = {param.name: param for param in serve.params}
+    for part, param in PAIRS:
+        if param.name in ours and param.name not in SET_HERE[part]:
+            assert param.type.name == ours[param.name].type.name, (part, param.name)
+            assert param.default == ours[param.name].default, (part, param.name)
+
+
+def places(*arguments: str) -> list[list[str]]:
+    return _worker_places(dict(context(*arguments).params))
+
+
+def test_workers_with_one_advertised_host_have_a_port_and_an_identity_each() -> None:
+    told = places("--port", "5000", "--num-workers", "2", "--worker-address", "http://gpu1:6000", "--worker-id", "w")
+    assert told == [
+        ["--port", "5000", "--worker-address", "gpu1:6000", "--worker-id", "w-0"],
+        ["--port", "5001", "--worker-address", "gpu1:6001", "--worker-id", "w-1"],
+    ]
+    assert places("--worker-address", "[fd00::1]:6000")[0][-1] == "[fd00::1]:6000"
+    with pytest.raises(ConfigError, match="--port"):
+        places("--port", "0", "--num-workers", "2", "--worker-address", "gpu1:6000")
+
+
+@pytest.mark.parametrize(
+    ("host", "dialled"),
+    [
+        ("0.0.0.0", "127.0.0.1:21001"),
+        ("::", "[::1]:21001"),
+        ("::1", "[::1]:21001"),
+        ("localhost", "localhost:21001"),
+        ("127.0.0.1", "127.0.0.1:21001"),
+    ],
+)
+def test_parts_dial_loopback_where_they_listen_everywhere(host: str, dialled: str) -> None:
+    flags = {**context("--host", host, "--backend", "echo").params, "gateway": True}
+    _check(flags, [])
+    assert flags["controller_address"] == (dialled,)
+
+
+def test_where_the_parts_speak_tls_they_trust_each_other(tmp_path: Path) -> None:
+    ca, cert, other = (tmp_path / name for name in ("ca", "cert", "other"))
+    mutual = dict(context("--tls-cert", str(cert), "--tls-key", "k", "--tls-ca", str(ca)).params)
+    assert _trust(mutual, "worker") == ["--controller-ca", str(ca)]
+    assert _trust(mutual, "gateway") == ["--upstream-ca", str(ca)]
+    single = dict(context("--tls-cert", str(cert), "--tls-key", "k", "--worker-ca", str(other)).params)
+    assert _trust(single, "worker") == ["--controller-ca", str(cert)]
+    assert _trust(single, "controller") == []
+    assert _trust(dict(context().params), "worker") == []
+
+
+def test_an_authority_without_a_certificate_is_refused(tmp_path: Path) -> None:
+    ca = tmp_path / "ca.pem"
+    trustme.CA().cert_pem.write_to_path(str(ca))
+    for command in (*COMMANDS, "serve"):
+        with pytest.raises(ConfigError, match="--tls-cert"):
+            found = COMMANDS.get(command, serve)
+            found.main(["--tls-ca", str(ca)], standalone_mode=False)
+
+
+@pytest.mark.parametrize("file", ["cert", "ca"])
+def test_a_tls_file_that_is_none_is_named(tmp_path: Path, file: str) -> None:
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1")
+    paths = {name: tmp_path / f"{name}.pem" for name in ("cert", "key", "ca")}
+    issued.private_key_pem.write_to_path(str(paths["key"]))
+    issued.cert_chain_pems[0].write_to_path(str(paths["cert"]))
+    authority.cert_pem.write_to_path(str(paths["ca"]))
+    paths[file].write_text("nonsense")
+    arguments = [part for name, path in paths.items() for part in (f"--tls-{name}", str(path))]
+    with pytest.raises(ConfigError, match=str(paths[file])):
+        COMMANDS["controller"].main(arguments, standalone_mode=False)
