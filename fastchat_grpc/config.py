@@ -77,10 +77,12 @@ class TlsConfig:
         _require((self.cert is None) == (self.key is None), "a TLS certificate and its key go together")
         for path in (self.cert, self.key, self.ca):
             _require(path is None or path.is_file(), f"TLS file not found: {path}")
-        self._try()
 
-    def _try(self) -> None:
-        """Load the files, since grpc would say of wrong ones no more than that no connection comes about."""
+    def check(self) -> None:
+        """Load the files, since grpc would say of wrong ones no more than that no connection comes about.
+
+        Raises ConfigError.
+        """
         import ssl
 
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

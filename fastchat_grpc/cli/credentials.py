@@ -80,6 +80,13 @@ def join_token(flags: dict[str, Any], prefix: str = "") -> str | None:
     return next(iter(join_tokens(flags, prefix)), None)
 
 
+def tls_config(cert: Path | None, key: Path | None, ca: Path | None, server_name: str = "") -> TlsConfig:
+    """A TlsConfig of files that have been tried. Raises ConfigError that names a wrong one."""
+    tls = TlsConfig(cert=cert, key=key, ca=ca, server_name=server_name)
+    tls.check()
+    return tls
+
+
 def client_tls(flags: dict[str, Any], ca: Path | None, server_name: str = "") -> TlsConfig | None:
     """TLS towards others, where an authority for them is given: shows --client-cert, or else this server's own."""
     if ca is None:
@@ -87,7 +94,7 @@ def client_tls(flags: dict[str, Any], ca: Path | None, server_name: str = "") ->
     cert, key = flags["client_cert"], flags["client_key"]
     if cert is None and key is None:
         cert, key = flags["tls_cert"], flags["tls_key"]
-    return TlsConfig(cert=cert, key=key, ca=ca, server_name=server_name)
+    return tls_config(cert, key, ca, server_name)
 
 
 call_options = group(
@@ -124,7 +131,7 @@ def connect(flags: dict[str, Any], *, timeout_s: float | None = None) -> AsyncCl
         key = secret_lines(flag["api_key_file"], "--api-key-file")[0]
     return AsyncClient(
         flag["address"],
-        tls=TlsConfig(**tls) if tls_asked else None,
+        tls=tls_config(**tls) if tls_asked else None,
         # A method of admins takes either, and a member's token is what it is asked for first.
         api_key=next(iter(tokens), None) or key,
         timeout_s=timeout_s,

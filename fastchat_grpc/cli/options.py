@@ -18,6 +18,7 @@ from fastchat_grpc.cli.credentials import (
     join_token,
     join_token_options,
     join_tokens,
+    tls_config,
 )
 from fastchat_grpc.config import (
     CONTROLLER_PORT,
@@ -34,7 +35,6 @@ from fastchat_grpc.config import (
     LeaseConfig,
     ListenConfig,
     ModelConfig,
-    TlsConfig,
     WorkerConfig,
 )
 from fastchat_grpc.errors import ConfigError
@@ -110,7 +110,7 @@ def listen_options(port: int) -> Option:
 def listen_config(flags: dict[str, Any]) -> ListenConfig:
     """The ListenConfig of `listen_options`."""
     cert, key, ca = flags["tls_cert"], flags["tls_key"], flags["tls_ca"]
-    tls = TlsConfig(cert=cert, key=key, ca=ca) if cert or key or ca else None
+    tls = tls_config(cert, key, ca) if cert or key or ca else None
     return ListenConfig(
         host=flags["host"].strip("[]"), port=flags["port"], tls=tls, peer_sans=tuple(flags["tls_peer_san"])
     )
@@ -440,7 +440,7 @@ def gateway_config(flags: dict[str, Any]) -> GatewayConfig:
         port=flags["port"],
         tls_port=flags["tls_port"],
         plaintext=flags["plaintext"],
-        tls=TlsConfig(cert=cert, key=key, ca=flags["tls_ca"]) if cert or key or flags["tls_ca"] else None,
+        tls=tls_config(cert, key, flags["tls_ca"]) if cert or key or flags["tls_ca"] else None,
         controller_addresses=()
         if mode is GatewayMode.SIDECAR
         else tuple(map(bare_address, flags["controller_address"])),

@@ -33,7 +33,7 @@ def one_line(stderr: str) -> str:
         (("worker", *ECHO, "--limit-worker-concurrency", "0"), "--limit-worker-concurrency must be at least 1, got 0"),
         (("worker", *ECHO, "--device", "tpu"), "--device must be one of"),
         (("worker", *ECHO, "--controller-address", "nowhere"), "address must look like host:port, got 'nowhere'"),
-        (("worker", *ECHO, "--host", "0.0.0.0"), "set --worker-address host:port"),
+        (("worker", *ECHO, "--host", "0.0.0.0", "--controller-address", "ctl:1"), "set --worker-address host:port"),
         (
             ("worker", *ECHO, "--backend-option", "speed=9", "--no-register"),
             "has no option 'speed'; its options: delay_ms",
