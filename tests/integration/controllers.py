@@ -20,7 +20,8 @@ async def running_controller(port: int = 0, *, young: bool = False, **config: An
     """A started controller, stopped on exit without patience. Its fleet counts as whole, unless it is to be `young`."""
     config.setdefault("lease", QUICK)
     config.setdefault("drain_timeout_s", 0.0)
-    app = ControllerApp(ControllerConfig(listen=ListenConfig(port=port), **config))
+    config.setdefault("listen", ListenConfig(port=port))
+    app = ControllerApp(ControllerConfig(**config))
     if not young:
         app.registry.settle()
     await app.start()

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import pytest
 import trustme
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fastchat_grpc import errors
 from fastchat_grpc.client import AsyncClient
@@ -141,10 +142,10 @@ class Certificates:
         self.ca = folder / "ca.pem"
         self.authority.cert_pem.write_to_path(str(self.ca))
 
-    def issue(self, name: str) -> TlsConfig:
-        """A server or client of 127.0.0.1, with the authority to verify the other side."""
+    def issue(self, name: str, *names: str) -> TlsConfig:
+        """A server or client of 127.0.0.1, or of other names, with the authority to verify the other side."""
         cert, key = self.folder / f"{name}.pem", self.folder / f"{name}.key"
-        issued = self.authority.issue_cert("127.0.0.1", "localhost")
+        issued = self.authority.issue_cert(*(names or ("127.0.0.1", "localhost")))
         key.write_bytes(issued.private_key_pem.bytes())
         cert.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
         return TlsConfig(cert=cert, key=key, ca=self.ca)
@@ -190,6 +191,30 @@ class TestTls:
                         await plain.status()
         finally:
             await controller.stop()
+
+    async def test_only_certificates_of_some_names_may_call(self, certificates: Certificates) -> None:
+        mine = certificates.issue("server")
+        listen = ListenConfig(port=0, tls=mine, peer_sans=("worker-*.fleet", "10.1.2.3"))
+        async with running_controller(listen=listen) as controller:
+            for name, ok in (("worker-7.fleet", True), ("10.1.2.3", True), ("other.fleet", False), ("worker-7", False)):
+                shown = certificates.issue("caller", name)
+                async with open_channel(controller.address, shown) as channel:
+                    result = await outcome(registry_pb2_grpc.ControllerServiceStub(channel).Register(registration()))
+                    assert type(result) is (type(None) if ok else errors.PermissionDenied), name
+                    health = health_pb2_grpc.HealthStub(channel)
+                    assert await outcome(health.Check(health_pb2.HealthCheckRequest())) is None
+
+    async def test_a_server_must_have_the_name_that_is_asked_for(self, certificates: Certificates) -> None:
+        named = certificates.issue("server", "controller.fleet")
+        async with running_controller(listen=ListenConfig(port=0, tls=named)) as controller:
+            for name, ok in (("controller.fleet", True), ("other.fleet", False), ("", False)):
+                tls = replace(named, server_name=name)
+                async with AsyncClient(controller.address, tls=tls, timeout_s=2) as client:
+                    if ok:
+                        await client.status()
+                    else:
+                        with pytest.raises(errors.FastChatError):
+                            await client.status()
 
     async def test_a_server_takes_up_new_certificates_without_a_restart(self, certificates: Certificates) -> None:
         first = certificates.issue("server")
