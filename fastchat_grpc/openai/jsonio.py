@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import orjson
 
+from fastchat_grpc.config import MAX_MESSAGE_BYTES
 from fastchat_grpc.errors import InvalidArgument
 
-MAX_BODY_BYTES = 8 * 1024 * 1024
-"""Bytes of a request body. A prompt that fills a context of a million tokens takes about half of it."""
+MAX_BODY_BYTES = MAX_MESSAGE_BYTES
+"""Bytes of a request body: what a message may have. A gateway may allow less (--max-body-bytes)."""
+MAX_CONTAINERS = 100_000
+"""Lists and objects of a request body. Millions of empty ones would fit it, take seconds to make, and a hundred
+times its size."""
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)', re.DOTALL)  # each byte is looked at once
 MAX_DEPTH = 64
 """Nested objects and lists of a request body."""
 
@@ -21,6 +27,10 @@ def parse_object(body: bytes, max_bytes: int = MAX_BODY_BYTES) -> dict[str, Any]
         raise InvalidArgument("body", f"must have at most {max_bytes} bytes, got {len(body)}")
     if not body.strip():
         raise InvalidArgument("body", "must be a JSON object, got nothing")
+    if body.count(b"[") + body.count(b"{") > MAX_CONTAINERS:
+        bare = _STRING.sub(b"", body)  # brackets of a text are none
+        if bare.count(b"[") + bare.count(b"{") > MAX_CONTAINERS:
+            raise InvalidArgument("body", f"must have at most {MAX_CONTAINERS} lists and objects")
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:

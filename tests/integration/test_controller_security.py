@@ -106,6 +106,23 @@ class TestJoinToken:
         assert "also-secret" not in caplog.text
         assert TOKEN not in repr(ControllerConfig(join_token=TOKEN))
 
+    @pytest.mark.parametrize(("host", "warned"), [("0.0.0.0", True), ("127.0.0.1", False)])
+    async def test_a_controller_that_is_open_to_the_network_says_so(
+        self, host: str, warned: bool, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async with running_controller(listen=ListenConfig(host=host, port=0)):
+            assert ("no join token" in caplog.text) is warned
+
+    async def test_an_id_forges_no_line_of_the_log(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO)
+        request = registration()
+        request.worker_id = "w\n2026-01-01 ERROR forged\x1b[2J"
+        async with running_controller() as controller, open_channel(controller.address) as channel:
+            await registry_pb2_grpc.ControllerServiceStub(channel).Register(request)
+        told = [record.getMessage() for record in caplog.records if "forged" in record.getMessage()]
+        assert told
+        assert all(message.isprintable() for message in told)
+
 
 class TestAllowedNetworks:
     @pytest.mark.parametrize(

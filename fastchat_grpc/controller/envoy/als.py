@@ -27,6 +27,7 @@ from fastchat_grpc.controller.envoy.tickets import Ticket, Tickets
 from fastchat_grpc.controller.registry import Registry
 from fastchat_grpc.errors import Code
 from fastchat_grpc.rpc.bridge import TICKET_HEADER
+from fastchat_grpc.rpc.printable import printable
 
 logger = logging.getLogger(__name__)
 
@@ -189,4 +190,4 @@ class Completions(als_pb2_grpc.AccessLogServiceServicer):  # type: ignore[misc]
 
     def _forget(self, gateway: str) -> None:
         if gateway not in self._streams and (count := self._tickets.void(gateway)):
-            logger.warning("gateway %s is gone; %d of its requests count as ended", gateway[:128], count)
+            logger.warning("gateway %s is gone; %d of its requests count as ended", printable(gateway), count)

@@ -25,6 +25,7 @@ from fastchat_grpc.controller.envoy.names import Names, Resolve, literal
 from fastchat_grpc.controller.fleet import Change, ChangeKind, Worker
 from fastchat_grpc.controller.registry import Registry
 from fastchat_grpc.rpc.bridge import NAMED_KEY
+from fastchat_grpc.rpc.printable import printable
 
 logger = logging.getLogger(__name__)
 
@@ -223,7 +224,7 @@ class Endpoints(eds_pb2_grpc.EndpointDiscoveryServiceServicer):  # type: ignore[
         try:
             async for request in requests:
                 if request.HasField("error_detail"):
-                    logger.error("a gateway refused the endpoints: %s", request.error_detail.message[:500])
+                    logger.error("a gateway refused the endpoints: %s", printable(request.error_detail.message))
                     stream.sent.pop(request.response_nonce, None)
                 elif stream.confirm(request.version_info):
                     self._acked.set()

@@ -20,6 +20,7 @@ from time import monotonic
 
 from fastchat_grpc.config import join_address, split_address
 from fastchat_grpc.errors import ConfigError
+from fastchat_grpc.rpc.printable import printable
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class Names:
         try:
             place = literal(address)
         except ConfigError as error:
-            logger.error("a worker advertises an address that is none: %s", str(error)[:200])
+            logger.error("a worker advertises an address that is none: %s", printable(str(error)))
             return
         if place is None:
             self._look_at(address, monotonic())
@@ -132,7 +133,7 @@ class Names:
             async with asyncio.timeout(LOOKUP_TIMEOUT_S):
                 place = await self._resolve(address)
         except Exception as error:  # whatever a resolver does to a name, it is that name's trouble alone
-            logger.debug("looking up %s: %r", address[:128], error)
+            logger.debug("looking up %s: %r", printable(address), error)
         self._looking.pop(address, None)
         self._wake.set()
         if address not in self._users:
@@ -149,7 +150,7 @@ class Names:
     def _failed(self, address: str) -> None:
         self._failures[address] += 1
         if self._failures[address] == 1:
-            logger.warning("the worker address %s does not resolve", address[:256])
+            logger.warning("the worker address %s does not resolve", printable(address))
         pause_s = min(RESOLVE_S, FIRST_RETRY_S * 2 ** min(self._failures[address] - 1, 10))
         self._look_at(address, monotonic() + pause_s)
 

@@ -353,7 +353,7 @@ def test_a_misspelled_field_is_answered_with_the_right_one() -> None:
         b"\x00",
         b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}",
         b'{"a":' + b"[" * 70 + b"]" * 70 + b"}",
-        b"x" * (8 * 1024 * 1024 + 1),
+        b"x" * (16 * 1024 * 1024 + 1),
     ],
     ids=lambda text: repr(text[:12]),
 )
@@ -410,3 +410,22 @@ def test_any_json_is_parsed_or_refused_as_the_callers_mistake(values: dict[str, 
             for generation in getattr(call, "generations", ()):
                 convert.generate_request_to_pb(generation).SerializeToString()
         assert named
+
+
+@pytest.mark.parametrize("one", [b"[],", b"{},", b'[{"a":[]}],'])
+def test_millions_of_lists_and_objects_are_refused_before_they_are_made(one: bytes) -> None:
+    body = b'{"model":"m","x":[' + one * (8_000_000 // len(one)) + b"0]}"
+    with pytest.raises(InvalidArgument, match="lists and objects"):
+        parse_object(body)
+
+
+@pytest.mark.parametrize("text", ["[{" * 500_000, '\\"[' * 400_000, "\\\\[" * 400_000])
+def test_brackets_of_a_text_are_none(text: str) -> None:
+    body = json.dumps({"prompt": text}).encode()
+    assert parse_object(body) == {"prompt": text}
+
+
+@pytest.mark.parametrize("body", [b'"' + b'\\"' * 400_000 + b"[" * 200_000, b'{"a": "' + b"[" * 200_000 + b"\\"])
+def test_a_text_that_does_not_end_is_looked_at_once(body: bytes) -> None:
+    with pytest.raises(InvalidArgument, match=r"not valid JSON|lists and objects"):
+        parse_object(body)
