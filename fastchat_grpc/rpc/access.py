@@ -58,6 +58,7 @@ METHODS: Mapping[str, Level] = {
     **_service("envoy.service.accesslog.v3.AccessLogService", Level.MEMBER, "StreamAccessLogs"),
     # Load balancers and orchestrators have no keys; the schema is public.
     **_service("grpc.health.v1.Health", Level.PUBLIC, "Check List Watch"),
+    **_service("grpc.reflection.v1.ServerReflection", Level.PUBLIC, "ServerReflectionInfo"),
     **_service("grpc.reflection.v1alpha.ServerReflection", Level.PUBLIC, "ServerReflectionInfo"),
     # Addresses of everybody who is connected.
     **_service("grpc.channelz.v1.Channelz", Level.ADMIN, _CHANNELZ),

@@ -16,6 +16,9 @@ from tests.e2e.processes import free_port, run_cli, running_cli, wait_for_answer
 ECHO = ("--backend", "echo", "--model-path", "echo")
 
 
+QUIET = ("--log-level", "warning")
+
+
 def one_line(stderr: str) -> str:
     """The only line of an error; fails if there are more, or a traceback."""
     lines = stderr.strip().splitlines()
@@ -53,14 +56,16 @@ async def test_a_wrong_flag_is_one_line_that_says_what_to_do(arguments: tuple[st
 
 
 async def test_a_missing_model_folder_is_one_line(tmp_path: Path) -> None:
-    status, _, err = await run_cli("worker", "--no-register", "--port", "0", "--model-path", str(tmp_path / "nope"))
+    status, _, err = await run_cli(
+        "worker", *QUIET, "--no-register", "--port", "0", "--model-path", str(tmp_path / "nope")
+    )
     assert status == 2
     assert str(tmp_path / "nope") in one_line(err)
 
 
 async def test_a_broken_model_folder_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
-    status, _, err = await run_cli("worker", "--no-register", "--port", "0", "--model-path", str(tmp_path))
+    status, _, err = await run_cli("worker", *QUIET, "--no-register", "--port", "0", "--model-path", str(tmp_path))
     assert status == 2
     assert str(tmp_path) in one_line(err)
 

@@ -162,9 +162,9 @@ async def test_the_key_goes_no_further_than_the_picker_and_its_name_does() -> No
 
         original = servicer.request_id
 
-        def spy(context: Any) -> str:
-            seen.append(dict(context.invocation_metadata()))
-            return original(context)
+        def spy(given: str, metadata: Any) -> str:
+            seen.append(dict(metadata))
+            return original(given, metadata)
 
         servicer.request_id = spy
         try:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -16,12 +17,15 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from fastchat_grpc.config import ApiKeyConfig, ControllerConfig
+from fastchat_grpc.controller.app import ControllerApp
 from fastchat_grpc.errors import ConfigError, PermissionDenied, Unauthenticated
+from fastchat_grpc.rpc import reflection
 from fastchat_grpc.rpc.access import METHODS, Access, Level
 from fastchat_grpc.rpc.api_keys import ApiKeys, key_line
 from fastchat_grpc.rpc.border import Border
 from fastchat_grpc.rpc.security import JoinToken
 from fastchat_grpc.v1 import generation_pb2, openai_pb2, registry_pb2
+from tests.conftest import echo_config, running_worker
 
 USER, ADMIN, TOKEN = "sk-of-a-user", "sk-of-an-admin", "the-join-token"
 KEYS = ApiKeyConfig(keys=(("user", USER), ("root", ADMIN)), admins=frozenset({"root"}))
@@ -41,6 +45,23 @@ def served() -> Iterator[str]:
         for service in module.DESCRIPTOR.services_by_name.values():
             for method in service.methods:
                 yield f"/{service.full_name}/{method.name}"
+    yield f"/{reflection.V1}/ServerReflectionInfo"  # as v1alpha in all but the name
+
+
+async def test_no_server_has_a_method_that_is_not_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    added: set[str] = set()
+    register = Border.add_registered_method_handlers
+
+    def spy(border: Border, service: str, handlers: Mapping[str, Any]) -> None:
+        added.update(f"/{service}/{name}" for name in handlers)
+        register(border, service, handlers)
+
+    monkeypatch.setattr(Border, "add_registered_method_handlers", spy)
+    ControllerApp(ControllerConfig())
+    async with running_worker(echo_config()):
+        pass
+    assert {"/grpc.health.v1.Health/Check", f"/{reflection.V1}/ServerReflectionInfo"} <= added
+    assert added <= set(METHODS)
 
 
 def test_every_method_is_in_the_table_and_nothing_else_is() -> None:
