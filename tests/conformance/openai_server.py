@@ -31,6 +31,9 @@ class NoContext:
     def invocation_metadata(self) -> tuple[()]:
         return ()
 
+    async def send_initial_metadata(self, metadata: object) -> None:
+        """Over HTTP/1 nobody asks for it here."""
+
 
 class OpenAIServer:
     """Serves one model, "served", of an echo backend."""

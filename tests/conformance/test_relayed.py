@@ -78,6 +78,8 @@ def case(request: pytest.FixtureRequest, harness: Harness) -> Case:
     found = CASES[request.param]
     if lacking := [feature.value for feature in found.needs if not harness.supports(feature)]:
         pytest.skip(f"the backend has no {', '.join(lacking)}")
+    if found.make is _with_tools and "tools" not in harness.backend.chat_template("tested"):
+        pytest.skip("the model's chat template takes no tools")
     return found
 
 
