@@ -44,7 +44,7 @@ _FIELDS = {
 """Fields of the contract by the OpenAI API's (and vLLM's) names."""
 # (tokens of the prompt, context length), as servers word it: this product, vLLM, vLLM and OpenAI before, llama.cpp.
 _TOO_LONG = (
-    re.compile(r"has (?P<prompt>\d+) tokens, but the context of (?P<context>\d+) tokens"),
+    re.compile(r"has (?:at least )?(?P<prompt>\d+) tokens, but the context of (?P<context>\d+) tokens"),
     re.compile(
         r"maximum context length is (?P<context>\d+) tokens.*?\D(?P<prompt>\d+) (?:input tokens|in the messages)"
     ),
@@ -199,7 +199,8 @@ def _too_long(message: str) -> PromptTooLong | None:
     for words in _TOO_LONG:
         if found := words.search(message):
             tokens, context = int(found["prompt"]), int(found["context"])
-            return PromptTooLong("input", tokens, context) if tokens >= context else None
+            about = "at least" in found[0]
+            return PromptTooLong("input", tokens, context, at_least=about) if tokens >= context else None
     return None
 
 
