@@ -32,8 +32,16 @@ async def harness(request: pytest.FixtureRequest) -> AsyncIterator[Harness]:
     await harness.close()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The first test of a backend waits until its engine has started, and perhaps exported or compiled a model."""
+    left_out = []
     for item in items:
         if item.path.parent == Path(__file__).parent:
             item.add_marker(pytest.mark.timeout(600))
+            callspec = getattr(item, "callspec", None)
+            target = callspec.params.get("harness") if callspec is not None else None
+            if isinstance(target, Target) and target.fuzz_only and item.path.stem != "test_fuzz":
+                left_out.append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]

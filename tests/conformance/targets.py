@@ -55,6 +55,8 @@ class Target:
     """Whether a greedy text may differ, by rounding, with what else is in the batch."""
     available: Callable[[], bool] = lambda: True
     """Whether what it needs beside the backend is here."""
+    fuzz_only: bool = False
+    """Whether only the fuzz runs on it: the rest would be what another target of the same backend shows already."""
     max_running: int | None = None
     max_temperature: float = 100.0
     lacks: frozenset[Feature] = frozenset()
@@ -135,7 +137,13 @@ TARGETS = {
     for target in (
         Target(name="echo", model=lambda: "echo", options={"delay_ms": "1"}, real=False, batch_changes_text=False),
         Target(name="transformers", model=embedded_folder),
-        Target(name="transformers", label="transformers-8bit", model=embedded_folder, settings={"load_8bit": True}),
+        Target(
+            name="transformers",
+            label="transformers-8bit",
+            model=embedded_folder,
+            settings={"load_8bit": True},
+            fuzz_only=True,
+        ),
         Target(name="openvino", model=lambda: EMBEDDED_MODEL, options=EXACT),  # from its GGUF file, without an export
         Target(name="openvino", label="openvino-exported", model=embedded_folder, options=EXACT),
         Target(

@@ -206,11 +206,11 @@ async def test_tokens_outside_the_vocabulary_are_refused_by_field(harness: Harne
     if harness.supports(Feature.TOKEN_PROMPT):
         with pytest.raises(InvalidArgument) as refused:
             await harness.ask([1, unknown])
-        assert refused.value.field == "prompt_token_ids.ids"
+        assert refused.value.field == "prompt_token_ids.ids[1]"
     if harness.supports(Feature.STOP_TOKEN_IDS):
         with pytest.raises(InvalidArgument) as refused:
             await harness.ask(stop_token_ids=(unknown,))
-        assert refused.value.field == "stopping.stop_token_ids"
+        assert refused.value.field == "stopping.stop_token_ids[0]"
 
 
 async def test_the_prompt_is_echoed_when_asked_for(harness: Harness) -> None:
