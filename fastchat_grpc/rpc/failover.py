@@ -281,6 +281,8 @@ class Call(Generic[T]):
             if verdict is not Verdict.UNABLE:
                 self._loss = self._loss or error
             self._losses += verdict is Verdict.LOST
+        elif self._arrived_resumed:
+            self._losses += verdict is Verdict.LOST  # bounded as what it is, the rest of a stream, and not charged
         elif verdict is Verdict.FULL and self._displaced:
             self._attempts -= 1
         elif verdict is not Verdict.FINAL and self._attempts < self._owner.config.max_attempts:

@@ -315,6 +315,14 @@ class TestAfterTheFirstEvent:
         assert (list(choices[0].output_token_ids), choices[0].text_length) == ([7, 8], 2)
         assert choices[1].finished
 
+    async def test_what_arrives_resumed_and_kills_its_servers_is_not_given_to_all_of_them(self) -> None:
+        request = pb.GenerateRequest(prompt="x")
+        request.resume.choices.add(index=0, output_token_ids=[7], text_length=1)
+        servers = [Server(error=LOST) for _ in range(20)]
+        with pytest.raises(FailoverExhausted):
+            await run(*servers, request=request, max_resumes=2)
+        assert sum(server.asked is not None for server in servers) == 3
+
     async def test_timings_of_a_resumed_generation_are_the_callers(self) -> None:
         late = end()
         late.completion.timings.total.FromNanoseconds(1)
