@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 
 from fastchat_grpc.controller.registry import Registry
-from fastchat_grpc.errors import FastChatError, RelayLoop, Starting
+from fastchat_grpc.errors import FastChatError, InvalidArgument, ModelNotFound, RelayLoop, Starting
 from fastchat_grpc.openai.jsonio import parse_object
 
 FORWARDED = frozenset({"traceparent", "tracestate", "baggage", "x-request-id"})
@@ -84,13 +84,26 @@ class OnBehalf:
 
         def called(request: Any, context: Context) -> Any:
             CALLER.set(caller_of(context))  # each call has a task, and so a context, of its own
-            return method(request, context) if self._registry.settled else later(method, request, context)
+            if self._registry.settled and later == self._stream_later:
+                return method(request, context)
+            return later(method, request, context)
 
         return called
 
     async def _later(self, method: Any, request: Any, context: Context) -> Any:
-        await self._known(request)
-        return await method(request, context)
+        if not self._registry.settled:
+            await self._known(request)
+        try:
+            return await method(request, context)
+        except ModelNotFound:
+            for model in _models_named(request):
+                self._look_up(model)
+            raise
+
+    def _look_up(self, model: str) -> None:
+        """A list of what lives does not tell a model that is away from one that never was: raise what does."""
+        with suppress(ModelNotFound, InvalidArgument):
+            self._registry.pool(model)
 
     async def _stream_later(self, method: Any, request: Any, context: Context) -> AsyncIterator[Any]:
         await self._known(request)
@@ -101,24 +114,29 @@ class OnBehalf:
     async def _known(self, request: Any) -> None:
         """Return when it is known whether the request's model is served. Raises Starting when patience ends."""
         until = monotonic() + self._patience_s
-        model = _model_named(request)
-        while model is not None:
-            try:
-                self._registry.pool(model)
-            except Starting:
-                if monotonic() >= until:
-                    raise
-                await asyncio.sleep(LOOK_S)
-            except FastChatError:
-                return
-            else:
-                return
+        for model in _models_named(request):
+            while True:
+                try:
+                    self._registry.pool(model)
+                except Starting:
+                    if monotonic() >= until:
+                        raise
+                    await asyncio.sleep(LOOK_S)
+                except FastChatError:
+                    break
+                else:
+                    break
 
 
-def _model_named(request: Any) -> str | None:
-    """The model that a request of the OpenAI surface names; None where it names none, or none that could be."""
-    model = getattr(request, "model", None)
-    if model is None:
-        with suppress(FastChatError):
-            model = parse_object(getattr(request, "data", b"")).get("model")
-    return model if isinstance(model, str) else None
+def _models_named(request: Any) -> list[str]:
+    """The models that a request of the OpenAI surface names: those of its prompts, too, where each has its own."""
+    named = [getattr(request, "model", None)]
+    with suppress(FastChatError):
+        body = parse_object(getattr(request, "data", b""))
+        prompts = body.get("prompts")
+        named += [body.get("model"), *(item.get("model") for item in _objects(prompts))]
+    return list(dict.fromkeys(model for model in named if isinstance(model, str)))
+
+
+def _objects(items: Any) -> list[dict[str, Any]]:
+    return [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
