@@ -100,6 +100,15 @@ local function slim(headers, is_grpc)
   return fits(headers)
 end
 
+-- The services behind take printable ASCII alone: gRPC logs, in full and as an error, a header that has more.
+local function sanitize(headers)
+  local found = {}
+  for name, value in pairs(headers) do
+    if value:find("[\128-\255]") then found[name] = value:gsub("[\128-\255]", "?") end
+  end
+  for name, value in pairs(found) do headers:replace(name, value) end
+end
+
 -- A page of any origin may send a form or plain text without asking first, but never JSON.
 local function is_json(content_type)
   local kind = content_type:match("^%s*([^;%s]*)"):lower()
@@ -141,6 +150,7 @@ function envoy_on_request(handle)
   local content_type = headers:get("content-type") or ""
   local is_grpc = content_type:sub(1, 16) == "application/grpc"
   if is_grpc then metadata:set(SPACE, "grpc", true) end
+  sanitize(headers)
   if not slim(headers, is_grpc) then
     return refuse(handle, 431, MESSAGES[431], nil)
   end

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import logging
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -259,6 +260,13 @@ async def test_twenty_kilobytes_of_cookies_are_no_trouble(http: Connection) -> N
 async def test_headers_may_be_many(http: Connection, count: int) -> None:
     answer = await chat(http, **{f"x_extra_{i}": "1" for i in range(count)})
     assert answer.status == 200, answer.body
+
+
+async def test_headers_beyond_ascii_reach_no_log(http: Connection, caplog: pytest.LogCaptureFixture) -> None:
+    for headers in ({"x_request_id": "a\u00e9"}, {"authorization": "Bearer sk-cl\u00e9"}, {"x_name": "J\u00f8rgen"}):
+        assert text_of(await chat(http, **headers)) == "hello"
+        assert (await http.ask("GET", "/v1/models", **headers)).status == 200
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 async def test_headers_that_cannot_be_left_out_have_a_bound(http: Connection) -> None:
