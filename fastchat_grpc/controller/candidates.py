@@ -119,7 +119,12 @@ class Candidates:
             self._full.add(instance_id)
 
     def _completed(self, request: PickRequest) -> PickRequest:
-        return request._replace(model=self._model, key=self._key, tried=self._tried)
+        request = request._replace(model=self._model, key=self._key, tried=self._tried)
+        if request.prefers:
+            able = request._replace(needs=request.needs | request.prefers)
+            if any(map(able.suits, self._members())):
+                return able
+        return request
 
     def _resolve(self, adapter: str) -> None:
         """Find the model's full name. Raises as `Registry.pool`."""

@@ -37,6 +37,8 @@ class PickRequest(NamedTuple):
         adapter: name of a LoRA adapter of that model, where the request names one apart from the model.
         key: what prefix_affinity groups by.
         needs: what the worker's model must be able to do.
+        prefers: what it must be able to do, too, where any worker of the model can. Where nobody can, whoever
+            gets the request says so. Relayed calls make needs of it (`Candidates`).
         fingerprint: identity of weights and tokenizer; a worker that does not know its own is taken by the name.
         backend: name of the backend, where only the same one draws the same random numbers; empty: any.
         excluded: worker ids or instance ids not to pick.
@@ -48,6 +50,7 @@ class PickRequest(NamedTuple):
     adapter: str = ""
     key: str = ""
     needs: frozenset[Capability] = frozenset()
+    prefers: frozenset[Capability] = frozenset()
     fingerprint: str = ""
     backend: str = ""
     excluded: Collection[str] = ()

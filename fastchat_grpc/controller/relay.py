@@ -16,7 +16,7 @@ from fastchat_grpc.controller.dispatch import Dispatcher, PickRequest
 from fastchat_grpc.core import Capability, ModelInfo
 from fastchat_grpc.rpc.failover import Call, Failover
 from fastchat_grpc.rpc.pool import ChannelPool, PooledChannel
-from fastchat_grpc.rpc.resume import RAW, continues, fallback_seed, obstacle, resume_needs, resume_request
+from fastchat_grpc.rpc.resume import RAW, continues, fallback_seed, obstacle, resume_needs, resume_request, uses
 from fastchat_grpc.v1 import generation_pb2 as pb
 
 GENERATE = "/fastchat_grpc.v1.GenerationService/Generate"
@@ -105,7 +105,7 @@ class _Generation:
     def _wanted(self, call: Call[bytes]) -> PickRequest:
         request, state, origin = self._request, call.state, self.candidates.origin
         if state is None or not (state.started or self._arrived_resumed):
-            return PickRequest(adapter=request.lora_adapter)
+            return PickRequest(adapter=request.lora_adapter, prefers=uses(request))
         needs = resume_needs(request, continues=state.continues or continues(request.resume))
         seeded = Capability.SEEDED_RESUME in needs
         return PickRequest(

@@ -88,6 +88,16 @@ def resume_needs(request: pb.GenerateRequest, *, continues: bool = True) -> froz
     return frozenset(needs)
 
 
+def uses(request: pb.GenerateRequest) -> frozenset[Capability]:
+    """What a request asks of a model that not every backend can do; others refuse the request."""
+    used = set()
+    if request.HasField("structured_output"):
+        used.add(Capability.STRUCTURED_OUTPUT)
+    if request.output.HasField("logprobs"):
+        used.add(Capability.LOGPROBS)
+    return frozenset(used)
+
+
 def obstacle(request: pb.GenerateRequest, capabilities: Collection[Capability]) -> str:
     """Why a generation that begins at a server with these capabilities could not go on elsewhere; empty: it can."""
     if Capability.RESUME not in capabilities:

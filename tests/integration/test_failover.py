@@ -371,6 +371,21 @@ class TestMixedFleets:
         assert not passed.seen
         assert len(able.seen) == 5
 
+    async def test_a_request_goes_to_a_worker_that_can_do_what_it_asks_for(
+        self, client: AsyncClient, shaped: Any
+    ) -> None:
+        passed = await shaped(capabilities=RESUMES - {Capability.LOGPROBS})
+        able = await shaped(capabilities=RESUMES)
+        for _ in range(5):
+            assert await said(client.generate("abc", logprobs=0)) == "abc"
+        assert not passed.seen
+        assert len(able.seen) == 5
+
+    async def test_where_no_worker_can_do_it_one_of_them_is_asked(self, client: AsyncClient, shaped: Any) -> None:
+        asked = await shaped(capabilities=RESUMES - {Capability.LOGPROBS})
+        await said(client.generate("abc", logprobs=0))
+        assert len(asked.seen) == 1
+
     async def test_a_stream_of_a_backend_that_cannot_be_resumed_breaks_with_the_reason(
         self, client: AsyncClient, shaped: Any
     ) -> None:
