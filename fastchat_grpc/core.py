@@ -184,6 +184,15 @@ class SamplingDefaults:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
+    def yielding(self, field_path: str) -> SamplingDefaults:
+        """The same without the default of a field that a backend has refused, or without any where it refused another.
+
+        What nobody asked for must not make a request fail: not because the backend has another range, nor because
+        it cannot do it together with what was asked for.
+        """
+        name = field_path.removeprefix("sampling.")
+        return replace(self, **{name: None}) if name in self.stated else SamplingDefaults()
+
 
 NO_DEFAULTS = SamplingDefaults()
 """Of a model whose makers want nothing in particular."""

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from time import monotonic
 
 from fastchat_grpc.backends.base import Backend
-from fastchat_grpc.core import Capability, Delta, EmbedRequest, EmbedResult, Event, GenerateRequest, ModelInfo, Prompt
-from fastchat_grpc.errors import Draining, InvalidArgument, ModelNotFound, Starting
+from fastchat_grpc.core import (
+    Capability,
+    Delta,
+    EmbedRequest,
+    EmbedResult,
+    Event,
+    GenerateRequest,
+    ModelInfo,
+    Prompt,
+    SamplingDefaults,
+)
+from fastchat_grpc.errors import Draining, InvalidArgument, ModelNotFound, Starting, UnsupportedField
 from fastchat_grpc.worker.active import Active
 from fastchat_grpc.worker.admission import Admission
+
+logger = logging.getLogger(__name__)
 
 
 class LocalGeneration:
@@ -71,14 +84,13 @@ class LocalGeneration:
         """
         model = self.model(request.model)
         counter_based = Capability.SEEDED_RESUME in model.capabilities
-        sampling = request.sampling.filled(model.default_sampling).seeded(counter_based=counter_based)
-        request = replace(request, model=model.name, sampling=sampling)
+        request = replace(request, model=model.name, sampling=request.sampling.seeded(counter_based=counter_based))
         resumed = request.resume is not None
         async with (
             self._evictable() as active,
             self.admission.slot(request.priority, weight=_sequences(request), resumed=resumed) as active.slot,
         ):
-            events = active.events = self._backend.generate(request)
+            events = active.events = self._with_defaults(request, model.default_sampling)
             try:
                 async for event in events:
                     if isinstance(event, Delta):
@@ -88,6 +100,23 @@ class LocalGeneration:
                     active.read()
             finally:
                 await active.end()
+
+    async def _with_defaults(self, request: GenerateRequest, defaults: SamplingDefaults) -> AsyncGenerator[Event, None]:
+        """Events of a request with the model's own sampling defaults, as far as the backend takes them with it."""
+        begun = False
+        while True:
+            filled = replace(request, sampling=request.sampling.filled(defaults))
+            try:
+                async with aclosing(self._backend.generate(filled)) as events:
+                    async for event in events:
+                        begun = True
+                        yield event
+                return
+            except UnsupportedField as refusal:
+                if begun or filled.sampling == request.sampling:
+                    raise
+                logger.debug("a default of model %s gives way: %s", request.model, refusal.field)
+                defaults = defaults.yielding(refusal.field)
 
     async def embed(self, request: EmbedRequest) -> EmbedResult:
         """Embed, in a slot."""

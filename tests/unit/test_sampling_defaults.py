@@ -16,11 +16,13 @@ from fastchat_grpc.core import (
     FinishReason,
     GenerateRequest,
     ModelInfo,
+    OutputOptions,
     SamplingDefaults,
     SamplingParams,
     TextPrompt,
     Usage,
 )
+from fastchat_grpc.errors import UnsupportedField
 from fastchat_grpc.models.generation_config import default_sampling, generation_config
 from fastchat_grpc.openai.completion_request import parse_completion
 from fastchat_grpc.rpc.convert import generate_request_from_pb, generate_request_to_pb
@@ -122,3 +124,44 @@ def test_a_fallback_seed_acts_where_seeds_can_be_continued_and_nobody_chose_one(
     assert SamplingParams(temperature=0.0, fallback_seed=5).seeded(counter_based=True).seed is None
     for able in (True, False):
         assert made_up.seeded(counter_based=able).fallback_seed is None, "no backend sees it"
+
+
+class Choosy:
+    """An engine that takes repetition penalties up to 2, and none together with log probabilities."""
+
+    def __init__(self) -> None:
+        self.asked: list[SamplingParams] = []
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
+        sampling = request.sampling
+        if sampling.repetition_penalty > 2:
+            raise UnsupportedField("sampling.repetition_penalty", "at most 2")
+        if sampling.repetition_penalty != 1 and request.output.logprobs is not None:
+            raise UnsupportedField("output.logprobs", "not with penalties")
+        self.asked.append(sampling)
+        yield Completion(index=0, finish_reason=FinishReason.STOP, usage=Usage())
+
+
+@pytest.mark.parametrize(
+    ("default", "logprobs", "left"),
+    [
+        ({"temperature": 0.7, "repetition_penalty": 1.05}, None, (0.7, 1.05)),
+        ({"temperature": 0.7, "repetition_penalty": 1.05}, 0, (1.0, 1.0)),
+        ({"temperature": 0.7, "repetition_penalty": 2.5}, None, (0.7, 1.0)),
+        ({"temperature": 0.7, "repetition_penalty": 2.5}, 0, (0.7, 1.0)),
+    ],
+)
+async def test_what_nobody_asked_for_makes_no_request_fail(
+    default: dict[str, float], logprobs: int | None, left: tuple[float, float]
+) -> None:
+    backend = Choosy()
+    generation = LocalGeneration(backend)  # type: ignore[arg-type]
+    model = ModelInfo(name="m", context_length=99, default_sampling=SamplingDefaults(**default))
+    generation.open([model], Admission(1, 0))
+    asked = GenerateRequest(prompt=TextPrompt("x"), output=OutputOptions(logprobs=logprobs))
+    assert [event async for event in generation.generate(asked)]
+    assert (backend.asked[0].temperature, backend.asked[0].repetition_penalty) == left
+    assert generation.admission.running == 0
+    own = GenerateRequest(prompt=TextPrompt("x"), sampling=SamplingParams(repetition_penalty=2.5))
+    with pytest.raises(UnsupportedField):
+        [event async for event in generation.generate(own)]
