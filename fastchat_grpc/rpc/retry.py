@@ -28,7 +28,7 @@ class Verdict(enum.Enum):
     EMPTY = "empty"
     """The server is a controller that has no worker for it."""
     UNABLE = "unable"
-    """The server cannot go on with what another began; another may be able to."""
+    """The server cannot go on with what another began, or does not know the model; another may."""
 
 
 _REFUSALS = {
@@ -38,6 +38,9 @@ _REFUSALS = {
     "STARTING": Verdict.STARTING,
     "NO_LIVE_WORKER": Verdict.EMPTY,
     "MODEL_DIFFERS": Verdict.UNABLE,
+    # A controller that was restarted while the model's workers were away says so; others remember them.
+    "MODEL_NOT_FOUND": Verdict.UNABLE,
+    "ADAPTER_NOT_FOUND": Verdict.UNABLE,
 }
 _FINAL = frozenset({"FAILOVER_EXHAUSTED", "NOT_RESUMABLE", "RELAY_LOOP"})
 _INABILITIES = frozenset({Code.INVALID_ARGUMENT, Code.NOT_FOUND, Code.UNIMPLEMENTED, Code.FAILED_PRECONDITION})

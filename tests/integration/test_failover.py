@@ -18,7 +18,7 @@ from fastchat_grpc.client import AsyncClient
 from fastchat_grpc.config import FailoverConfig, LeaseConfig
 from fastchat_grpc.controller.app import ControllerApp
 from fastchat_grpc.core import Capability, Delta, GenerateRequest, WorkerState
-from fastchat_grpc.errors import UnsupportedField
+from fastchat_grpc.errors import ModelNotFound, UnsupportedField
 from fastchat_grpc.rpc.channels import open_channel
 from fastchat_grpc.v1 import generation_pb2 as pb
 from fastchat_grpc.v1.generation_pb2_grpc import GenerationServiceStub
@@ -179,6 +179,17 @@ class TestYoungControllers:
                 assert b"chat.completion" in (await reading).data
                 assert json.loads((await tokens).data)["tokens"] == [97, 98, 99]
                 assert json.loads((await model).data)["id"] == "echo"
+
+    async def test_a_controller_that_never_met_the_worker_is_not_the_last_to_be_asked(
+        self, start_worker: StartWorker
+    ) -> None:
+        async with running_controller() as restarted, running_controller() as other:
+            await start_worker(controllers=(other.address,))
+            async with AsyncClient([restarted.address, other.address]) as client:
+                assert await said(client.generate("abc", model="echo")) == "abc"
+                assert await client.count_tokens("abc", model="echo") == 3
+                with pytest.raises(ModelNotFound):
+                    await client.count_tokens("abc", model="no-such-model")
 
     async def test_it_is_told_to_come_again_when_none_comes(self) -> None:
         slow = LeaseConfig(time_to_live_s=30, heartbeat_interval_s=10)

@@ -183,7 +183,6 @@ class TestBeforeTheFirstEvent:
         "error",
         [
             InvalidArgument("f", "bad"),
-            ModelNotFound("no"),
             OutOfMemory("big"),
             BackendFailed("x"),
             DeadlineExceeded("t"),
@@ -195,6 +194,12 @@ class TestBeforeTheFirstEvent:
             await run(bad, spare)
         assert spare.asked is None
         assert bad.verdict is Verdict.FINAL
+
+    async def test_who_does_not_know_the_model_is_not_the_last_to_be_asked(self) -> None:
+        unaware, spare = Server(error=ModelNotFound("no")), Server([end()])
+        assert len(await run(unaware, spare)) == 1
+        with pytest.raises(ModelNotFound):
+            await run(Server(error=ModelNotFound("no")), Server(error=ModelNotFound("no")))
 
     async def test_attempts_are_bounded(self) -> None:
         servers = [Server(error=LOST) for _ in range(5)]
@@ -532,7 +537,7 @@ def test_errors_are_judged_by_whose_fault_they_are(error: FastChatError, verdict
     assert judge(error) is verdict
 
 
-@pytest.mark.parametrize("error", [InvalidArgument("f", "x"), ModelNotFound("x"), NotSupported("x")])
+@pytest.mark.parametrize("error", [InvalidArgument("f", "x"), NotSupported("x")])
 def test_a_refusal_to_go_on_is_the_servers_inability(error: FastChatError) -> None:
     assert judge(error) is Verdict.FINAL
     assert judge(error, resumed=True) is Verdict.UNABLE
