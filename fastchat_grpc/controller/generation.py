@@ -161,11 +161,13 @@ class GenerationServicer:
         request.request_id = name = request_id(request.request_id, context.invocation_metadata())
         logger.debug("request %r is relayed", name)
         begun = False
-        async with aclosing(self._relay.generate(request, caller_of(context))) as events:
+        models: list[ModelInfo] = []
+        async with aclosing(self._relay.generate(request, caller_of(context), models.append)) as events:
             async for event in events:
                 if not begun:  # no sooner: a refusal must be able to go without, for proxies that retry it
                     begun = True
-                    await context.send_initial_metadata(told(request_id=name))
+                    fingerprint = models[-1].fingerprint if models else ""
+                    await context.send_initial_metadata(told(request_id=name, fingerprint=fingerprint))
                 yield event
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:

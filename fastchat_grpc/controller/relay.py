@@ -24,6 +24,7 @@ AFFINITY_CHARACTERS = 256
 """Length of prompt that prefix_affinity goes by where there is no session key."""
 
 Named = Callable[[str], bytes]
+Begins = Callable[[ModelInfo], None]
 """Serializes a request with the model's full name in it."""
 
 
@@ -37,9 +38,15 @@ class Relay:
         self.stranded = Stranded()
         dispatcher.registry.subscribe(self.stranded.on_change)
 
-    def generate(self, request: pb.GenerateRequest, caller: Caller = NOBODY) -> AsyncGenerator[bytes, None]:
-        """Serialized GenerateResponses of one generation. Close the generator to end it. Does not change `request`."""
-        relayed = _Generation(self, request, caller)
+    def generate(
+        self, request: pb.GenerateRequest, caller: Caller = NOBODY, begins: Begins | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        """Serialized GenerateResponses of one generation. Close the generator to end it. Does not change `request`.
+
+        Args:
+            begins: called with the model of each worker that is asked to begin it; the last is the one that did.
+        """
+        relayed = _Generation(self, request, caller, begins)
         return self.failover.generate(request, relayed.candidates, RAW, caller.deadline)
 
     async def call(self, method: str, model: str, named: Named, caller: Caller = NOBODY) -> bytes:
@@ -95,7 +102,8 @@ def _prefix(request: pb.GenerateRequest) -> str:
 class _Generation:
     """One generation: what it wants of a worker, and the request that a worker gets."""
 
-    def __init__(self, relay: Relay, request: pb.GenerateRequest, caller: Caller) -> None:
+    def __init__(self, relay: Relay, request: pb.GenerateRequest, caller: Caller, begins: Begins | None) -> None:
+        self._begins = begins
         self._request = request
         self._caller = caller
         self._fallback_seed = fallback_seed(request, relay.failover.rng)
@@ -119,6 +127,8 @@ class _Generation:
         request, state = self._request, call.state
         assert state is not None
         if not state.started:
+            if self._begins is not None:
+                self._begins(info)
             state.begins_where(obstacle(request, info.capabilities), info.fingerprint)
         message = resume_request(
             request,

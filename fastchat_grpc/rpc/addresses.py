@@ -18,6 +18,8 @@ from fastchat_grpc.errors import ClientClosed, FastChatError, NoLiveWorker
 from fastchat_grpc.rpc.channels import open_channel
 from fastchat_grpc.rpc.failover import Attempt, Call, Nobody
 from fastchat_grpc.rpc.plan import Outlook
+from fastchat_grpc.rpc.request_ids import FINGERPRINT
+from fastchat_grpc.rpc.resume import ResumeState
 from fastchat_grpc.rpc.retry import Verdict
 
 MIN_PAUSE_S = 0.1
@@ -82,7 +84,7 @@ class Addresses(Generic[T]):
             raise Nobody(Outlook.COMING if self._next_round else Outlook.CLOSED, self._error)
         address = self._round.pop(0)
         running = self._start(self._book.channel(address), call, call.remaining_s())
-        return _Attempt(self, address, running, started=call.started)
+        return _Attempt(self, address, running, None if call.started else call.state, started=call.started)
 
     async def wait(self, call: Call[T], timeout_s: float) -> None:
         """Pause, then begin the next round."""
@@ -103,11 +105,23 @@ class Addresses(Generic[T]):
 
 
 class _Attempt(Attempt[T]):
-    def __init__(self, addresses: Addresses[T], address: str, call: Any, *, started: bool) -> None:
+    def __init__(
+        self, addresses: Addresses[T], address: str, call: Any, begins: ResumeState[T] | None, *, started: bool
+    ) -> None:
         super().__init__(call)
+        self._begins = begins
         self._addresses = addresses
         self._address = address
         self._started = started
+
+    async def __anext__(self) -> T:
+        item = await super().__anext__()
+        if self._begins is not None:
+            state, self._begins = self._begins, None
+            for key, value in await self._call.initial_metadata() or ():
+                if key == FINGERPRINT:
+                    state.begins_where("", str(value))
+        return item
 
     def cancelled(self) -> FastChatError:
         return ClientClosed("the client was closed during the call")

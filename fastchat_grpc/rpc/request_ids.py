@@ -10,6 +10,8 @@ from fastchat_grpc.core import MAX_REQUEST_ID_LENGTH
 
 REQUEST_ID = "x-request-id"
 WORKER_ID = "x-fastchat-grpc-worker"
+FINGERPRINT = "x-fastchat-grpc-fingerprint"
+"""Of the model that answers: whoever goes on with the answer needs it before the answer's end."""
 
 
 def request_id(given: str, metadata: Iterable[tuple[str, Any]] | None) -> str:
@@ -26,9 +28,9 @@ def told(**values: str) -> tuple[tuple[str, str], ...]:
     """Metadata that tells a caller who answers which request. What cannot be metadata, or is empty, is left out.
 
     Args:
-        values: `request_id` and `worker_id`.
+        values: `request_id`, `worker_id` and `fingerprint`.
     """
-    keys = {"request_id": REQUEST_ID, "worker_id": WORKER_ID}
+    keys = {"request_id": REQUEST_ID, "worker_id": WORKER_ID, "fingerprint": FINGERPRINT}
     return tuple((keys[name], value) for name, value in values.items() if value and _printable(value))
 
 

@@ -51,7 +51,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             async for event in events:
                 if not begun:  # no sooner: a refusal must be able to go without, for proxies that retry it
                     begun = True
-                    await context.send_initial_metadata(told(request_id=domain.request_id, worker_id=worker_id))
+                    who = told(request_id=domain.request_id, worker_id=worker_id, fingerprint=model.fingerprint)
+                    await context.send_initial_metadata(who)
                 if isinstance(event, Completion):
                     event = replace(event, origin=origin)
                 yield convert.event_to_pb(event)

@@ -424,6 +424,29 @@ class TestMixedFleets:
         assert not newer.seen
         assert len(same.seen) == 1
 
+    @pytest.mark.parametrize("through", ["workers", "controllers"])
+    async def test_nor_does_a_client_that_knows_several_servers(self, start_worker: StartWorker, through: str) -> None:
+        async with AsyncExitStack() as stack:
+            addresses: list[str] = []
+            workers: list[WorkerApp] = []
+            for fingerprint in ("v1", "v2"):
+                at: tuple[str, ...] = ()
+                if through == "controllers":
+                    at = ((await stack.enter_async_context(running_controller(lease=QUICK))).address,)
+                worker = shaped_worker(controllers=at, options=SLOW, fingerprint=fingerprint)
+                workers.append(await stack.enter_async_context(worker))
+                addresses.append(at[0] if at else workers[-1].address)
+            await eventually(lambda: through == "workers" or all(worker.registered for worker in workers))
+            patient = FailoverConfig(wait_s=0.5)
+            client = await stack.enter_async_context(AsyncClient(addresses, failover=patient))
+            stream = asyncio.create_task(said(client.generate(TEXT, stream_interval=1)))
+            await eventually(lambda: workers[0]._generation.output_tokens > 3)
+            gone = asyncio.create_task(vanish(workers[0]))
+            with pytest.raises(errors.FastChatError):
+                await stream
+            assert not workers[1].seen, "the other revision has taken nothing on"  # type: ignore[attr-defined]
+            await gone
+
     async def test_the_error_says_that_only_another_revision_is_left(self, start_worker: StartWorker) -> None:
         async with (
             running_controller(lease=QUICK, failover=FailoverConfig(wait_s=2.5)) as controller,
