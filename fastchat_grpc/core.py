@@ -24,6 +24,8 @@ GREEDY_TOP_P = 1e-8
 """Below this top_p the likeliest token is taken (FastChat's rule)."""
 
 DEFAULT_MAX_NEW_TOKENS = 256
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.001, 1000.0
+"""Logits are divided and multiplied by it; far beyond these bounds they would be no numbers any more."""
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
@@ -122,8 +124,7 @@ class SamplingParams:
         _within("sampling.top_p", self.top_p, 0, 1)
         _require(self.top_k >= -1, "sampling.top_k", self.top_k, "at least 1, or -1 or 0 for off")
         _within("sampling.min_p", self.min_p, 0, 1)
-        penalty = self.repetition_penalty
-        _require(math.isfinite(penalty) and penalty > 0, "sampling.repetition_penalty", penalty, "above 0")
+        _within("sampling.repetition_penalty", self.repetition_penalty, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
         _within("sampling.presence_penalty", self.presence_penalty, -2, 2)
         _within("sampling.frequency_penalty", self.frequency_penalty, -2, 2)
         for name in ("seed", "fallback_seed"):

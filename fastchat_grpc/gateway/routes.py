@@ -151,6 +151,7 @@ def _cors(config: GatewayConfig) -> Tree:
         # Whatever headers the page's client sends; a "*" does not stand for authorization.
         allow_headers="*, authorization",
         allow_private_network_access=True,
-        expose_headers="grpc-status, grpc-message, grpc-status-details-bin, x-request-id, retry-after",
+        expose_headers="grpc-status, grpc-message, grpc-status-details-bin, x-request-id, retry-after, "
+        "x-fastchat-grpc-ignored",
         max_age="600",
     )

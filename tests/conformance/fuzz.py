@@ -106,7 +106,7 @@ sampling_fields: dict[str, st.SearchStrategy[Any]] = {
     "top_p": _values(0, 1, 1e-9, 1e-7, 0.9, 0.999999),
     "top_k": st.sampled_from([-1, 0, 1, 2, 40, 49151, 49152, 10**6, INT32_MAX]),
     "min_p": _values(0, 1, 0.05, 1e-30, 0.999999),
-    "repetition_penalty": st.one_of(st.sampled_from([1e-6, 0.5, 1, 1.1, 2, 1e6, 1e300]), st.floats(0.01, 10)),
+    "repetition_penalty": st.one_of(st.sampled_from([0.001, 0.5, 1, 1.1, 2, 1000]), st.floats(0.01, 10)),
     "presence_penalty": _values(-2, 2, 0),
     "frequency_penalty": _values(-2, 2, 0),
     "seed": st.sampled_from([None, 0, 1, -1, 2**32, 2**63 - 1, -(2**63)]),

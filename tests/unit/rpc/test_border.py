@@ -257,6 +257,10 @@ def test_a_choice_of_tools_is_no_name_of_a_function() -> None:
             pb.GenerateRequest(prompt="x", sampling=pb.SamplingParams(repetition_penalty=float("inf"))),
             "sampling.repetition_penalty",
         ),
+        (
+            pb.GenerateRequest(prompt="x", sampling=pb.SamplingParams(repetition_penalty=1e-38)),
+            "sampling.repetition_penalty",
+        ),
         (pb.GenerateRequest(prompt="x", sampling=pb.SamplingParams(presence_penalty=3)), "sampling.presence_penalty"),
         (pb.GenerateRequest(prompt="x", sampling=pb.SamplingParams(logit_bias={-1: 1})), "sampling.logit_bias"),
         (pb.GenerateRequest(prompt="x", sampling=pb.SamplingParams(logit_bias={1: 101})), "sampling.logit_bias[1]"),
