@@ -69,9 +69,11 @@ async def test_an_early_push_brings_a_heartbeat_long_before_its_time(worker: Wor
 
 
 def test_a_worker_that_listens_everywhere_must_say_where_it_is() -> None:
-    everywhere = replace(echo_config("m"), controller_addresses=("127.0.0.1:1",))
+    """Of a controller on another machine; one beside it finds it on the loopback address."""
+    everywhere = ListenConfig(host="0.0.0.0")
     with pytest.raises(ConfigError, match="set --worker-address"):
-        replace(everywhere, listen=ListenConfig(host="0.0.0.0"))
+        replace(echo_config("m"), controller_addresses=("controller.test:1",), listen=everywhere)
+    assert replace(echo_config("m"), controller_addresses=("127.0.0.1:1",), listen=everywhere).listen is everywhere
 
 
 @asynccontextmanager
