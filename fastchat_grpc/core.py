@@ -141,7 +141,9 @@ class SamplingParams:
     @property
     def given(self) -> dict[str, float]:
         """The numbers that were asked for, by field. (`seed` and `logit_bias` show by themselves if they were.)"""
-        return {name: value for name in _NUMBERS if not isinstance(value := getattr(self, name), Unset | UnsetInt)}
+        return {
+            name: value for name in SAMPLING_NUMBERS if not isinstance(value := getattr(self, name), Unset | UnsetInt)
+        }
 
     def filled(self, defaults: SamplingDefaults) -> SamplingParams:
         """The same with a model's own defaults for what is unset."""
@@ -197,7 +199,7 @@ class SamplingDefaults:
 
 NO_DEFAULTS = SamplingDefaults()
 """Of a model whose makers want nothing in particular."""
-_NUMBERS = (
+SAMPLING_NUMBERS = (
     "temperature",
     "top_p",
     "top_k",
@@ -206,6 +208,7 @@ _NUMBERS = (
     "presence_penalty",
     "frequency_penalty",
 )
+"""Fields of SamplingParams that are numbers and may be unset, in the order of the contract."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

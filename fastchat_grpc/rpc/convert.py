@@ -13,6 +13,7 @@ from typing import Any
 from google.protobuf import duration_pb2
 
 from fastchat_grpc.core import (
+    SAMPLING_NUMBERS,
     Capability,
     ChatMessage,
     ChatPrompt,
@@ -176,18 +177,7 @@ def text_or_chat(message: pb.CountTokensRequest | pb.TokenizeRequest) -> Prompt:
 def _sampling_from_pb(message: pb.SamplingParams) -> SamplingParams:
     return SamplingParams(
         logit_bias=dict(message.logit_bias),
-        **_present(
-            message,
-            "temperature",
-            "top_p",
-            "top_k",
-            "min_p",
-            "repetition_penalty",
-            "presence_penalty",
-            "frequency_penalty",
-            "seed",
-            "fallback_seed",
-        ),
+        **_present(message, *SAMPLING_NUMBERS, "seed", "fallback_seed"),
     )
 
 
