@@ -77,7 +77,7 @@ class Faults:
         """Connections stay and carry nothing."""
         (member,) = victims
         assert member.proxy is not None
-        member.proxy.drop()
+        member.proxy.swallow()
         await asyncio.sleep(1.0 + 9.0 * luck)
         # What was under way is gone, as after a cut that lasted: half of the time it comes through after all.
         if luck < 0.5:

@@ -15,7 +15,7 @@ from pathlib import Path
 from fastchat_grpc.client import AsyncClient
 from fastchat_grpc.errors import FastChatError
 from fastchat_grpc.v1 import generation_pb2
-from tests.chaos.proxy import Proxy
+from tests.integration.blackhole import Blackhole
 
 START_TIMEOUT_S = 120.0
 """For a process to serve, and for the fleet to be whole: workers may load a model, all at once."""
@@ -28,7 +28,9 @@ class Member:
         address: where others reach it; leads through `proxy`, if it has one.
     """
 
-    def __init__(self, name: str, port: int, arguments: Sequence[str], log: Path, proxy: Proxy | None = None) -> None:
+    def __init__(
+        self, name: str, port: int, arguments: Sequence[str], log: Path, proxy: Blackhole | None = None
+    ) -> None:
         self.name = name
         self.kind = arguments[0]
         self.address = f"127.0.0.1:{proxy.port if proxy else port}"
@@ -147,13 +149,13 @@ class ChaosFleet:
 
     def _controller(self, number: int, port: int, proxy: int, log: Path) -> Member:
         arguments = ["controller", "--drain-timeout", "3"]
-        return Member(f"controller-{number}", port, arguments, log, Proxy(proxy, port))
+        return Member(f"controller-{number}", port, arguments, log, Blackhole(f"127.0.0.1:{port}", proxy))
 
     def _worker(self, group: Group, number: int, port: int, proxy: int, log: Path) -> Member:
         through = ",".join(f"127.0.0.1:{member.proxy.port}" for member in self.controllers if member.proxy)
         arguments = ["worker", *group.backend, "--model-names", group.model, "--drain-timeout", "2"]
         arguments += ["--controller-address", through, "--worker-address", f"127.0.0.1:{proxy}"]
-        return Member(f"{group.model}-{number}", port, arguments, log, Proxy(proxy, port))
+        return Member(f"{group.model}-{number}", port, arguments, log, Blackhole(f"127.0.0.1:{port}", proxy))
 
     def _gateway(self, port: int, log: Path) -> Member:
         addresses = ",".join(member.own_address for member in self.controllers)
@@ -217,7 +219,7 @@ class ChaosFleet:
         for member in self.members:
             if member.proxy is not None:
                 with suppress(OSError):
-                    await member.proxy.close()
+                    await member.proxy.stop()
 
 
 def free_ports(count: int) -> list[int]:

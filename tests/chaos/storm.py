@@ -12,8 +12,8 @@ from random import Random
 from tests.chaos.callers import Broken, Caller, GrpcCaller, HttpCaller, Lost, patiently
 from tests.chaos.faults import Fault, Faults
 from tests.chaos.fleet import ChaosFleet, Member
-from tests.chaos.proxy import TASK_NAME
 from tests.chaos.workload import Answer, Ask, Workload, wrong
+from tests.integration.blackhole import TASK_NAME
 
 FILES_PER_PEER = 4
 """Descriptors that a process may hold more than at the start, for each other member of the fleet."""

@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 CHUNK = 64 * 1024
+TASK_NAME = "blackhole"
+"""Name of the tasks of connections, so that whoever counts tasks can leave them out."""
 
 
 class Blackhole:
@@ -20,9 +22,10 @@ class Blackhole:
     Each direction of each connection passes a gate. A closed gate holds bytes and the end of the stream alike.
     """
 
-    def __init__(self, target: str) -> None:
-        host, _, port = target.rpartition(":")
-        self._target = (host.strip("[]"), int(port))
+    def __init__(self, target: str, port: int = 0) -> None:
+        host, _, target_port = target.rpartition(":")
+        self._target = (host.strip("[]"), int(target_port))
+        self.port = port
         self._server: asyncio.Server | None = None
         self._gates: set[asyncio.Event] = set()
         self._swallows_new = False
@@ -39,7 +42,7 @@ class Blackhole:
 
     async def start(self) -> None:
         """Listen."""
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
 
     def swallow(self, *, new: bool = True) -> None:
         """Let nothing through from now on: on the connections there are, and (`new`) on those still to come."""
@@ -60,7 +63,8 @@ class Blackhole:
 
     async def stop(self) -> None:
         """Close everything."""
-        assert self._server is not None
+        if self._server is None:
+            return
         self._server.close()
         self.cut()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -70,6 +74,7 @@ class Blackhole:
         self.accepted += 1
         task = asyncio.current_task()
         assert task is not None
+        task.set_name(TASK_NAME)
         self._tasks.add(task)
         gate = asyncio.Event()
         self._gates.add(gate)
@@ -88,8 +93,8 @@ class Blackhole:
         target_reader, target_writer = await asyncio.open_connection(*self._target)
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(_carry(gate, reader, target_writer))
-                group.create_task(_carry(gate, target_reader, writer))
+                group.create_task(_carry(gate, reader, target_writer), name=TASK_NAME)
+                group.create_task(_carry(gate, target_reader, writer), name=TASK_NAME)
         except* OSError:
             pass  # one side has broken the connection: the other is told below
         finally:
