@@ -108,6 +108,7 @@ class Choice:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
     completion: Completion
+    reasoning: str = ""
 
     @property
     def finish_reason(self) -> FinishReason:
@@ -341,6 +342,7 @@ def _collect(deltas: Sequence[Delta], completion: Completion) -> Choice:
         token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
         logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
         completion=completion,
+        reasoning="".join(delta.reasoning for delta in deltas),
     )
 
 

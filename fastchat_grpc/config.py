@@ -20,6 +20,8 @@ WORKER_PORT = 21002
 GATEWAY_PORT = 8000
 GATEWAY_TLS_PORT = 8443
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+REASONING_PARSERS = ("auto", "none", "qwen3", "deepseek_r1", "mistral", "seed_oss", "gemma4")
+"""How a model may mark its reasoning; all but the first two are names of vLLM's."""
 
 
 def _require(ok: bool, message: str) -> None:
@@ -354,6 +356,8 @@ class ModelConfig:
     """Shortens the model's own context length."""
     chat_template: str | None = None
     """Replaces the tokenizer's chat template."""
+    reasoning_parser: str = "auto"
+    """How the model marks its reasoning, of REASONING_PARSERS; auto: as its chat template tells."""
     trust_remote_code: bool = False
     embed_truncate: bool = False
     max_running: int | None = None
@@ -373,6 +377,10 @@ class ModelConfig:
         _require(
             self.dtype in ("auto", "float32", "float16", "bfloat16"),
             f"--dtype must be one of auto, float32, float16, bfloat16, got {self.dtype}",
+        )
+        _require(
+            self.reasoning_parser in REASONING_PARSERS,
+            f"--reasoning-parser must be one of {', '.join(REASONING_PARSERS)}, got {self.reasoning_parser}",
         )
         _require(self.num_gpus >= 1, f"--num-gpus must be at least 1, got {self.num_gpus}")
         _require(

@@ -434,7 +434,7 @@ class Grammar:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResumedChoice:
-    """A choice that another worker began: the tokens and the characters of text that the caller has."""
+    """A choice that another worker began: the tokens and the characters of reasoning and text that the caller has."""
 
     index: int
     output_token_ids: tuple[int, ...] = ()
@@ -519,6 +519,8 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
+    """Those of the completion that are reasoning."""
 
     @property
     def total_tokens(self) -> int:
@@ -545,7 +547,7 @@ class PromptEcho:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """Output of one choice since its last Delta."""
+    """Output of one choice since its last Delta. `reasoning` is what the model thinks before it says the text."""
 
     index: int
     text: str
@@ -553,6 +555,7 @@ class Delta:
     usage: Usage
     logprobs: tuple[TokenLogprob, ...] = ()
     cumulative_text: str = ""
+    reasoning: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,6 +30,7 @@ def echo_config(
     max_waiting: int = 256,
     context_length: int | None = None,
     options: dict[str, str] | None = None,
+    reasoning_parser: str = "auto",
     **worker: Any,
 ) -> WorkerConfig:
     """A worker with the echo backend on a free port."""
@@ -37,7 +38,9 @@ def echo_config(
     return WorkerConfig(
         backend=BackendConfig(
             name="echo",
-            model=ModelConfig(path=names[0], names=names, context_length=context_length),
+            model=ModelConfig(
+                path=names[0], names=names, context_length=context_length, reasoning_parser=reasoning_parser
+            ),
             options=options or {},
         ),
         listen=ListenConfig(port=port),

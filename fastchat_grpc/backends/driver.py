@@ -42,6 +42,7 @@ from fastchat_grpc.errors import BackendFailed, FastChatError
 from fastchat_grpc.text import prompt as prompts
 from fastchat_grpc.text.choice import Choice, ChoiceLimits
 from fastchat_grpc.text.events import EventQueue
+from fastchat_grpc.text.reasoning import Marks
 from fastchat_grpc.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class Job:
         context_length: int,
         stream_interval: int,
         arrival: float | None = None,
+        reasoning: Marks | None = None,
     ) -> None:
         self.request = request
         self.prompt_ids = prompt_ids
@@ -99,7 +101,10 @@ class Job:
         self._engine: TokenEngine | None = None
         self._events = EventQueue()
         limits = ChoiceLimits(
-            prompt_tokens=len(prompt_ids), context_length=context_length, stream_interval=stream_interval
+            prompt_tokens=len(prompt_ids),
+            context_length=context_length,
+            stream_interval=stream_interval,
+            reasoning=reasoning,
         )
         self._open: dict[int, Choice] = {}
         for index in range(request.output.n):

@@ -34,6 +34,7 @@ from fastchat_grpc.core import (
 from fastchat_grpc.errors import AdapterNotFound, BackendFailed, ConfigError, PromptTooLong, UnsupportedField
 from fastchat_grpc.text import prompt as prompts
 from fastchat_grpc.text.choice import Choice, ChoiceLimits
+from fastchat_grpc.text.reasoning import marks_of
 
 EOS = 256
 VOCABULARY_SIZE = 257
@@ -106,10 +107,11 @@ class EchoBackend:
             prompt_tokens=len(token_ids),
             context_length=self._context_length,
             stream_interval=self._config.stream_interval,
+            reasoning=marks_of(self._config.model.reasoning_parser, self._tokenizer.chat_template),
         )
         source = self._source(request, token_ids)
         choices = [
-            Choice(request, index, self._tokenizer, limits)
+            Choice(request, index, self._tokenizer, limits, token_ids)
             for index in range(request.output.n)
             if not request.resumed_choice(index).finished
         ]

@@ -50,6 +50,7 @@ _MODEL_FIELDS: Mapping[str, type | tuple[type, type]] = {
     "lora_adapters": (dict, str),
     "context_length": int,
     "chat_template": str,
+    "reasoning_parser": str,
     "trust_remote_code": bool,
     "embed_truncate": bool,
     "max_running": int,

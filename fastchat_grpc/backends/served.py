@@ -43,6 +43,7 @@ from fastchat_grpc.models.generation_config import default_sampling, generation_
 from fastchat_grpc.models.overrides import CHAT_TEMPLATES, override_for
 from fastchat_grpc.models.resolve import read_json, resolve
 from fastchat_grpc.text import prompt as prompts
+from fastchat_grpc.text.reasoning import marks_of
 from fastchat_grpc.text.tokenizer import Tokenizer
 
 
@@ -141,13 +142,15 @@ class ServedBackend:
         return self._served.tokenizer.chat_template
 
     def _job(self, request: GenerateRequest, prompt_ids: Sequence[int], arrival: float) -> driver.Job:
+        tokenizer = self._served.tokenizer
         return driver.Job(
             request,
             prompt_ids,
-            self._served.tokenizer,
+            tokenizer,
             context_length=self._served.context_length,
             stream_interval=self._config.stream_interval,
             arrival=arrival,
+            reasoning=marks_of(self._config.model.reasoning_parser, tokenizer.chat_template),
         )
 
     async def _embed_inputs(self, request: EmbedRequest) -> list[list[int]]:
@@ -263,6 +266,7 @@ def refuse_settings(config: BackendConfig, hints: Mapping[str, str]) -> None:
         "--gpus": bool(model.gpus),
         "--device": model.device != "auto",
         "--trust-remote-code": model.trust_remote_code,
+        "--reasoning-parser": model.reasoning_parser != "auto",
     }
     for flag, hint in hints.items():
         if given[flag]:

@@ -143,7 +143,6 @@ class UpstreamBackend:
             cumulative=request.output.cumulative_text,
             arrival=call.arrival,
             logprobs=request.output.logprobs is not None,
-            reasoning=request.grammar is None,  # what follows a grammar is the answer alone
         )
         async with aclosing(self._chunks(call, indices)) as chunks:
             async for chunk in chunks:

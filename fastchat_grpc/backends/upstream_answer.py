@@ -27,13 +27,8 @@ def finish_reason(name: str) -> FinishReason:
 class Answer:
     """The choices of one request at the server: `indices[i]` is our index of its choice i."""
 
-    def __init__(
-        self, indices: Sequence[int], *, cumulative: bool, arrival: float, logprobs: bool, reasoning: bool
-    ) -> None:
-        self._choices = [
-            _Choice(index, cumulative=cumulative, arrival=arrival, logprobs=logprobs, reasoning=reasoning)
-            for index in indices
-        ]
+    def __init__(self, indices: Sequence[int], *, cumulative: bool, arrival: float, logprobs: bool) -> None:
+        self._choices = [_Choice(index, cumulative=cumulative, arrival=arrival, logprobs=logprobs) for index in indices]
         self._usage: Usage | None = None
         self._done = False
 
@@ -73,28 +68,31 @@ def _usage(usage: Mapping[str, Any] | None) -> Usage | None:
     if not usage:
         return None
     details = usage.get("prompt_tokens_details") or {}
+    output_details = usage.get("completion_tokens_details") or {}
     return Usage(
         prompt_tokens=int(usage.get("prompt_tokens") or 0),
         completion_tokens=int(usage.get("completion_tokens") or 0),
         cached_tokens=int(details.get("cached_tokens") or 0),
+        reasoning_tokens=int(output_details.get("reasoning_tokens") or 0),
     )
 
 
 def _share(total: Usage, choices: Sequence[_Choice]) -> None:
     """Give each choice its part of the output tokens that the server counts together, by the pieces that it sent."""
     pieces = sum(choice.tokens for choice in choices)
-    given = before = 0
+    given = thought = before = 0
     for choice in choices:
         before += choice.tokens
         upto = total.completion_tokens * before // pieces if pieces else 0
-        choice.usage = replace(total, completion_tokens=upto - given)
-        given = upto
+        upto_thought = total.reasoning_tokens * before // pieces if pieces else 0
+        choice.usage = replace(total, completion_tokens=upto - given, reasoning_tokens=upto_thought - thought)
+        given, thought = upto, upto_thought
 
 
 class _Choice:
     """One choice."""
 
-    def __init__(self, index: int, *, cumulative: bool, arrival: float, logprobs: bool, reasoning: bool) -> None:
+    def __init__(self, index: int, *, cumulative: bool, arrival: float, logprobs: bool) -> None:
         self.index = index
         self.usage = Usage()
         self.seen = False
@@ -106,7 +104,6 @@ class _Choice:
         self._matched: str | int | None = None
         self._calls = _Calls()
         self._logprobs = logprobs
-        self._reasoning = _Reasoning(shown=reasoning)
 
     @property
     def tokens(self) -> int:
@@ -123,11 +120,11 @@ class _Choice:
         thought = said.get("reasoning_content") or said.get("reasoning") or ""
         calls = self._calls.text(said.get("tool_calls") or (), ended=self._finish is not None)
         self._pieces += bool(text or thought or said.get("tool_calls"))
-        text = self._reasoning.text(thought, text + calls, ended=self._finish is not None)
+        text += calls
         logprobs = tuple(_logprobs(choice.get("logprobs"))) if self._logprobs else ()
-        if not text and not logprobs:
+        if not text and not thought and not logprobs:
             return None
-        return self._delta(text, logprobs, usage)
+        return self._delta(text, thought, logprobs, usage)
 
     def completion(self, done: bool) -> Completion:
         """The end. Raises WorkerUnavailable where the server stopped in the middle; `done`: it has marked its end."""
@@ -152,39 +149,19 @@ class _Choice:
             matched = choice.get("stop_reason")
             self._matched = matched if isinstance(matched, str | int) else None
 
-    def _delta(self, text: str, logprobs: tuple[TokenLogprob, ...], usage: Usage | None) -> Delta:
+    def _delta(self, text: str, reasoning: str, logprobs: tuple[TokenLogprob, ...], usage: Usage | None) -> Delta:
         self._first_s = self._first_s or monotonic() - self._arrival
         if self._cumulative is not None:
             self._cumulative.append(text)
         return Delta(
             index=self.index,
             text=text,
+            reasoning=reasoning,
             token_ids=(),
             logprobs=logprobs,
             usage=usage or replace(self.usage, completion_tokens=self.tokens),
             cumulative_text="".join(self._cumulative or ()),
         )
-
-
-class _Reasoning:
-    """Reasoning that the server has parted from the answer, as the text that most models write it as."""
-
-    def __init__(self, *, shown: bool) -> None:
-        self._shown = shown
-        self._open = False
-
-    def text(self, thought: str, answer: str, *, ended: bool) -> str:
-        """What a chunk adds, in `<think>` marks before the answer; without the thought where it is not shown."""
-        if not self._shown:
-            return answer
-        parts = []
-        if thought:
-            parts += [thought] if self._open else ["<think>\n", thought]
-            self._open = True
-        if self._open and (answer or ended):
-            parts.append("\n</think>\n\n")
-            self._open = False
-        return "".join((*parts, answer))
 
 
 class _Calls:

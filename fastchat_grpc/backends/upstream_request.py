@@ -112,7 +112,7 @@ def _prompt(prompt: Prompt, vllm: bool) -> dict[str, Any]:
 
 
 def _chat(chat: ChatPrompt, vllm: bool) -> dict[str, Any]:
-    body: dict[str, Any] = {"messages": [_message(message) for message in chat.messages]}
+    body: dict[str, Any] = {"messages": [_message(message, vllm) for message in chat.messages]}
     if chat.continue_final_message:
         _need(vllm, "chat.continue_final_message")
         body |= {"continue_final_message": True, "add_generation_prompt": False}
@@ -146,10 +146,14 @@ def _tool(tool: Tool) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _message(message: ChatMessage) -> dict[str, Any]:
+def _message(message: ChatMessage, vllm: bool) -> dict[str, Any]:
     result: dict[str, Any] = {"role": message.role, "content": _content(message)}
     if message.name:
         result["name"] = message.name
+    if message.reasoning:
+        result["reasoning_content"] = message.reasoning
+        if vllm:
+            result["reasoning"] = message.reasoning  # its newer name of it
     if message.tool_call_id:
         result["tool_call_id"] = message.tool_call_id
     if message.tool_calls:

@@ -6,7 +6,7 @@ import asyncio
 import re
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -60,13 +60,19 @@ async def _stream(client: AsyncClient, text: str, flags: dict[str, Any]) -> None
     async for event in client.generate(prompt, **flags):
         if isinstance(event, Delta):
             first_s = first_s or time.monotonic() - started
-            print(CONTROLS.sub("", event.text) if sys.stdout.isatty() else event.text, end="", flush=True)
+            if event.reasoning:
+                _print(event.reasoning, sys.stderr)  # what is piped on is the answer
+            _print(event.text, sys.stdout)
         elif isinstance(event, Completion):
             print()
             if show_stats:
                 _print_stats(
                     event.usage.completion_tokens, first_s, time.monotonic() - started, event.finish_reason.value
                 )
+
+
+def _print(text: str, stream: TextIO) -> None:
+    print(CONTROLS.sub("", text) if stream.isatty() else text, end="", flush=True, file=stream)
 
 
 def _print_stats(tokens: int, first_s: float, total_s: float, reason: str) -> None:

@@ -22,6 +22,7 @@ from fastchat_grpc.errors import ModelLoadError
 from fastchat_grpc.models.detect import ModelKind
 from fastchat_grpc.models.loading import LoadedModel
 from fastchat_grpc.models.machine import available_memory, cpu_count
+from fastchat_grpc.text.reasoning import marks_of
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,7 @@ def build_engine(
         stream_interval=config.stream_interval,
         seed=config.model.seed,
         encoder_decoder=encoder_decoder,
+        reasoning=marks_of(config.model.reasoning_parser, loaded.tokenizer.chat_template),
         rules=OutputRules.of(loaded.base.generation_config, runner.start_token)
         if encoder_decoder and isinstance(runner, SequentialRunner)
         else None,

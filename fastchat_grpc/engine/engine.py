@@ -32,6 +32,7 @@ from fastchat_grpc.engine.scheduler import Scheduler
 from fastchat_grpc.errors import BackendFailed, FastChatError, OutOfMemory, WorkerUnavailable
 from fastchat_grpc.text import prompt as prompts
 from fastchat_grpc.text.choice import Choice, ChoiceLimits
+from fastchat_grpc.text.reasoning import Marks
 from fastchat_grpc.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class Engine:
         stream_interval: int,
         seed: int | None = None,
         encoder_decoder: bool = False,
+        reasoning: Marks | None = None,
         rules: OutputRules | None = None,
         clock: Callable[[], float] = monotonic,
         die: Callable[[str], None] = end_process,
@@ -90,6 +92,7 @@ class Engine:
         self._context_length = context_length
         self._stream_interval = stream_interval
         self._encoder_decoder = encoder_decoder
+        self._reasoning = reasoning
         self._seeds: random.Random = random.SystemRandom() if seed is None else random.Random(seed)
         self._clock = clock
         self._die = die
@@ -399,6 +402,7 @@ class Engine:
             stream_interval=self._stream_interval,
             cached_tokens=sequence.request.cached_tokens,
             prompt_takes_room=not self._encoder_decoder,
+            reasoning=self._reasoning,
         )
         prompt = [] if self._encoder_decoder else sequence.request.prompt
         return Choice(sequence.request.spec, sequence.index, self._tokenizer, limits, prompt)

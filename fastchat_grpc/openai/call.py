@@ -44,6 +44,8 @@ class Reply:
     include_usage: bool = False
     continuous_usage: bool = False
     logprobs: bool = False
+    reasoning: bool = True
+    """Whether the caller wants to see it."""
     echo: bool = False
     prefix: str = ""
     """Text that each choice begins with: the assistant's last message, where a chat asks for echo."""

@@ -14,7 +14,7 @@ from fastchat_grpc.openai.jsonio import dumps, dumps_scalar, quote
 from fastchat_grpc.openai.logprobs import chat_logprobs
 from fastchat_grpc.openai.tally import Tally
 from fastchat_grpc.openai.tools.parser import NamedCallParser, ToolCallParser
-from fastchat_grpc.openai.tools.pieces import CallArguments, CallStart, Content, Piece
+from fastchat_grpc.openai.tools.pieces import CallArguments, CallStart, Content, Piece, Reasoning
 from fastchat_grpc.text.offsets import TextOffsets
 
 _ID_LETTERS = string.ascii_letters + string.digits
@@ -91,14 +91,23 @@ class ChatStream:
         opening = b""
         if choice is None:
             choice, opening = self._open(event.index)
-        if choice.parser is None and self._plain:
+        if choice.parser is None and self._plain and not event.reasoning:
             if not event.text:
                 return opening
             return opening + choice.head + b'"content":' + quote(event.text) + self._plain_tail
         if self._reply.logprobs:
-            choice.logprobs.extend([entry for entry, _ in choice.places.feed(event.logprobs, event.text)])
-        pieces: list[Piece] = [Content(event.text)] if choice.parser is None else choice.parser.feed(event.text)
-        return opening + self._render(choice, pieces)
+            said = event.reasoning + event.text
+            choice.logprobs.extend([entry for entry, _ in choice.places.feed(event.logprobs, said)])
+        return opening + self._render(choice, self._pieces(choice, event))
+
+    def _pieces(self, choice: _StreamedChoice, event: Delta) -> list[Piece]:
+        pieces: list[Piece] = []
+        if event.reasoning:
+            if self._reply.reasoning:
+                pieces.append(Reasoning(event.reasoning))
+            if not event.text:
+                return pieces
+        return pieces + ([Content(event.text)] if choice.parser is None else choice.parser.feed(event.text))
 
     def _completion(self, event: Completion) -> bytes:
         self._tally.note(event.index, event.usage)
@@ -154,6 +163,10 @@ def _piece(piece: Piece) -> bytes:
     match piece:
         case Content(text):
             return b'"content":' + quote(text)
+        case Reasoning(text):
+            # The name that most servers and clients know, and vLLM's newer one.
+            quoted = quote(text)
+            return b'"reasoning_content":' + quoted + b',"reasoning":' + quoted
         case CallStart(index, name):
             function = {"name": name, "arguments": ""}
             return b'"tool_calls":' + dumps(
@@ -168,6 +181,7 @@ class _Choice:
 
     def __init__(self) -> None:
         self.texts: list[str] = []
+        self.reasoning: list[str] = []
         self.logprobs: list[TokenLogprob] = []
         self.end: Completion | None = None
 
@@ -187,6 +201,7 @@ class ChatBody:
             case Delta():
                 choice = self._choices[event.index]
                 choice.texts.append(event.text)
+                choice.reasoning.append(event.reasoning)
                 choice.logprobs.extend(event.logprobs)
                 self._tally.note(event.index, event.usage)
             case Completion():
@@ -199,17 +214,19 @@ class ChatBody:
         return dumps({**self._base, "choices": choices, "usage": self._tally.render()})
 
     def _render(self, index: int, choice: _Choice) -> dict[str, Any]:
-        text = "".join(choice.texts)
+        text, reasoning = "".join(choice.texts), "".join(choice.reasoning)
         content, calls = self._split(text)
         message: dict[str, Any] = {"role": "assistant", "content": self._reply.prefix + content, "refusal": None}
-        if calls or self._reply.tools.forced:
+        if calls or reasoning or self._reply.tools.forced:
             message["content"] = message["content"] or None
+        if reasoning and self._reply.reasoning:
+            message["reasoning_content"] = message["reasoning"] = reasoning
         if calls:
             message["tool_calls"] = calls
         logprobs = None
         if self._reply.logprobs:
             places = TextOffsets()
-            seen = [*places.feed(choice.logprobs, text), *places.close()[0]]
+            seen = [*places.feed(choice.logprobs, reasoning + text), *places.close()[0]]
             logprobs = chat_logprobs(entry for entry, _ in seen)
         return {
             "index": index,

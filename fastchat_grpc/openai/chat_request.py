@@ -69,6 +69,7 @@ def parse_chat(
     reply = replace(
         parse_reply(fields, model, renames),
         logprobs=logprobs is not None,
+        reasoning=fields.flag("include_reasoning") is not False,
         prefix=last_text(chat.messages) if echo else "",
         tools=tools,
     )

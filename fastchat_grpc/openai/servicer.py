@@ -240,7 +240,7 @@ def _weight(event: Event) -> int:
     """Bytes that an event adds to a body, roughly."""
     if isinstance(event, Completion):
         return 0
-    return len(event.text) + 100 * len(event.logprobs)
+    return len(event.text) + len(getattr(event, "reasoning", "")) + 100 * len(event.logprobs)
 
 
 def _json(body: bytes) -> HttpBody:

@@ -27,9 +27,12 @@ class Tally:
         prompt = sum(usage.prompt_tokens for usage in prompts.values())
         cached = sum(usage.cached_tokens for usage in prompts.values())
         completion = 0 if self._without_output else sum(usage.completion_tokens for usage in self._latest.values())
-        return {
+        rendered: dict[str, Any] = {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
         }
+        if reasoning := sum(usage.reasoning_tokens for usage in self._latest.values()):
+            rendered["completion_tokens_details"] = {"reasoning_tokens": reasoning}
+        return rendered

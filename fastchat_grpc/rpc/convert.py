@@ -364,6 +364,7 @@ def event_to_pb(event: Event) -> pb.GenerateResponse:
                     logprobs=[_logprob_to_pb(entry) for entry in event.logprobs],
                     usage=_usage_to_pb(event.usage),
                     cumulative_text=event.cumulative_text,
+                    reasoning=event.reasoning,
                 )
             )
         case Completion():
@@ -390,6 +391,7 @@ def event_from_pb(message: pb.GenerateResponse) -> Event:
                 logprobs=tuple(_logprob_from_pb(entry) for entry in delta.logprobs),
                 usage=_usage_from_pb(delta.usage),
                 cumulative_text=delta.cumulative_text,
+                reasoning=delta.reasoning,
             )
         case "completion":
             return _completion_from_pb(message.completion)
@@ -464,6 +466,7 @@ def _usage_to_pb(usage: Usage) -> pb.Usage:
         completion_token_count=usage.completion_tokens,
         total_token_count=usage.total_tokens,
         cached_token_count=usage.cached_tokens,
+        reasoning_token_count=usage.reasoning_tokens,
     )
 
 
@@ -472,6 +475,7 @@ def _usage_from_pb(message: pb.Usage) -> Usage:
         prompt_tokens=message.prompt_token_count,
         completion_tokens=message.completion_token_count,
         cached_tokens=message.cached_token_count,
+        reasoning_tokens=message.reasoning_token_count,
     )
 
 

@@ -208,7 +208,7 @@ class ResumeState(Generic[T]):
             event = self._codec.decode(item)
             if event.HasField("delta"):
                 delta = event.delta
-                self._take(delta.index, delta.token_ids, len(delta.text))
+                self._take(delta.index, delta.token_ids, len(delta.reasoning) + len(delta.text))
             elif event.HasField("completion"):
                 self.fingerprint = self.fingerprint or event.completion.model_fingerprint
                 self._finish(event.completion.index)

@@ -16,8 +16,12 @@ from fastchat_grpc.core import (
     Usage,
 )
 from fastchat_grpc.text.detokenizer import make_detokenizer
+from fastchat_grpc.text.reasoning import Marks, parser_for
 from fastchat_grpc.text.stop import StopMatcher
 from fastchat_grpc.text.tokenizer import Tokenizer
+
+PROMPT_END_TOKENS = 16
+"""Tokens of a prompt's end that tell whether it has opened a thought."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +35,8 @@ class ChoiceLimits:
     cached_tokens: int = 0
     prompt_takes_room: bool = True
     """Whether prompt and output share the context; not so in an encoder-decoder."""
+    reasoning: Marks | None = None
+    """How the model marks what it thinks before it answers; None: it does not."""
 
     @property
     def output_tokens(self) -> int:
@@ -55,7 +61,8 @@ class Choice:
     A backend pushes nothing after the end.
 
     Args:
-        prompt_ids: the prompt, or at least its last tokens, where the output's text goes on from its text.
+        prompt_ids: the prompt, or at least its last tokens: the output's text may go on from its text, or begin in a
+            thought that it has opened.
     """
 
     def __init__(
@@ -72,6 +79,7 @@ class Choice:
         self.matched: str | int | None = None
         self.token_count = 0
         self._limits = limits
+        self._tokenizer = tokenizer
         self._interval = request.output.stream_interval or limits.stream_interval
         self._min_tokens = stopping.min_new_tokens
         self._max_tokens = min(stopping.max_new_tokens, limits.output_tokens)
@@ -84,6 +92,10 @@ class Choice:
         self._matcher = StopMatcher(stopping.stop, stopping.include_stop)
         self._cumulative: str | None = "" if request.output.cumulative_text else None
         self._text: list[str] = []
+        self._reasoning: list[str] = []
+        self._reasoning_tokens = 0
+        end = tokenizer.decode(prompt_ids[-PROMPT_END_TOKENS:], keep_special_tokens=True) if limits.reasoning else ""
+        self._thought = parser_for(request, limits.reasoning, end)
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
         self._started = False
@@ -99,15 +111,17 @@ class Choice:
         if not suppressed and (token_id in self._stop_token_ids or token_id in self._eos_token_ids):
             self._stop_at(token_id)
             return
-        text = self._detokenizer.push(token_id)
+        inside = self._thought is not None and self._thought.inside
+        text = self._detokenizer.push(token_id) or self._mark(token_id)
         if suppressed:
-            self._text.append(text)
+            self._say(text)
         elif text:
-            self._text.append(self._matcher.feed(text))
+            self._say(self._matcher.feed(text))
             if self._matcher.matched is not None:
                 self.matched = self._matcher.matched
-                self.finish_reason = FinishReason.STOP
+                self._finish(FinishReason.STOP)
                 return
+        self._reasoning_tokens += inside and self._thought is not None
         if self.token_count >= self._max_tokens:
             self._end(FinishReason.LENGTH)
 
@@ -132,25 +146,27 @@ class Choice:
             prompt_tokens=self._limits.prompt_tokens,
             completion_tokens=self.token_count,
             cached_tokens=self._limits.cached_tokens,
+            reasoning_tokens=self._reasoning_tokens,
         )
 
     def delta(self) -> Delta | None:
         """Everything since the last Delta, or None where there is nothing."""
-        text = "".join(self._text)
-        if not text and not self._token_ids:
+        text, reasoning = "".join(self._text), "".join(self._reasoning)
+        if not text and not reasoning and not self._token_ids:
             return None
         if self._cumulative is not None:
             self._cumulative += text
         delta = Delta(
             index=self.index,
             text=text,
+            reasoning=reasoning,
             token_ids=tuple(self._token_ids),
             logprobs=tuple(self._logprobs),
             usage=self.usage,
             cumulative_text=self._cumulative or "",
         )
         self._started = True
-        self._text, self._token_ids, self._logprobs = [], [], []
+        self._text, self._reasoning, self._token_ids, self._logprobs = [], [], [], []
         return delta
 
     def completion(self, timings: Timings) -> Completion:
@@ -173,11 +189,37 @@ class Choice:
 
     def _end(self, reason: FinishReason) -> None:
         # The rest of the text may still complete a stop string, as when U+FFFD is one.
-        self._text.append(self._matcher.feed(self._detokenizer.flush()))
+        self._say(self._matcher.feed(self._detokenizer.flush()))
         if self._matcher.matched is not None:
             self.matched, reason = self._matcher.matched, FinishReason.STOP
-        self._text.append(self._matcher.flush())
+        self._say(self._matcher.flush())
+        self._finish(reason)
+
+    def _finish(self, reason: FinishReason) -> None:
         self.finish_reason = reason
+        if self._thought is not None:
+            self._take(*self._thought.close())
+            self._thought = None
+
+    def _say(self, text: str) -> None:
+        """Take text of the output: it is the answer, or the reasoning before it."""
+        if self._thought is None:
+            self._text.append(text)
+            return
+        self._take(*self._thought.feed(text))
+        if self._thought.done:
+            self._thought = None
+
+    def _take(self, reasoning: str, text: str) -> None:
+        self._reasoning.append(reasoning)
+        self._text.append(text)
+
+    def _mark(self, token_id: int) -> str:
+        """Text of a mark of reasoning that is a special token, which text leaves out."""
+        if self._thought is None or token_id not in self._tokenizer.special_token_ids:
+            return ""
+        token = self._tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+        return token if self._thought.marks.part_of(token) else ""
 
     def _replay(self, request: GenerateRequest, index: int) -> None:
         resumed = request.resumed_choice(index)
@@ -186,9 +228,11 @@ class Choice:
         for token_id in resumed.output_token_ids:
             if self.finish_reason is None:
                 self.push(token_id)
-        text = "".join(self._text)
+        reasoning, text = "".join(self._reasoning), "".join(self._text)
+        # The reasoning comes before the text, so that one number tells how far the caller is in both.
+        known = max(0, resumed.text_length - len(reasoning))
         if self._cumulative is not None:
-            self._cumulative = text[: resumed.text_length]
-        self._text = [text[resumed.text_length :]]
+            self._cumulative = text[:known]
+        self._reasoning, self._text = [reasoning[resumed.text_length :]], [text[known:]]
         self._token_ids, self._logprobs = [], []
         self._started = True

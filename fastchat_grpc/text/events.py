@@ -13,6 +13,7 @@ def merge(first: Delta, second: Delta) -> Delta:
     return Delta(
         index=first.index,
         text=first.text + second.text,
+        reasoning=first.reasoning + second.reasoning,
         token_ids=first.token_ids + second.token_ids,
         logprobs=first.logprobs + second.logprobs,
         usage=second.usage,

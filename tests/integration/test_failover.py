@@ -224,6 +224,25 @@ async def trouble(controller: ControllerApp, worker: WorkerApp) -> None:
     )
 
 
+@pytest.mark.parametrize("tokens", [4, 20, 38], ids=["in the mark", "in the thought", "in the answer"])
+async def test_a_thought_goes_on_where_it_was(
+    controller: ControllerApp, client: AsyncClient, start_worker: StartWorker, tokens: int
+) -> None:
+    wedged = await start_worker(
+        controllers=(controller.address,), options={"hang_after": str(tokens)}, reasoning_parser="qwen3"
+    )
+    await eventually(lambda: len(controller.registry) == 1)
+    prompt = [{"role": "user", "content": "<think>a thought, and another</think>an answer"}]
+    asked = asyncio.create_task(client.complete(prompt, stream_interval=1))
+    await eventually(lambda: wedged._generation.output_tokens == tokens)
+    await trouble(controller, wedged)
+    await start_worker(controllers=(controller.address,), reasoning_parser="qwen3")
+    result = await asyncio.wait_for(asked, 20)
+    assert (result.choices[0].reasoning, result.text) == ("a thought, and another", "an answer")
+    assert result.choices[0].usage.reasoning_tokens == len("a thought, and another</think")
+    assert controller.relay.failover.resumed == 1
+
+
 class TestSeveralModels:
     async def test_a_stream_stays_at_a_degraded_worker_that_alone_has_its_model(
         self, controller: ControllerApp, client: AsyncClient, start_worker: StartWorker

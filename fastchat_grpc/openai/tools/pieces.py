@@ -14,6 +14,13 @@ class Content:
 
 
 @dataclass(frozen=True, slots=True)
+class Reasoning:
+    """What the model thinks before it answers."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class CallStart:
     """A call begins; `index` counts the calls of one choice."""
 
@@ -29,4 +36,4 @@ class CallArguments:
     text: str
 
 
-Piece: TypeAlias = Content | CallStart | CallArguments
+Piece: TypeAlias = Content | Reasoning | CallStart | CallArguments

@@ -52,6 +52,7 @@ class Answer:
     """One choice."""
 
     text: str = ""
+    reasoning: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     completion: Completion | None = None
@@ -87,6 +88,7 @@ async def ask(backend: Generates, asked: GenerateRequest) -> Answers:
             elif isinstance(event, Delta):
                 choice = answers.choices[event.index]
                 choice.text += event.text
+                choice.reasoning += event.reasoning
                 choice.token_ids += event.token_ids
                 choice.logprobs += event.logprobs
             else:

@@ -181,21 +181,43 @@ async def test_reasoning_is_passed_on_before_the_answer_and_counts(
     server.answer = lambda path, body: [*thoughts, chat("42"), chat(finish="stop"), "[DONE]"]
     backend = await start()
     answers = await ask(backend, CHAT)
-    assert one(answers) == ("<think>\nlet me see\n</think>\n\n42", FinishReason.STOP)
+    assert one(answers) == ("42", FinishReason.STOP)
+    assert answers.choices[0].reasoning == "let me see"
     assert answers.completion.usage.completion_tokens == 4
     assert backend.load().processed_tokens == 4
     server.answer = lambda path, body: [*thoughts, chat(finish="length"), "[DONE]"]
-    assert one(await ask(backend, CHAT)) == ("<think>\nlet me see\n</think>\n\n", FinishReason.LENGTH)
+    answers = await ask(backend, CHAT)
+    assert one(answers) == ("", FinishReason.LENGTH)
+    assert answers.choices[0].reasoning == "let me see"
 
 
-async def test_what_follows_a_grammar_is_the_answer_alone_and_thinking_is_progress(
-    start: Start, server: UpstreamServer
-) -> None:
+async def test_reasoning_stays_out_of_what_follows_a_grammar(start: Start, server: UpstreamServer) -> None:
     server.answer = lambda path, body: [chat(reasoning="hm"), chat("{}"), chat(finish="stop"), "[DONE]"]
     backend = await start()
     answers = await ask(backend, GenerateRequest(prompt=HI, grammar=Grammar(GrammarKind.JSON_OBJECT)))
     assert one(answers) == ("{}", FinishReason.STOP)
+    assert answers.choices[0].reasoning == "hm"
     assert backend.load().processed_tokens == 2
+
+
+async def test_tokens_of_reasoning_are_told_as_the_server_counts_them(start: Start, server: UpstreamServer) -> None:
+    counted = {"prompt_tokens": 3, "completion_tokens": 9, "completion_tokens_details": {"reasoning_tokens": 5}}
+    ends = [chat("42"), chat(finish="stop"), {"choices": [], "usage": counted}, "[DONE]"]
+    server.answer = lambda path, body: [chat(reasoning="hm"), *ends]
+    answers = await ask(await start(), CHAT)
+    assert answers.completion.usage.reasoning_tokens == 5
+
+
+@pytest.mark.parametrize("dialect", ["openai", "vllm"])
+async def test_what_the_assistant_thought_goes_back_to_the_server(
+    start: Start, server: UpstreamServer, dialect: str
+) -> None:
+    turns = (*HI.messages, ChatMessage(role="assistant", content="42", reasoning="hm"), *HI.messages)
+    await ask(await start(dialect=dialect), GenerateRequest(prompt=ChatPrompt(messages=turns)))
+    sent = server.bodies[0]["messages"]
+    assert sent[1].pop("role") == "assistant"
+    assert sent[1] == {"content": "42", "reasoning_content": "hm", **({"reasoning": "hm"} if dialect == "vllm" else {})}
+    assert set(sent[0]) == set(sent[2]) == {"role", "content"}
 
 
 @pytest.mark.parametrize(

@@ -558,6 +558,14 @@ class TestResumeState:
         assert list(choice.output_token_ids) == list(range(count))
         assert choice.text_length == 2 * count
 
+    def test_reasoning_is_what_the_caller_has_too(self) -> None:
+        progress = self.progress()
+        thought = pb.GenerateResponse(delta=pb.Delta(reasoning="why", token_ids=[1, 2]))
+        for event in (thought, delta("so", 3)):
+            progress.observe(event.SerializeToString())
+        (choice,) = progress.snapshot().choices
+        assert choice.text_length == len("whyso")
+
     def test_raw_completions_are_counted_without_reading(self) -> None:
         progress = self.progress(n=2)
         for index in (1, 0):
