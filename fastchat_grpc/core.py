@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from fastchat_grpc.errors import InvalidArgument
 
@@ -632,9 +632,8 @@ class ModelInfo:
     """For the sampling fields that a request leaves unset. Known on the worker alone."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """Load of a worker at one moment."""
+class Load(NamedTuple):
+    """Load of a worker at one moment. A tuple, since each heartbeat makes one."""
 
     state: WorkerState = WorkerState.SERVING
     running: int = 0

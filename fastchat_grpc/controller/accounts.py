@@ -58,9 +58,13 @@ class Accounts:
         Args:
             on_trouble: given by those who carry the request themselves, and so are sure to see its end.
         """
-        probe = worker.health.half_open and self._begin_probe(worker)
-        mark = worker.ledger.reserve(on_trouble is not None)
-        self._rescore(worker)
+        probe = worker.guarded and self._begin_probe(worker)
+        ledger, index = worker.ledger, worker.index
+        mark = ledger.reserve(on_trouble is not None)
+        if index is not None and index.sorts:
+            index.move(worker, ledger.score)
+        else:
+            worker.score = ledger.score
         reservation = Reservation(self, worker, on_trouble, mark, probe)
         if on_trouble is not None:
             if worker.watched is None:
@@ -71,23 +75,18 @@ class Accounts:
     def release(self, reservation: Reservation) -> None:
         """End a reservation; called by `Reservation.release` alone."""
         worker = reservation.worker
-        worker.ledger.release(reservation.mark)
-        self._rescore(worker)
+        ledger, index = worker.ledger, worker.index
+        ledger.release(reservation.mark)
+        if index is not None and index.sorts:
+            index.move(worker, ledger.score)
+        else:
+            worker.score = ledger.score
         if worker.watched is not None:
             worker.watched.discard(reservation)
         if reservation.probe and worker.health.end_probe():
             self._settle(worker)  # it ended without a verdict: another may probe
         if self._queues:
             self.room.freed(worker)
-
-    def count_pick(self, worker: Worker) -> None:
-        """Count a pick whose end nobody will tell, until the worker's figures show it."""
-        now = self._clock()
-        if not worker.spec.check_heartbeat:
-            worker.ledger.forget_picks(now - worker.terms.heartbeat_interval_s)
-        worker.ledger.picked(now)
-        self._rescore(worker)
-        self._begin_probe(worker)
 
     def answered(self, reservation: Reservation) -> None:
         """A probe has begun to answer; called by `Reservation.answered` alone.
@@ -105,6 +104,7 @@ class Accounts:
     def failed(self, worker: Worker) -> None:
         """A request failed through a worker's fault."""
         if worker.removed is None:
+            worker.guarded = True
             probe_at = worker.health.failed(self._clock())
             if probe_at is not None:
                 self._set_timer(worker, probe_at)
@@ -128,7 +128,7 @@ class Accounts:
 
     def recovering(self, model: str) -> bool:
         """Whether a worker of a model may be back at its next heartbeat."""
-        pool = self._pools.get(model)
+        pool = self._pools.by_name.get(model)
         return pool is not None and pool.recovering
 
     def set_reachable(self, worker: Worker, reachable: bool | None) -> None:
@@ -167,12 +167,12 @@ class Accounts:
 
     def _rescore(self, worker: Worker) -> None:
         """Move a worker in its index to where its ledger puts it."""
-        score = worker.ledger.score
+        score, index = worker.ledger.score, worker.index
         if score != worker.score:
-            if worker.index is None:
-                worker.score = score
+            if index is not None and index.sorts:
+                index.move(worker, score)
             else:
-                worker.index.move(worker, score)
+                worker.score = score
 
     def _set_timer(self, worker: Worker, when: float) -> None:
         heapq.heappush(self._timers, (when, next(self._timer_ids), worker))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Mapping
-from hashlib import blake2b
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -20,8 +19,8 @@ from fastchat_grpc.errors import AdapterNotFound, ModelNotFound, NoLiveWorker
 AFFINITY_SLACK = 1.25
 """prefix_affinity passes a worker over that is this much above the mean load (bounded-load hashing)."""
 
-PRIME = 2**31 - 1
-"""Multiplying by a key's hash modulo a prime ranks the workers anew for each key. Small numbers are quick."""
+AFFINITY_LOOKS = 64
+"""Workers that prefix_affinity looks at, in the order of the key. All of them are above the bound once in a million."""
 
 _NONE: Mapping[str, float] = MappingProxyType({})
 
@@ -109,22 +108,19 @@ def power_of_two(candidates: Candidates[Worker], key: str, rng: random.Random) -
 def prefix_affinity(candidates: Candidates[Worker], key: str, rng: random.Random) -> Worker | None:
     """The same worker for the same key, while its load is not far above the mean.
 
-    Rendezvous hashing, so that controllers agree without talking and a worker that leaves moves only
-    its own keys; with bounded loads (Mirrokni et al., 2018). Without a key: shortest_queue.
+    Consistent hashing, so that controllers agree without talking and a worker that leaves moves only its own
+    keys; with bounded loads (Mirrokni et al., 2018), by which at least a fifth of the workers fit. Without a
+    key: shortest_queue.
     """
     if not key:
         return candidates.shortest(rng)
-    listed = candidates.all()
-    if not listed:
-        return None
     bound = AFFINITY_SLACK * (candidates.mean() + 1)
-    salt = int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big") % PRIME or 1
-    ranks = [worker.affinity * salt % PRIME for worker in listed]
-    first = listed[ranks.index(max(ranks))]
-    if first.score <= bound:
-        return first
-    fitting = [(rank, i) for i, rank in enumerate(ranks) if listed[i].score <= bound]
-    return listed[max(fitting)[1]] if fitting else first
+    first: Worker | None = None
+    for worker in candidates.nearest(key, AFFINITY_LOOKS):
+        if worker.score <= bound:
+            return worker
+        first = first or worker
+    return first or candidates.shortest(rng)
 
 
 POLICIES: dict[DispatchMethod, Policy] = {
@@ -157,7 +153,7 @@ class Dispatcher:
             where every live worker is excluded, draining, suspect or failing.
             AdapterNotFound: the model is known, but no worker has the adapter.
         """
-        name, pool = self._find(request)
+        name, pool = self._with_adapter(request) if request.adapter else self.registry.pool(request.model)
         if not (request.needs or request.fingerprint or request.adapter):
             suits = None
             if not (request.excluded or request.tried) and len(pool.replicas) == 1 and pool.replicas[0].ready.items:
@@ -188,9 +184,8 @@ class Dispatcher:
         _, worker = self.choose(request)
         return self.registry.reserve(worker, on_trouble)
 
-    def _find(self, request: PickRequest) -> tuple[str, Pool]:
-        if not request.adapter:
-            return self.registry.pool(request.model)
+    def _with_adapter(self, request: PickRequest) -> tuple[str, Pool]:
+        """The name of the model, and the workers of the adapter."""
         name, _ = self.registry.pool(request.model)
         try:
             _, pool = self.registry.pool(request.adapter)

@@ -7,12 +7,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from hashlib import blake2b
 from typing import NamedTuple, Protocol
 
 from fastchat_grpc.controller.health import Health, Tier
 from fastchat_grpc.controller.index import Candidates, ScoreIndex
 from fastchat_grpc.controller.ledger import Ledger
+from fastchat_grpc.controller.ring import affinity
 from fastchat_grpc.core import Capability, Load, ModelInfo
 
 
@@ -66,6 +66,7 @@ class Worker:
     __slots__ = (
         "affinity",
         "deadline",
+        "guarded",
         "health",
         "heartbeat_at",
         "index",
@@ -96,9 +97,10 @@ class Worker:
         self.deadline = now + terms.time_to_live_s
         self.timer_at = -math.inf  # no lease timer
         self.removed: Removal | None = None
+        self.guarded = False  # whether it has a breaker at all: where not, a pick need not look at its health
         self.watched: set[Reservation] | None = None  # reservations that want to hear of trouble
         self.weight = spec.weight
-        self.affinity = int.from_bytes(blake2b(spec.worker_id.encode(), digest_size=7).digest(), "big") % (2**31 - 1)
+        self.affinity = affinity(spec.worker_id)
         # Where dispatch finds it: its tier and score as they are indexed, and its places in the index.
         self.tier = Tier.NONE
         self.score = ledger.score

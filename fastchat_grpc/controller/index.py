@@ -1,23 +1,28 @@
-"""Workers by load: the least loaded, or any at random, in constant time however many there are."""
+"""Workers by load: the least loaded, any at random, or those of a key, however many there are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from heapq import heapify, heappop, heappush
-from operator import attrgetter
+from heapq import heapify, heappop, heappush, merge
+from itertools import islice
+from operator import attrgetter, itemgetter
 from random import Random
 from typing import Any, Generic, Protocol, TypeVar
 
+from fastchat_grpc.controller.ring import Ring
+
 _score = attrgetter("score")
+_distance = itemgetter(0)
 
 TRIES = 8
 """Candidates are drawn so often at random, before all of them are listed."""
 
 
 class Indexed(Protocol):
-    """What can be indexed. The index owns all of it but the weight."""
+    """What can be indexed. The index owns all of it but weight and affinity."""
 
     weight: float
+    affinity: int
     score: float
     index: ScoreIndex[Any] | None
     place: int
@@ -28,20 +33,24 @@ W = TypeVar("W", bound=Indexed)
 
 
 class ScoreIndex(Generic[W]):
-    """Workers in one list for drawing lots and, once somebody asks for the lowest, in buckets of equal score.
+    """Workers in one list for drawing lots and, once somebody asks for them, in buckets of equal score and on a ring.
 
     A worker is in one index at most and knows its places there (`place`, `rank`), so that a change of its
     score costs the same in a fleet of ten and of ten thousand.
     """
 
-    __slots__ = ("_buckets", "_scores", "items", "max_weight")
+    __slots__ = ("_buckets", "_ring", "_scores", "_total", "items", "max_weight", "sorts")
 
     def __init__(self) -> None:
         self.items: list[W] = []
         self.max_weight = 0.0
         """No member weighs more."""
+        self.sorts = False
+        """Whether somebody has asked for an order. Until then a score that changes need only be written down."""
         self._buckets: dict[float, list[W]] | None = None
         self._scores: list[float] = []  # a heap of the buckets' scores; some buckets are empty
+        self._ring: Ring[W] | None = None
+        self._total = 0.0  # of all scores, where there is a ring
 
     def __len__(self) -> int:
         return len(self.items)
@@ -53,6 +62,9 @@ class ScoreIndex(Generic[W]):
         self.items.append(worker)
         self.max_weight = max(self.max_weight, worker.weight)
         self._put(worker)
+        if self._ring is not None:
+            self._ring.add(worker)
+            self._total += worker.score
 
     def discard(self, worker: W) -> None:
         """Take a worker out that is in this index."""
@@ -62,11 +74,16 @@ class ScoreIndex(Generic[W]):
             self.items[worker.place] = last
             last.place = worker.place
         self._take(worker)
+        if self._ring is not None:
+            self._ring.discard(worker)
+            self._total -= worker.score
         if not self.items:
-            self.max_weight = 0.0
+            self.max_weight = self._total = 0.0
 
     def move(self, worker: W, score: float) -> None:
         """A member's score has changed."""
+        if self._ring is not None:
+            self._total += score - worker.score
         buckets = self._buckets
         if buckets is None:
             worker.score = score
@@ -87,6 +104,7 @@ class ScoreIndex(Generic[W]):
         """The members with the lowest score; none in an empty index."""
         buckets = self._buckets
         if buckets is None:
+            self.sorts = True
             buckets = self._buckets = {}
             for worker in self.items:
                 self._put(worker)
@@ -110,6 +128,23 @@ class ScoreIndex(Generic[W]):
             bucket = buckets[heappop(scores)]
             if bucket:
                 yield bucket
+
+    def total(self) -> float:
+        """The sum of all scores."""
+        self._rung()
+        return self._total
+
+    def nearest(self, key: str) -> Iterator[tuple[int, W]]:
+        """The members in the order of a key, and how far each is from it. The index must not change meanwhile."""
+        return self._rung().nearest(key)
+
+    def _rung(self) -> Ring[W]:
+        """The ring, and the sum that is kept with it."""
+        if self._ring is None:
+            self.sorts = True
+            self._ring = Ring(self.items)
+            self._total = float(sum(map(_score, self.items)))
+        return self._ring
 
     def _put(self, worker: W) -> None:
         if self._buckets is None:
@@ -217,7 +252,14 @@ class Candidates(Generic[W]):
     def mean(self) -> float:
         """The mean score of all, whether they fit or not; 0 where there is none."""
         count = sum(map(len, self._indexes))
-        return sum(sum(map(_score, index.items)) for index in self._indexes) / count if count else 0.0
+        return sum(index.total() for index in self._indexes) / count if count else 0.0
+
+    def nearest(self, key: str, most: int) -> Iterator[W]:
+        """Those that fit among the `most` that come first in the order of a key, in that order."""
+        near = merge(*(index.nearest(key) for index in self._indexes), key=_distance)
+        for _, worker in islice(near, most):
+            if self._fits is None or self._fits(worker):
+                yield worker
 
     def all(self) -> Sequence[W]:
         """All that fit. Not to be changed."""

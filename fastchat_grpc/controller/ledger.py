@@ -7,16 +7,11 @@ there and takes away what has ended; what other controllers send shows in the ne
 from __future__ import annotations
 
 import math
-from collections import deque
-from dataclasses import replace
 
 from fastchat_grpc.core import Load
 
-SETTLE_S = 0.25
-"""A pick this old shows in the worker's own figures."""
 CARRIED = -1
 """The mark of a reservation whose request the controller itself carries, so that it sees its end."""
-_OLD = 2
 
 
 class Ledger:
@@ -32,9 +27,10 @@ class Ledger:
         "_epoch_at",
         "_external",
         "_full_until",
-        "_lent",
+        "_lent_before",
+        "_lent_long_ago",
+        "_lent_now",
         "_padding",
-        "_picks",
         "_written_off",
         "carried",
         "load",
@@ -52,12 +48,11 @@ class Ledger:
         self._external = load.queue_length  # others' requests, as last reported
         self._padding = 0  # what makes a worker that refused count as full
         self._full_until = 0.0
-        # Reservations that others end: made since the last epoch began, in the one before, and earlier.
-        self._lent = [0, 0, 0]
+        # Reservations that others end: made since the present epoch began, in the one before, and earlier.
+        self._lent_now = self._lent_before = self._lent_long_ago = 0
         self._epoch = 0
         self._epoch_at = now
         self._written_off = 0  # of the oldest, those that the worker does not have
-        self._picks: deque[float] | None = None  # times of picks whose end nobody tells
         self.queue_length = 0
         """Requests that run and wait there, as best known."""
         self._update()
@@ -65,7 +60,7 @@ class Ledger:
     @property
     def reserved(self) -> int:
         """Requests that this controller has sent there and that have not ended, as far as it knows."""
-        return self.carried + sum(self._lent) - self._written_off + (len(self._picks) if self._picks else 0)
+        return self.carried + self._lent_now + self._lent_before + self._lent_long_ago - self._written_off
 
     @property
     def room(self) -> int:
@@ -82,59 +77,44 @@ class Ledger:
         if carried:
             self.carried += 1
             return CARRIED
-        self._lent[0] += 1
+        self._lent_now += 1
         return self._epoch
 
     def release(self, mark: int) -> None:
         """A request that was counted has ended."""
         if mark == CARRIED:
             self.carried -= 1
+        elif mark == self._epoch:
+            self._lent_now -= 1
+        elif mark == self._epoch - 1:
+            self._lent_before -= 1
         else:
-            age = min(self._epoch - mark, _OLD)
-            self._lent[age] -= 1
-            if self._written_off > self._lent[_OLD]:
+            self._lent_long_ago -= 1
+            if self._written_off > self._lent_long_ago:
                 self._written_off -= 1  # it was not counted any more
                 return
         self.queue_length -= 1
         self.score = self.queue_length / self.weight
-
-    def picked(self, now: float) -> None:
-        """Count a request whose end nobody will tell, until the worker's figures show it."""
-        if self._picks is None:
-            self._picks = deque()
-        self._picks.append(now)
-        self._update()
-
-    def forget_picks(self, before: float) -> None:
-        """Picks up to this time show in the worker's figures, or have ended."""
-        picks = self._picks
-        if picks:
-            while picks and picks[0] <= before:
-                picks.popleft()
-            self._update()
 
     def report(self, load: Load, now: float, interval_s: float) -> None:
         """Take the worker's own figures."""
         self.load = load
         self._padding = 0
         queue = load.running + load.waiting - self.carried
-        lent, picks = self._lent, self._picks
-        if not (picks or lent[0] or lent[1] or lent[2]):  # the usual
+        if not (self._lent_now or self._lent_before or self._lent_long_ago):  # the usual
             self._external = queue = queue if queue > 0 else 0
             self.queue_length = queue = queue + self.carried
             self.score = queue / self.weight
             return
-        while picks and picks[0] <= now - SETTLE_S:
-            picks.popleft()
-        if lent[0] or lent[1] or lent[2]:
-            if now - self._epoch_at >= interval_s:
-                self._epoch += 1
-                self._epoch_at = now
-                self._lent = lent = [0, lent[0], lent[1] + lent[2]]
-            queue -= lent[0] + lent[1]
-            old = min(lent[2], max(0, queue))
-            self._written_off = lent[2] - old
-            queue -= old
+        if now - self._epoch_at >= interval_s:
+            self._epoch += 1
+            self._epoch_at = now
+            self._lent_long_ago += self._lent_before
+            self._lent_before, self._lent_now = self._lent_now, 0
+        queue -= self._lent_now + self._lent_before
+        old = min(self._lent_long_ago, max(0, queue))
+        self._written_off = self._lent_long_ago - old
+        queue -= old
         self._external = max(0, queue)
         self._update()
 
@@ -175,8 +155,7 @@ def sane(load: Load) -> Load:
         return load
     rate = load.tokens_per_second
     usage = load.kv_cache_usage
-    return replace(
-        load,
+    return load._replace(
         running=max(0, load.running),
         waiting=max(0, load.waiting),
         max_running=max(0, load.max_running),

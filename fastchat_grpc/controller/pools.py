@@ -119,7 +119,8 @@ class Pools:
     """A pool for each model that a live worker serves, and the names of models of before."""
 
     def __init__(self) -> None:
-        self._pools: dict[str, Pool] = {}
+        self.by_name: dict[str, Pool] = {}
+        """The models that live workers serve. Not to be changed."""
         self._replicas: dict[frozenset[ModelInfo], Replicas] = {}
         self._gone = Recent()
         self._names: list[str] | None = None
@@ -138,7 +139,7 @@ class Pools:
     def join(self, worker: Worker, replicas: Replicas) -> None:
         """Put a worker beside its replicas, by its tier."""
         for name in replicas.models:
-            self._pools[name].resize(1)
+            self.by_name[name].resize(1)
         self._catalogue = None
         replicas.members[worker] = None
         worker.replicas = replicas
@@ -163,25 +164,21 @@ class Pools:
             worker.index.discard(worker)
         del replicas.members[worker]
         for name in replicas.models:
-            self._pools[name].resize(-1)
+            self.by_name[name].resize(-1)
         self._catalogue = None
         if not replicas.members:
             self._end(replicas)
 
-    def get(self, model: str) -> Pool | None:
-        """The pool of a model; None where no live worker serves it."""
-        return self._pools.get(model)
-
     def names(self) -> Sequence[str]:
         """The models of live workers, in order. Not to be changed."""
         if self._names is None:
-            self._names = sorted(self._pools)
+            self._names = sorted(self.by_name)
         return self._names
 
     def catalogue(self) -> Sequence[FleetModel]:
         """The models of live workers, by name. Made anew only when workers have come or gone."""
         if self._catalogue is None:
-            listed = map(self._pools.__getitem__, self.names())
+            listed = map(self.by_name.__getitem__, self.names())
             self._catalogue = tuple([pool.entry or pool.describe() for pool in listed])
         return self._catalogue
 
@@ -197,9 +194,9 @@ class Pools:
             NoLiveWorker: it is known, but no worker is registered for it.
             InvalidArgument: the name is empty and the fleet has several models.
         """
-        if not model and self._pools:
+        if not model and self.by_name:
             model = self._only()
-        pool = self._pools.get(model)
+        pool = self.by_name.get(model)
         if pool is not None:
             return model, pool
         metadata = {"model": model[:128]}
@@ -216,14 +213,14 @@ class Pools:
         raise ModelNotFound(f"no worker has served a model {model[:128]!r}", metadata=metadata)
 
     def _only(self) -> str:
-        if len(self._pools) > 1:
-            raise InvalidArgument("model", f"the fleet serves {len(self._pools)} models; name one (see ListModels)")
-        return next(iter(self._pools))
+        if len(self.by_name) > 1:
+            raise InvalidArgument("model", f"the fleet serves {len(self.by_name)} models; name one (see ListModels)")
+        return next(iter(self.by_name))
 
     def _pool(self, name: str) -> Pool:
-        pool = self._pools.get(name)
+        pool = self.by_name.get(name)
         if pool is None:
-            pool = self._pools[name] = Pool(name)
+            pool = self.by_name[name] = Pool(name)
             self._names = None
         return pool
 
@@ -231,10 +228,10 @@ class Pools:
         """The last of some replicas has left."""
         del self._replicas[replicas.key]
         for name in replicas.models:
-            pool = self._pools[name]
+            pool = self.by_name[name]
             pool.remove(replicas)
             if not pool.replicas:
-                del self._pools[name]
+                del self.by_name[name]
                 self._names = None
                 self._gone.add(name)
 

@@ -86,7 +86,7 @@ class Registry(Accounts):
         """The fleet is known to be whole, or old enough: what is not here does not exist."""
         self._young = False
         for model in list(self._queues):
-            if self._pools.get(model) is None:
+            if self._pools.by_name.get(model) is None:
                 self.room.look_again(model)  # who waits for it shall hear that it is not there
 
     # ------------------------------------------------------------------------------- leases
@@ -110,10 +110,15 @@ class Registry(Accounts):
             self._remove(worker, Removal.REPLACED)
         elif len(self) >= self._config.max_workers:
             raise FleetFull(
-                f"the controller holds {len(self)} workers and takes no more (see max_workers)",
+                f"the controller holds {len(self)} workers and takes no more (--max-workers)",
                 metadata={"max_workers": str(self._config.max_workers)},
             )
         return self._add(spec, load)
+
+    def holder(self, spec: WorkerSpec) -> Worker | None:
+        """The live worker whose place a process would take by registering: it has the same id, and is another one."""
+        worker = self._directory.get(spec.worker_id)
+        return worker if worker is not None and worker.spec.instance_id != spec.instance_id else None
 
     def heartbeat(self, lease_id: str, load: Load) -> Worker:
         """Renew a lease. Raises LeaseNotFound if it is unknown, expired or replaced."""
@@ -170,8 +175,10 @@ class Registry(Accounts):
 
     def pool(self, model: str) -> tuple[str, Pool]:
         """Name and pool of a model, and errors, as `Pools.find`."""
-        self.expire()
-        pool = self._pools.get(model)
+        timers = self._timers
+        if self._young or (timers and timers[0][0] <= self._clock()):
+            self.expire()
+        pool = self._pools.by_name.get(model)
         if pool is not None:
             return model, pool
         return self._pools.find(model, young=self._young)
@@ -199,7 +206,7 @@ class Registry(Accounts):
         """The live workers, ordered by id; with a model, those that serve it. Not to be changed."""
         self.expire()
         if model:
-            pool = self._pools.get(model)
+            pool = self._pools.by_name.get(model)
             return sorted(pool.members, key=by_id) if pool is not None else ()
         return self._directory.ordered()
 
@@ -262,8 +269,9 @@ class Registry(Accounts):
         worker.ledger.report(load, now, terms.heartbeat_interval_s)
         score = worker.ledger.score
         if score != worker.score:
-            if worker.index is not None:
-                worker.index.move(worker, score)
+            index = worker.index
+            if index is not None and index.sorts:
+                index.move(worker, score)
             else:
                 worker.score = score
         if not (health.heard(state, now) and self._settle(worker)) and self._listeners:

@@ -38,7 +38,7 @@ def _column(size: int) -> dict[str, float]:
         "pick, shortest_queue, us": _picks(size, DispatchMethod.SHORTEST_QUEUE, spares=0),
         "pick and two spares, shortest_queue, us": _picks(size, DispatchMethod.SHORTEST_QUEUE, spares=2),
         "pick and two spares, power_of_two, us": _picks(size, DispatchMethod.POWER_OF_TWO, spares=2),
-        "pick, prefix_affinity, us": _picks(size, DispatchMethod.PREFIX_AFFINITY, spares=0),
+        "pick and two spares, prefix_affinity, us": _picks(size, DispatchMethod.PREFIX_AFFINITY, spares=2),
         f"page of {PAGE:,} of ListWorkers, ms": _page(size),
         "all connections break, longest step, ms": _disconnect(size)[0],
         "all connections break, in all, ms": _disconnect(size)[1],

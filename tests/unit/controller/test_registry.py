@@ -315,16 +315,6 @@ class TestBreaker:
         fleet.registry.reserve(worker).release()
         assert ready(fleet) == ["a"]
 
-    def test_a_picked_address_counts_as_a_probe_for_a_while(self, fleet: Fleet) -> None:
-        worker = fleet.join(check_heartbeat=False)
-        fleet.registry.failed(worker)
-        fleet.registry.failed(worker)
-        fleet.wait(2)
-        fleet.registry.count_pick(worker)
-        assert ready(fleet) == []
-        fleet.wait(2)
-        assert ready(fleet) == ["a"]
-
     def test_a_probe_that_takes_long_does_not_keep_others_out_for_long(self, fleet: Fleet) -> None:
         worker = fleet.join(check_heartbeat=False)
         fleet.registry.failed(worker)
@@ -385,22 +375,6 @@ class TestLoad:
     def test_weight_divides_the_queue(self, fleet: Fleet) -> None:
         worker = fleet.join(weight=4.0, load=Load(running=6))
         assert worker.score == 1.5
-
-    def test_a_picked_address_counts_until_a_later_heartbeat_shows_it(self, fleet: Fleet) -> None:
-        worker = fleet.join()
-        fleet.registry.count_pick(worker)
-        fleet.registry.heartbeat(worker.lease_id, Load())  # sent before the caller can have arrived
-        assert worker.score == 1
-        fleet.wait(2)
-        fleet.registry.heartbeat(worker.lease_id, Load(running=1))
-        assert (worker.score, worker.reserved_count) == (1, 0)
-
-    def test_picks_of_a_worker_without_heartbeats_are_forgotten_by_age(self, fleet: Fleet) -> None:
-        worker = fleet.join(check_heartbeat=False)
-        for _ in range(10):
-            fleet.registry.count_pick(worker)
-            fleet.wait(1)
-        assert worker.reserved_count <= 3
 
     def test_a_full_worker_without_heartbeats_is_picked_again_after_an_interval(self, fleet: Fleet) -> None:
         worker = fleet.join(check_heartbeat=False, load=Load(max_running=4, max_waiting=2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -50,22 +51,26 @@ def registry(count: int, models: int = 1, names: int = 1) -> Registry:
     return found
 
 
-@pytest.mark.parametrize("method", [DispatchMethod.SHORTEST_QUEUE, DispatchMethod.POWER_OF_TWO])
-def test_a_pick_and_its_two_spares_cost_the_same_in_any_fleet(method: DispatchMethod) -> None:
+@pytest.mark.parametrize("tried", [0, 3])
+@pytest.mark.parametrize("method", list(DispatchMethod))
+def test_a_pick_and_its_two_spares_cost_the_same_in_any_fleet(method: DispatchMethod, tried: int) -> None:
+    before = {f"i{i}": 0.0 for i in range(tried)}
+
     def cost(count: int) -> float:
         dispatcher = Dispatcher(registry(count), method, random.Random(1))
         model = "m0-0"
 
-        def picks() -> None:
-            reservation = dispatcher.pick(PickRequest(model=model))
+        def picks(key: str) -> None:
+            reservation = dispatcher.pick(PickRequest(model=model, key=key, tried=before))
             excluded = {reservation.instance_id}
             for _ in range(2):
-                _, worker = dispatcher.choose(PickRequest(model=model, excluded=excluded))
+                _, worker = dispatcher.choose(PickRequest(model=model, key=key, excluded=excluded, tried=before))
                 excluded.add(worker.spec.instance_id)
             reservation.release()
 
-        picks()
-        return sum(steps(picks) for _ in range(20)) / 20
+        picks("")
+        picks("key")
+        return sum(steps(partial(picks, f"key {i}")) for i in range(20)) / 20
 
     assert cost(LARGE) < 1.3 * cost(SMALL)
 
