@@ -152,7 +152,7 @@ class LeaseConfig:
     """More are refused: whoever may register must not be able to fill the controller's memory."""
 
     def __post_init__(self) -> None:
-        _require(self.max_workers >= 1, f"max workers must be at least 1, got {self.max_workers}")
+        _require(self.max_workers >= 1, f"--max-workers must be at least 1, got {self.max_workers}")
         _require(
             self.heartbeat_interval_s > 0, f"heartbeat interval must be above 0 s, got {self.heartbeat_interval_s:g}"
         )

@@ -137,6 +137,13 @@ class InstanceReplaced(FastChatError):
     reason = "INSTANCE_REPLACED"
 
 
+class WorkerIdInUse(FastChatError):
+    """The worker that has this id is another process, and it answers at its address."""
+
+    code = Code.ALREADY_EXISTS
+    reason = "WORKER_ID_IN_USE"
+
+
 class FleetFull(FastChatError):
     """The controller holds as many workers as it may."""
 
@@ -204,6 +211,13 @@ class OutOfMemory(FastChatError):
 
     code = Code.RESOURCE_EXHAUSTED
     reason = "OUT_OF_MEMORY"
+
+
+class AnswerTooLarge(FastChatError):
+    """The answer does not fit a message; asking for less at a time helps, and asking again does not."""
+
+    code = Code.INVALID_ARGUMENT
+    reason = "ANSWER_TOO_LARGE"
 
 
 class Cancelled(FastChatError):

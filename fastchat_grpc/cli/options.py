@@ -134,6 +134,13 @@ controller_options = group(
         help="Seconds without a heartbeat after which a worker counts as dead.",
     ),
     click.option(
+        "--max-workers",
+        type=int,
+        default=LeaseConfig().max_workers,
+        show_default=True,
+        help="Workers that the controller holds; more are refused.",
+    ),
+    click.option(
         "--max-attempts",
         type=int,
         default=FailoverConfig().max_attempts,
@@ -190,7 +197,7 @@ def controller_config(flags: dict[str, Any]) -> ControllerConfig:
     return ControllerConfig(
         listen=listen_config(flags),
         dispatch=DispatchMethod(flags["dispatch_method"]),
-        lease=LeaseConfig(time_to_live_s=expiration, heartbeat_interval_s=interval),
+        lease=LeaseConfig(time_to_live_s=expiration, heartbeat_interval_s=interval, max_workers=flags["max_workers"]),
         failover=FailoverConfig(
             max_attempts=flags["max_attempts"],
             max_resumes=0 if flags["no_resume"] else flags["max_resumes"],

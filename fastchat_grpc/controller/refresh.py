@@ -1,4 +1,4 @@
-"""Refresh: removes workers that are gone, at once and not at the end of their leases. Never one that lives.
+"""Asks workers whether they are there: to remove those that are gone before their leases end, never one that lives.
 
 A worker is gone where its address refuses connections, leads nowhere, or is answered by another process.
 One that is slow, or that cannot be asked for want of something here (descriptors, a name server), stays.
@@ -12,6 +12,7 @@ import socket
 from collections.abc import Sequence
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from fastchat_grpc.config import split_address
 from fastchat_grpc.controller.fleet import Worker
@@ -20,6 +21,8 @@ from fastchat_grpc.rpc.pool import ChannelPool
 from fastchat_grpc.v1 import generation_pb2 as pb
 
 TIMEOUT_S = 3.0
+HOLDER_TIMEOUT_S = 1.0
+"""A process that registers waits this long for the one that has its id; its call lasts a little longer."""
 PARALLEL = 16
 """Workers that are asked at once: each takes a descriptor meanwhile."""
 GET_STATUS = "/fastchat_grpc.v1.GenerationService/GetStatus"
@@ -33,21 +36,30 @@ class Refresh:
     def __init__(self, registry: Registry, pool: ChannelPool) -> None:
         self._registry = registry
         self._pool = pool
+        self._places = asyncio.Semaphore(PARALLEL)
 
     async def run(self) -> tuple[Sequence[Worker], Sequence[Worker]]:
         """Remove the workers that are gone. Returns those that stay and those that were removed, by id."""
-        places = asyncio.Semaphore(PARALLEL)
         workers = list(self._registry.workers())
-        gone = await asyncio.gather(*(self._gone(worker, places) for worker in workers))
+        gone = await asyncio.gather(*(self._gone(worker) for worker in workers))
         left = [worker for worker, is_gone in zip(workers, gone, strict=True) if is_gone]
         for worker in left:
             self._registry.drop(worker)
         return [worker for worker, is_gone in zip(workers, gone, strict=True) if not is_gone], left
 
-    async def _gone(self, worker: Worker, places: asyncio.Semaphore) -> bool:
+    async def answers(self, worker: Worker) -> bool:
+        """Whether this very process answers at its address. False also where it cannot be asked, or is slow."""
+        try:
+            async with self._places:
+                raw = await self._pool.ask(worker.spec.address, GET_STATUS, b"", HOLDER_TIMEOUT_S)
+            return pb.GetStatusResponse.FromString(raw).instance_id == worker.spec.instance_id
+        except (grpc.aio.AioRpcError, DecodeError):
+            return False
+
+    async def _gone(self, worker: Worker) -> bool:
         if self._fresh(worker):
             return False
-        async with places:
+        async with self._places:
             asked_at = worker.heartbeat_at
             gone = await self._asked(worker)
         return gone and worker.heartbeat_at == asked_at  # a heartbeat meanwhile is proof enough

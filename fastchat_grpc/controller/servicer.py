@@ -16,7 +16,7 @@ from fastchat_grpc.controller.listing import change_batches, models_page, worker
 from fastchat_grpc.controller.picks import Picks
 from fastchat_grpc.controller.refresh import Refresh
 from fastchat_grpc.controller.watch import Watch
-from fastchat_grpc.errors import InvalidArgument
+from fastchat_grpc.errors import InvalidArgument, WorkerIdInUse
 from fastchat_grpc.rpc import convert
 from fastchat_grpc.rpc.pool import ChannelPool
 from fastchat_grpc.rpc.security import AllowedNetworks
@@ -58,6 +58,7 @@ class ControllerServicer(registry_pb2_grpc.ControllerServiceServicer):
     async def Register(self, request: pb.RegisterRequest, context: Context) -> pb.RegisterResponse:
         spec = spec_from_pb(request)
         await self._networks.check(spec.address)
+        await self._check_id(spec)
         worker = self._registry.register(spec, convert.load_from_pb(request.load))
         return pb.RegisterResponse(
             lease_id=worker.lease_id,
@@ -155,6 +156,19 @@ class ControllerServicer(registry_pb2_grpc.ControllerServiceServicer):
             live_worker_ids=[worker.spec.worker_id for worker in live],
             removed_worker_ids=[worker.spec.worker_id for worker in removed],
         )
+
+    async def _check_id(self, spec: WorkerSpec) -> None:
+        """A process takes the id of another over when that one is gone, and not while it answers at its address.
+
+        Raises WorkerIdInUse.
+        """
+        holder = self._registry.holder(spec)
+        if holder is not None and await self._refresh.answers(holder) and holder.removed is None:
+            raise WorkerIdInUse(
+                f"worker {spec.worker_id!r} is another process, which answers at {holder.spec.address}; "
+                "two workers must not share a worker id (set --worker-id)",
+                metadata={"worker_id": spec.worker_id},
+            )
 
     def _confirm(self, terms: LeaseTerms) -> pb.HeartbeatResponse:
         """The answer to most heartbeats; built anew only when the terms change."""

@@ -114,6 +114,9 @@ class ControllerServiceServicer:
         INVALID_ARGUMENT: a field is missing or out of range.
         UNAUTHENTICATED: the controller asks for a join token and it is missing or wrong.
         PERMISSION_DENIED: the advertised address is not in an allowed network.
+        ALREADY_EXISTS: another process has this worker_id. WORKER_ID_IN_USE: it
+        still answers at its address. INSTANCE_REPLACED: it came after this one.
+        RESOURCE_EXHAUSTED (FLEET_FULL): the controller holds as many workers as it may.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -414,6 +414,26 @@ class TestRegistryService:
         assert [entry.model.name for entry in (*first.models, *rest.models)] == [f"m-{i}" for i in range(7)]
         assert not rest.next_page_token
 
+    async def test_nobody_takes_the_id_of_a_worker_that_answers(
+        self,
+        controller: ControllerApp,
+        stub: registry_pb2_grpc.ControllerServiceStub,
+        start_worker: StartWorker,
+    ) -> None:
+        worker = await start_worker(controllers=(controller.address,), worker_id="taken")
+        await joined(controller, 1)
+        for address in ("127.0.0.1:9", worker.address):
+            other = registration(worker_id="taken", instance_id="other", address=address)
+            await fails(stub.Register(other), errors.WorkerIdInUse, "--worker-id")
+        assert controller.registry.worker("taken").spec.instance_id == worker.instance_id
+
+    async def test_the_id_of_a_worker_that_is_gone_is_free_before_its_lease_ends(
+        self, controller: ControllerApp, stub: registry_pb2_grpc.ControllerServiceStub
+    ) -> None:
+        await stub.Register(registration(worker_id="moves", instance_id="before", address="127.0.0.1:1"))
+        await stub.Register(registration(worker_id="moves", instance_id="after", address="127.0.0.1:9"))
+        assert controller.registry.worker("moves").spec.instance_id == "after"
+
     async def test_refreshing_drops_who_does_not_answer(
         self,
         controller: ControllerApp,

@@ -8,6 +8,7 @@ import click
 import pytest
 import trustme
 
+from fastchat_grpc.cli import options
 from fastchat_grpc.cli.supervisor import (
     COMMANDS,
     NOT_OFFERED,
@@ -129,3 +130,10 @@ def test_a_tls_file_that_is_none_is_named(tmp_path: Path, file: str) -> None:
     arguments = [part for name, path in paths.items() for part in (f"--tls-{name}", str(path))]
     with pytest.raises(ConfigError, match=str(paths[file])):
         COMMANDS["controller"].main(arguments, standalone_mode=False)
+
+
+def test_the_number_of_workers_can_be_bounded() -> None:
+    flags = dict(COMMANDS["controller"].make_context("controller", ["--max-workers", "7"]).params)
+    assert options.controller_config(flags).lease.max_workers == 7
+    with pytest.raises(ConfigError, match="--max-workers must be at least 1, got 0"):
+        options.controller_config({**flags, "max_workers": 0})
