@@ -1,5 +1,5 @@
-"""What every call passes through: keys and bounds are checked before a method runs, requests are parsed, and
-errors become statuses after it.
+"""What every call passes through: keys and bounds are checked before a method runs, requests are parsed, and after
+it answers are serialized and errors become statuses.
 
 The methods of a server are wrapped once, when they are added, and found by one look into a table. A server
 interceptor would do the same anew for each call, and cost it about a tenth of what an empty call costs.
@@ -16,7 +16,8 @@ from typing import Any, TypeAlias, TypeVar
 import grpc
 from google.protobuf.message import DecodeError
 
-from fastchat_grpc.errors import BackendFailed, FastChatError, InvalidArgument
+from fastchat_grpc.config import MAX_MESSAGE_BYTES
+from fastchat_grpc.errors import AnswerTooLarge, BackendFailed, FastChatError, InvalidArgument
 from fastchat_grpc.rpc.limits import CallBounds, CallLimits, Limit
 from fastchat_grpc.rpc.status import abort
 
@@ -38,13 +39,18 @@ class Border(grpc.GenericRpcHandler):
 
     Domain errors become statuses, for every method, in one place. Cancellation and `AbortError` pass
     untouched. An unexpected exception becomes INTERNAL; its place is logged, its message is not, since it
-    may quote a prompt.
+    may quote a prompt. An answer that grpc would not send is refused here, in words that say what to do.
     """
 
     def __init__(
-        self, admit: Admit | None = None, bounds: CallBounds | None = None, admit_peer: AdmitPeer | None = None
+        self,
+        admit: Admit | None = None,
+        bounds: CallBounds | None = None,
+        admit_peer: AdmitPeer | None = None,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
         self._admit = admit
+        self._max_bytes = max_message_bytes
         self._admit_peer = admit_peer
         self._limits = CallLimits(bounds)
         self._methods: dict[str, Handler] = {}
@@ -54,7 +60,7 @@ class Border(grpc.GenericRpcHandler):
         """Called by the generated `add_..._to_server`."""
         for name, handler in handlers.items():
             method = f"/{service}/{name}"
-            self._methods[method] = _guarded(handler, method, self._limits, self._admit_peer)
+            self._methods[method] = self._guarded(handler, method)
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
         """Called by the generated `add_..._to_server`; stubs of old generators call nothing else."""
@@ -74,11 +80,19 @@ class Border(grpc.GenericRpcHandler):
     def _find(self, details: grpc.HandlerCallDetails) -> Handler | None:
         for generic in self._generic:
             if (handler := generic.service(details)) is not None:
-                self._methods[details.method] = guarded = _guarded(
-                    handler, details.method, self._limits, self._admit_peer
-                )
+                self._methods[details.method] = guarded = self._guarded(handler, details.method)
                 return guarded
         return None
+
+    def _guarded(self, handler: Handler, method: str) -> Handler:
+        behaviors = (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
+        behavior = next(behavior for behavior in behaviors if behavior is not None)
+        if self._admit_peer is not None:
+            behavior = _of_peer(behavior, method, self._admit_peer)
+        render = _rendering(handler.response_serializer, self._max_bytes)
+        guard = _guard_stream if handler.response_streaming else _guard_unary
+        # Requests are parsed by the guard: grpc would answer bytes that are no message with UNKNOWN, and log each.
+        return _make(handler, guard(behavior, method, _parsing(handler), render, self._limits.of(method)), None)
 
 
 def parse_request(deserialize: Callable[[bytes], T], raw: bytes) -> T:
@@ -88,17 +102,6 @@ def parse_request(deserialize: Callable[[bytes], T], raw: bytes) -> T:
     except DecodeError:
         # Its message names the type alone; a traceback would say no more, and anybody could fill the log with them.
         raise InvalidArgument("", "the request is not a message of this method's type") from None
-
-
-def _guarded(handler: Handler, method: str, limits: CallLimits, admit_peer: AdmitPeer | None) -> Handler:
-    behaviors = (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
-    behavior = next(behavior for behavior in behaviors if behavior is not None)
-    if admit_peer is not None:
-        behavior = _of_peer(behavior, method, admit_peer)
-    parse = _parsing(handler)
-    guard = _guard_stream if handler.response_streaming else _guard_unary
-    # Requests are parsed by the guard: grpc would answer bytes that are no message with UNKNOWN, and log each.
-    return _make(handler, guard(behavior, method, parse, limits.of(method)), None)
 
 
 def _of_peer(behavior: Callable[..., Any], method: str, admit_peer: AdmitPeer) -> Callable[..., Any]:
@@ -122,6 +125,28 @@ def _parsing(handler: Handler) -> Callable[[Any], Any]:
     return parsed if handler.request_streaming else lambda raw: parse_request(deserialize, raw)
 
 
+def _rendering(serialize: Callable[[Any], bytes] | None, max_bytes: int) -> Callable[[Any], bytes]:
+    """From answers to bytes. Raises AnswerTooLarge."""
+
+    def rendered(answer: Any) -> bytes:
+        raw = answer if serialize is None else serialize(answer)
+        if len(raw) > max_bytes:
+            raise AnswerTooLarge(
+                f"the answer has {len(raw)} bytes, and a message has at most {max_bytes}; ask for less at a time",
+                metadata={"max_message_bytes": str(max_bytes)},
+            )
+        return raw
+
+    return rendered
+
+
+def _unless_bytes(serialize: Callable[[Any], bytes] | None) -> Callable[[Any], bytes] | None:
+    """The serializer of grpc's own services, which write to the context themselves; what passed the guard is bytes."""
+    if serialize is None:
+        return None
+    return lambda answer: answer if isinstance(answer, bytes) else serialize(answer)
+
+
 def _make(handler: Handler, behavior: Callable[..., Any], deserialize: Callable[[bytes], Any] | None) -> Handler:
     """The same method with another behavior."""
     make = {
@@ -130,17 +155,21 @@ def _make(handler: Handler, behavior: Callable[..., Any], deserialize: Callable[
         (True, False): grpc.stream_unary_rpc_method_handler,
         (True, True): grpc.stream_stream_rpc_method_handler,
     }[handler.request_streaming, handler.response_streaming]
-    return make(behavior, deserialize, handler.response_serializer)
+    return make(behavior, deserialize, _unless_bytes(handler.response_serializer))
 
 
 def _guard_unary(
-    behavior: Callable[..., Any], method: str, parse: Callable[[Any], Any], limit: Limit | None
+    behavior: Callable[..., Any],
+    method: str,
+    parse: Callable[[Any], Any],
+    render: Callable[[Any], bytes],
+    limit: Limit | None,
 ) -> Callable[[Any, Context], Awaitable[Any]]:
     async def guarded(request: Any, context: Context) -> Any:
         try:
             with limit.call(context.peer()) if limit is not None else _UNCOUNTED:
                 result = behavior(parse(request), context)
-                return await result if isinstance(result, Awaitable) else result
+                return render(await result if isinstance(result, Awaitable) else result)
         except grpc.aio.AbortError:
             raise
         except Exception as error:
@@ -150,7 +179,11 @@ def _guard_unary(
 
 
 def _guard_stream(
-    behavior: Callable[..., Any], method: str, parse: Callable[[Any], Any], limit: Limit | None
+    behavior: Callable[..., Any],
+    method: str,
+    parse: Callable[[Any], Any],
+    render: Callable[[Any], bytes],
+    limit: Limit | None,
 ) -> Callable[[Any, Context], AsyncIterator[Any]]:
     async def guarded(request: Any, context: Context) -> AsyncIterator[Any]:
         try:
@@ -165,7 +198,7 @@ def _guard_stream(
                 # whenever the garbage collector finds it.
                 async with aclosing(responses):
                     async for response in responses:
-                        yield response
+                        yield render(response)
         except grpc.aio.AbortError:
             raise
         except Exception as error:

@@ -38,7 +38,7 @@ class RpcServer:
         self._listen = listen
         self._names = [name for name, _ in services]
         peers = PeerNames(listen.peer_sans).admit if listen.peer_sans else None
-        border = Border((access or Access()).admit, bounds, peers)
+        border = Border((access or Access()).admit, bounds, peers, listen.max_message_bytes)
         for _, add in services:
             add(border)
         self._health = health.aio.HealthServicer()

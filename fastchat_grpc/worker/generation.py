@@ -10,6 +10,7 @@ from dataclasses import replace
 from time import monotonic
 
 from fastchat_grpc.backends.base import Backend
+from fastchat_grpc.config import MAX_MESSAGE_BYTES
 from fastchat_grpc.core import (
     Capability,
     Delta,
@@ -26,6 +27,9 @@ from fastchat_grpc.worker.active import Active
 from fastchat_grpc.worker.admission import Admission
 
 logger = logging.getLogger(__name__)
+
+EMBEDDING_OVERHEAD = 16
+"""Bytes of an EmbedResponse for each vector, beside its numbers; more than there are."""
 
 
 class LocalGeneration:
@@ -119,8 +123,16 @@ class LocalGeneration:
                 defaults = defaults.yielding(refusal.field)
 
     async def embed(self, request: EmbedRequest) -> EmbedResult:
-        """Embed, in a slot."""
-        request = replace(request, model=self.model(request.model).name)
+        """Embed, in a slot. Raises InvalidArgument, before the work, for more than a message can bring back."""
+        model = self.model(request.model)
+        most = MAX_MESSAGE_BYTES // (4 * model.embedding_size + EMBEDDING_OVERHEAD)
+        if model.embedding_size and len(request.inputs) > most:
+            raise InvalidArgument(
+                "inputs",
+                f"{len(request.inputs)} embeddings of {model.embedding_size} numbers each do not fit a message, which "
+                f"has at most {MAX_MESSAGE_BYTES} bytes; embed at most {most} at a time",
+            )
+        request = replace(request, model=model.name)
         async with self._evictable() as active, self.admission.slot() as active.slot:
             return await self._backend.embed(request)
 

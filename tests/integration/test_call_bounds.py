@@ -207,3 +207,37 @@ def test_a_gateway_which_is_one_peer_can_fill_a_worker() -> None:
     admission = Admission(max_running=256, max_waiting=256)
     most = admission.max_running + admission.max_waiting + admission.max_resumed
     assert most < CallBounds().calls_per_peer < CallBounds().calls < MAX_STREAMS_PER_CONNECTION + 1
+
+
+class Verbose(registry_pb2_grpc.ControllerServiceServicer):
+    """Answers with as many bytes as the name of the model says."""
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
+        return pb.ListModelsResponse(next_page_token="x" * int(request.name_prefix))
+
+    async def WatchWorkers(self, request: pb.WatchWorkersRequest, context: Any) -> Any:
+        yield pb.WatchWorkersResponse(version="x" * int(request.model))
+
+
+async def test_an_answer_that_is_too_large_is_refused_in_words_that_say_what_to_do() -> None:
+    def add(border: Any) -> None:
+        registry_pb2_grpc.add_ControllerServiceServicer_to_server(Verbose(), border)
+
+    server = RpcServer(ListenConfig(max_message_bytes=2000), [("fastchat_grpc.v1.ControllerService", add)])
+    await server.start()
+    try:
+        async with open_channel(server.address) as channel:
+            stub = registry_pb2_grpc.ControllerServiceStub(channel)
+            fits = await stub.ListModels(pb.ListModelsRequest(name_prefix="1900"))
+            assert len(fits.next_page_token) == 1900
+            for call in (
+                stub.ListModels(pb.ListModelsRequest(name_prefix="2000")),
+                stub.WatchWorkers(pb.WatchWorkersRequest(model="2000")).read(),
+            ):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await call
+                error = error_from_rpc(caught.value)
+                assert isinstance(error, errors.AnswerTooLarge), error
+                assert "at most 2000; ask for less" in error.message
+    finally:
+        await server.stop(0)

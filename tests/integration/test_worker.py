@@ -16,6 +16,7 @@ from fastchat_grpc.core import ChatMessage, Completion, Delta, FinishReason, Pro
 from fastchat_grpc.rpc import convert
 from fastchat_grpc.rpc.channels import open_channel
 from fastchat_grpc.v1 import generation_pb2, generation_pb2_grpc
+from fastchat_grpc.worker import generation
 from fastchat_grpc.worker.app import WorkerApp
 from tests.conftest import StartWorker, echo_config, eventually, running_worker
 
@@ -72,6 +73,16 @@ async def test_stop_length_and_cumulative_text(client: AsyncClient) -> None:
     assert (cut.text, cut.choices[0].finish_reason) == ("one t", FinishReason.LENGTH)
     texts = [e.cumulative_text async for e in client.generate("abc", cumulative_text=True) if isinstance(e, Delta)]
     assert texts == ["a", "abc", "abc"]
+
+
+async def test_more_embeddings_than_a_message_holds_are_refused_before_the_work(
+    client: AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "MAX_MESSAGE_BYTES", 4000)  # of 16 MiB, and vectors of thousands of numbers
+    with pytest.raises(
+        errors.InvalidArgument, match=r"inputs: 100 embeddings of \d+ numbers .* 4000 bytes; embed at most"
+    ):
+        await client.embed(["a"] * 100)
 
 
 async def test_embeddings_are_normalized_and_independent_of_their_batch(client: AsyncClient) -> None:
