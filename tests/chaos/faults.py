@@ -16,6 +16,10 @@ Fault = Callable[[list[Member], float], Awaitable[None]]
 """Does something to its victims, one after the other or all at once; the number from 0 to 1 says how badly."""
 
 
+ROLLS = 4
+"""How many other faults of a worker a rolling restart weighs: all workers of its model must be well to draw it."""
+
+
 class Faults:
     """Draws faults, so that enough workers of each model and one controller stay live, but now and then none does."""
 
@@ -26,7 +30,10 @@ class Faults:
         """A fault, its victims, and how to do it; None where everybody has one."""
         kinds: list[tuple[str, list[Member], Fault]] = []
         for group in self._fleet.groups.values():
-            idle = [worker for worker in self._fleet.workers[group.model] if not worker.busy]
+            workers = self._fleet.workers[group.model]
+            idle = [worker for worker in workers if not worker.busy]
+            if len(idle) == len(workers) > 1:
+                kinds += [("rolling restart", workers, self._roll)] * ROLLS
             if len(idle) > group.live:
                 one = [rng.choice(idle)]
                 kinds += [
@@ -45,8 +52,8 @@ class Faults:
                 ("packets of a controller dropped", one, self._drop),
                 ("all controllers restart", controllers, self._restart_together),
             ]
-        if all(not member.busy for member in self._fleet.members):
-            kinds.append(("rolling restart", self._fleet.all_workers, self._roll))
+        if len(controllers) == len(self._fleet.controllers) > 1:
+            kinds.append(("rolling restart of controllers", controllers, self._roll_controllers))
         return rng.choice(kinds) if kinds else None
 
     async def _kill(self, victims: list[Member], luck: float) -> None:
@@ -90,9 +97,14 @@ class Faults:
         member.proxy.cut()
 
     async def _roll(self, victims: list[Member], luck: float) -> None:
-        """Drain and restart one worker after the other, as a rollout does."""
+        """Drain and restart one worker of a model after the other, as a rollout does."""
         for member in victims:
             await self._drain([member], luck)
+            await member.answers()
+
+    async def _roll_controllers(self, victims: list[Member], luck: float) -> None:
+        for member in victims:
+            await self._restart([member], luck)
             await member.answers()
 
     async def _drain(self, victims: list[Member], luck: float) -> None:

@@ -16,6 +16,9 @@ SCHEMA = '{"type":"object","properties":{"z":{"type":"integer","minimum":1},"a":
 """Order of keys and spelling of numbers must reach every worker as they are."""
 TOOLS = (Tool(name="look", description="Look it up", parameters_json=SCHEMA), Tool(name="wait"))
 
+HTTP_OPTIONS = ("temperature", "seed", "n", "ignore_eos", "presence_penalty", "frequency_penalty", "repetition_penalty")
+"""Options that have the same name over HTTP."""
+
 
 class Rule(Enum):
     """What an answer is held against."""
@@ -50,7 +53,7 @@ class Ask:
         """Path and body of the same request over HTTP."""
         options = dict(self.options)
         body: dict[str, Any] = {"model": self.model, "stream": stream, "max_tokens": options.pop("max_new_tokens")}
-        body |= {key: options.pop(key) for key in ("temperature", "seed", "n", "ignore_eos") if key in options}
+        body |= {key: options.pop(key) for key in HTTP_OPTIONS if key in options}
         if tools := options.pop("tools", ()):
             body["tools"] = [_tool(tool) for tool in tools]
         assert not options, f"{self.name} cannot be asked over HTTP: {sorted(options)}"
@@ -105,7 +108,7 @@ class Workload:
 
 
 def dice_workload(main: str, solo: str, seedless: str, tokens: int) -> Workload:
-    """Greedy, seeded, drawn, with tools, grammars, stops, several choices.
+    """Greedy, seeded, drawn, with penalties, tools, grammars, stops, several choices.
 
     Args:
         main: model of several workers; seeds come back on another worker.
@@ -116,6 +119,7 @@ def dice_workload(main: str, solo: str, seedless: str, tokens: int) -> Workload:
     some = {"max_new_tokens": tokens, "ignore_eos": True}
     greedy = {**some, "temperature": 0.0}
     seeded = {**some, "temperature": 0.8, "seed": 7}
+    penalized = {"presence_penalty": 0.3, "frequency_penalty": 0.15, "repetition_penalty": 1.1}
     grammar = Grammar(GrammarKind.JSON_OBJECT)
     http: list[Ask] = []
     grpc: list[Ask] = []
@@ -123,6 +127,8 @@ def dice_workload(main: str, solo: str, seedless: str, tokens: int) -> Workload:
         http += [
             Ask(name="greedy", model=main, prompt=prompt, options=greedy),
             Ask(name="seeded", model=main, prompt=prompt, options=seeded),
+            Ask(name="penalties", model=main, prompt=prompt, options={**seeded, **penalized}),
+            Ask(name="greedy penalties", model=main, prompt=prompt, options={**greedy, **penalized, "n": 2}),
             Ask(name="two choices", model=main, prompt=prompt, options={**seeded, "n": 2}),
             Ask(name="tools", model=main, prompt=prompt, chat=True, options={**seeded, "tools": TOOLS}),
             Ask(name="drawn", model=main, prompt=prompt, options=some, rule=Rule.OWN_KEY),
