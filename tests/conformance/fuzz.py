@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +32,8 @@ from fastchat_grpc.core import (
 from fastchat_grpc.errors import UnsupportedField
 
 INT32_MAX = 2**31 - 1
+VOCABULARY = int(os.environ.get("FUZZ_VOCABULARY", "49152"))
+"""Tokens of the model under test."""
 SCHEMAS: tuple[str, ...] = (
     '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": false}',
     '{"type": "string"}',
@@ -104,18 +107,20 @@ def _rarely(usual: st.SearchStrategy[Any], *rare: Any) -> st.SearchStrategy[Any]
 sampling_fields: dict[str, st.SearchStrategy[Any]] = {
     "temperature": _values(0, 100, 1, 0.7, 1e-6, 1e-5, 2),
     "top_p": _values(0, 1, 1e-9, 1e-7, 0.9, 0.999999),
-    "top_k": st.sampled_from([-1, 0, 1, 2, 40, 49151, 49152, 10**6, INT32_MAX]),
+    "top_k": st.sampled_from([-1, 0, 1, 2, 40, VOCABULARY - 1, VOCABULARY, 10**6, INT32_MAX]),
     "min_p": _values(0, 1, 0.05, 1e-30, 0.999999),
     "repetition_penalty": st.one_of(st.sampled_from([0.001, 0.5, 1, 1.1, 2, 1000]), st.floats(0.01, 10)),
     "presence_penalty": _values(-2, 2, 0),
     "frequency_penalty": _values(-2, 2, 0),
     "seed": st.sampled_from([None, 0, 1, -1, 2**32, 2**63 - 1, -(2**63)]),
     "logit_bias": st.dictionaries(
-        _rarely(st.sampled_from([0, 1, 2, 97, 255]), 49151, 49152, INT32_MAX), _values(-100, 100, 0), max_size=3
+        _rarely(st.sampled_from([0, 1, 2, 97, 255]), VOCABULARY - 1, VOCABULARY, INT32_MAX),
+        _values(-100, 100, 0),
+        max_size=3,
     ),
 }
-token_ids = st.lists(st.one_of(st.integers(0, 255), st.sampled_from([0, 2, 49151])), min_size=1, max_size=12)
-wild_token_ids = _rarely(token_ids, [49152], [INT32_MAX])
+token_ids = st.lists(st.one_of(st.integers(0, 255), st.sampled_from([0, 2, VOCABULARY - 1])), min_size=1, max_size=12)
+wild_token_ids = _rarely(token_ids, [VOCABULARY], [INT32_MAX])
 stopping_fields: dict[str, st.SearchStrategy[Any]] = {
     "max_new_tokens": st.one_of(st.integers(1, 12), st.sampled_from([1, 300, 512, INT32_MAX])),
     "min_new_tokens": st.one_of(st.integers(0, 12), st.sampled_from([300, 512, INT32_MAX])),
@@ -183,7 +188,7 @@ def _resumes(draw: st.DrawFn, n: int) -> tuple[ResumedChoice, ...] | None:
     return tuple(
         ResumedChoice(
             index=index,
-            output_token_ids=draw(st.one_of(st.just(()), _rarely(token_ids.map(tuple), (49152,), (97,) * 600))),
+            output_token_ids=draw(st.one_of(st.just(()), _rarely(token_ids.map(tuple), (VOCABULARY,), (97,) * 600))),
             text_length=draw(st.sampled_from([0, 1, 5, INT32_MAX])),
             finished=draw(st.booleans()),
         )

@@ -216,7 +216,7 @@ def take(result: Result, event: Event, request: GenerateRequest) -> None:
     if isinstance(event, Completion):
         choice.completion = event
         return
-    assert event.text or event.token_ids, "a Delta holds something"
+    assert event.text or event.token_ids or event.logprobs, "a Delta holds something"
     if event.token_ids or request.output.logprobs is None:  # one each, where a backend knows ids at all
         assert len(event.logprobs) == (len(event.token_ids) if request.output.logprobs is not None else 0)
     choice.deltas.append(event)

@@ -25,6 +25,8 @@ VLLM_PYTHON = ".venvs/vllm/bin/python"
 """With an environment of vLLM, the upstream backend is tested against vLLM's own server too, where it is chosen."""
 MODEL_VARIABLE = "FASTCHAT_GRPC_TEST_MODEL"
 """A Hugging Face folder to use instead of the embedded model."""
+GGUF_VARIABLE = "FASTCHAT_GRPC_TEST_GGUF"
+"""A GGUF file to use instead of the embedded model's."""
 
 
 @asynccontextmanager
@@ -125,6 +127,8 @@ def embedded_folder() -> str:
 
 def embedded_gguf_file() -> str:
     """The embedded model as a GGUF file."""
+    if own := os.environ.get(GGUF_VARIABLE):
+        return own
     from fastchat_grpc.models.embedded import embedded_gguf
 
     return str(embedded_gguf())
@@ -144,7 +148,8 @@ TARGETS = {
             settings={"load_8bit": True},
             fuzz_only=True,
         ),
-        Target(name="openvino", model=lambda: EMBEDDED_MODEL, options=EXACT),  # from its GGUF file, without an export
+        # From its GGUF file, without an export.
+        Target(name="openvino", model=lambda: os.environ.get(GGUF_VARIABLE, EMBEDDED_MODEL), options=EXACT),
         Target(name="openvino", label="openvino-exported", model=embedded_folder, options=EXACT),
         Target(
             name="upstream",

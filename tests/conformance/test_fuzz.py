@@ -1,42 +1,35 @@
 """Whatever a request holds, it is served or refused, and the request beside it does not notice.
 
-`make fuzz NAME=openvino ARGS=10000` runs more examples than CI does, without a limit of time.
+`make fuzz NAME=openvino ARGS=10000` runs more examples than CI does, without a limit of time, on a tiny model.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from time import monotonic
 
 import pytest
 import pytest_asyncio
-from hypothesis import HealthCheck, Phase, event, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from fastchat_grpc.backends.capabilities import Feature
-from fastchat_grpc.core import Completion, GenerateRequest
-from fastchat_grpc.errors import AdapterNotFound, FastChatError, InvalidArgument, NotSupported, OutOfMemory
+from fastchat_grpc.core import GenerateRequest, StopConditions, TextPrompt
 from tests.conformance.fuzz import requests, supported_part
-from tests.conformance.harness import Harness, empty, request, take
+from tests.conformance.fuzz_run import WIDTH, Fuzz, reduced
+from tests.conformance.harness import Harness, request
 from tests.conformance.targets import TARGETS, chosen
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "14400" if "FUZZ_EXAMPLES" in os.environ else "30"))
-"""Of each backend; what is left of its examples then passes unseen, as the statistics say."""
-MOST_EVENTS = 40
-"""After so many the caller leaves, as callers do: long outputs are cut, and so are engines' sequences."""
-TIMEOUT_S = 60.0
-NEIGHBOUR = "1 2 3 4 5 6 7 8 9 10 11"
-"""A text whose continuation no rounding changes."""
-REFUSALS = (InvalidArgument, AdapterNotFound, NotSupported, OutOfMemory)
-
-_undisturbed: dict[str, list[int] | str] = {}
-_ends: dict[str, float] = {}
+"""Of each backend; what is left of its examples then is not run, as the last line says."""
+SEED = int(os.environ.get("FUZZ_SEED", "0"))
+REPORTED_EVERY = 1000
 
 
 def _fuzzed() -> list[object]:
@@ -60,58 +53,73 @@ async def harness(request: pytest.FixtureRequest) -> AsyncIterator[Harness]:
     await harness.close()
 
 
-async def neighbour(harness: Harness) -> list[int] | str:
-    """Tokens of a plain greedy request, or its text where a backend has no tokens."""
-    result = await harness.ask(NEIGHBOUR, max_new_tokens=6)
-    return result.token_ids or result.text
+def draw(take: Callable[[GenerateRequest, int], None]) -> None:
+    """Hand over the examples, in the order of the seed."""
+
+    @seed(SEED)
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        database=None,
+        phases=(Phase.generate,),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(asked=requests(), whole=st.integers(0, 4))
+    def drawn(asked: GenerateRequest, whole: int) -> None:
+        take(asked, whole)
+
+    drawn()
 
 
-async def outcome(harness: Harness, asked: GenerateRequest) -> str:
-    """Serve a request as far as a caller may want, and say how it ended. Raises what is nobody's fault but ours."""
-    result, count = empty(asked), 0
-    try:
-        async with asyncio.timeout(TIMEOUT_S), aclosing(harness.backend.generate(asked)) as events:
-            async for item in events:
-                take(result, item, asked)
-                count += not isinstance(item, Completion)
-                if count == MOST_EVENTS:
-                    return "left"
-    except REFUSALS as error:
-        return f"refused: {type(error).__name__}"
-    assert all(choice.completion is not None for choice in result.choices.values())
-    return "served"
-
-
-@settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    database=None,
-    derandomize="FUZZ_EXAMPLES" not in os.environ,
-    phases=(Phase.generate, Phase.shrink) if EXAMPLES > 1000 else (Phase.generate,),
-    suppress_health_check=list(HealthCheck),
-    print_blob=True,
-)
-@given(asked=requests(), whole=st.integers(0, 4))
 @pytest.mark.timeout(14_400)
-async def test_fuzz(harness: Harness, asked: GenerateRequest, whole: int) -> None:
-    if whole:
-        asked = supported_part(asked, harness.traits)
-    key = harness.target.label or harness.target.name
-    if key not in _undisturbed:
-        _undisturbed[key] = await neighbour(harness)
-        _ends[key] = monotonic() + SECONDS
-    if monotonic() > _ends[key]:
-        event("out of time")
-        return
-    beside = asyncio.create_task(neighbour(harness))
-    try:
-        ended = await outcome(harness, asked)
-    except FastChatError as error:
-        raise AssertionError(f"{type(error).__name__} of {asked}: {error}") from error
-    finally:
-        text = await asyncio.gather(beside, return_exceptions=True)
-    event(ended)
-    assert text == [_undisturbed[key]], f"beside {asked}"
+async def test_fuzz(harness: Harness, capsys: pytest.CaptureFixture[str]) -> None:
+    fuzz = Fuzz(harness)
+    await fuzz.start()
+    loop = asyncio.get_running_loop()
+    began = monotonic()
+    batch: list[GenerateRequest] = []
+
+    def report() -> None:
+        ended = ", ".join(f"{name} {count}" for name, count in fuzz.seen.most_common())
+        name = harness.target.label or harness.target.name
+        took = monotonic() - began
+        with capsys.disabled():
+            print(
+                f"\n{name}: {fuzz.seen.total()} examples of seed {SEED} in {took:.0f} s ({ended})", end=" ", flush=True
+            )
+
+    def flush() -> None:
+        asyncio.run_coroutine_threadsafe(fuzz.run(batch), loop).result()
+        batch.clear()
+        if fuzz.seen.total() % REPORTED_EVERY < WIDTH <= EXAMPLES - fuzz.seen.total():
+            report()
+
+    def take(asked: GenerateRequest, whole: int) -> None:
+        if monotonic() - began < SECONDS:
+            batch.append(supported_part(asked, harness.traits) if whole else asked)
+            if len(batch) == WIDTH:
+                flush()
+
+    await asyncio.to_thread(draw, take)
+    if batch:
+        await fuzz.run(batch)
+    report()
+    assert not fuzz.failures, "\n".join(fuzz.failures)
+
+
+async def test_a_failure_is_made_smaller() -> None:
+    whole = request("Hello world", n=3, top_k=5, seed=7, stop=("a",), ignore_eos=True, logprobs=2, priority=4)
+
+    async def fails(asked: GenerateRequest) -> bool:
+        return asked.output.n > 2 and asked.sampling.seed == 7
+
+    smallest = await reduced(whole, fails, monotonic() + 60)
+    assert smallest == replace(
+        request("Hello", n=3, seed=7),
+        prompt=TextPrompt("H"),
+        sampling=replace(whole.sampling, temperature=1.0, top_k=-1),
+        stopping=StopConditions(max_new_tokens=1),
+    )
 
 
 @pytest.mark.parametrize("tokens", [400, 10_000])
