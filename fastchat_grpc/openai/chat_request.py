@@ -84,7 +84,9 @@ def parse_chat(
         keep_special=tools.mode is ToolMode.AUTO,
         request_id=request_id,
     )
-    return Call(generations=(generation,), reply=reply, ignored=_refuse_rest(fields, strict=strict))
+    return Call(
+        generations=(generation,), reply=reply, ignored=_refuse_rest(fields, generation.output.n, strict=strict)
+    )
 
 
 def _grammar(fields: Fields, chat: ChatPrompt, tools: ToolOptions) -> tuple[Grammar | None, str]:
@@ -194,12 +196,15 @@ def _refuse_images(chat: ChatPrompt, model: ModelInfo | None) -> None:
         raise UnsupportedField(image, f"the model {model.name} reads text only")
 
 
-def _refuse_rest(fields: Fields, *, strict: bool) -> tuple[str, ...]:
+def _refuse_rest(fields: Fields, n: int, *, strict: bool) -> tuple[str, ...]:
     fields.unsupported("functions", [], hint="use tools")
     fields.unsupported("function_call", "none", "auto", hint="use tool_choice")
     fields.unsupported("modalities", ["text"])
     fields.unsupported("chat_template", hint="the model's own is used; see chat_template_kwargs")
     fields.unsupported("documents", [])
+    for name in ("prompt", "input"):
+        fields.unsupported(name, "", [], hint="use messages")
+    fields.unsupported("system", "", hint="use a message of the role system")
     fields.unsupported("add_special_tokens", False)
     fields.unsupported("verbosity", "medium")
     fields.unsupported("mm_processor_kwargs", {})
@@ -207,4 +212,4 @@ def _refuse_rest(fields: Fields, *, strict: bool) -> tuple[str, ...]:
     fields.table("prediction")
     for name in ("audio", "web_search_options"):
         fields.unsupported(name)
-    return refuse_rest(fields, strict=strict)
+    return refuse_rest(fields, n, strict=strict)

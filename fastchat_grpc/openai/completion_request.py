@@ -116,9 +116,8 @@ def _per_prompt(generation: GenerateRequest, prompts: Sequence[Prompt]) -> Itera
 
 def _refuse_rest(fields: Fields, n: int, *, strict: bool) -> tuple[str, ...]:
     fields.unsupported("suffix", "")
-    fields.unsupported("best_of", n)
     fields.unsupported("add_special_tokens", True)
     fields.unsupported("prompt_embeds")
     for name in ("messages", "tools"):
         fields.unsupported(name, [], hint="use /v1/chat/completions")
-    return refuse_rest(fields, strict=strict)
+    return refuse_rest(fields, n, strict=strict)

@@ -46,6 +46,11 @@ def parse_embeddings(values: Mapping[str, Any], models: Sequence[ModelInfo], *, 
     )
     check_harmless(fields)
     fields.unsupported("truncate_prompt_tokens", hint="use truncate: true")
+    fields.unsupported("output_dimension", hint="use dimensions")
+    fields.unsupported("output_dtype", "float")
+    # What other servers put before each text themselves.
+    for name in ("input_type", "task", "prompt_name", "instruction"):
+        fields.unsupported(name, hint="write it into the input, as the model wants it")
     return EmbeddingCall(
         request=request,
         model=name or (model.name if model is not None else ""),

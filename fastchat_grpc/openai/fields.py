@@ -113,8 +113,9 @@ class Fields:
     def unsupported(self, name: str, *harmless: object, hint: str = "") -> None:
         """Refuse a member that the API has and this server has not, unless it says what happens anyway."""
         value = self.raw(name)
+        # 1 and 1.0 are one number, but true is none.
         if value is not None and not any(
-            value is item or (value == item and type(value) is type(item)) for item in harmless
+            value == item and isinstance(value, bool) == isinstance(item, bool) for item in harmless
         ):
             raise UnsupportedField(self.path(name), "is not supported" + (f"; {hint}" if hint else ""))
 

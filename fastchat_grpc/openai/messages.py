@@ -36,20 +36,22 @@ def _message(fields: Fields) -> ChatMessage:
     if calls and not assistant:
         raise fields.wrong("tool_calls", "belong to an assistant message")
     refusal = fields.text("refusal")
-    # An assistant's turn may be empty: it called tools, was cut, or only thought.
-    content = _content(fields, required=not assistant)
+    # An assistant's turn may be empty: it called tools, was cut, or only thought. So may what a tool has to say.
+    content, thoughts = _content(fields, required=role not in ("assistant", "tool"), thinks=assistant)
     call_id = fields.text("tool_call_id")
     if role == "tool" and not call_id:
         raise fields.wrong("tool_call_id", "is required in a tool message")
     fields.unsupported("function_call", hint="use tool_calls")
     fields.unsupported("audio")
+    for prefill in ("prefix", "partial"):
+        fields.unsupported(prefill, False, hint="use continue_final_message")
     return ChatMessage(
         role=role,
         content=content or (refusal or "" if assistant else content),
         name=fields.text("name") or "",
         tool_calls=calls,
         tool_call_id=call_id or "",
-        reasoning=_reasoning(fields) if assistant else "",
+        reasoning=(_reasoning(fields) or thoughts) if assistant else "",
     )
 
 
@@ -58,27 +60,46 @@ def _reasoning(fields: Fields) -> str:
     return fields.text("reasoning_content") or fields.text("reasoning") or ""
 
 
-def _content(fields: Fields, *, required: bool) -> str | tuple[str | Image, ...]:
+def _content(fields: Fields, *, required: bool, thinks: bool) -> tuple[str | tuple[str | Image, ...], str]:
+    """What a message says, and what was thought before it where it `thinks`: some servers give that as parts, too."""
     value = fields.raw("content")
     match value:
         case str():
-            return value
+            return value, ""
         case None:
             if required:
                 raise fields.wrong("content", "is required")
-            return ""
+            return "", ""
         case list():
-            parts = [_part(part) for part in objects(value, fields.path("content"))]
-            # Text parts alone are text: templates that know no parts can render them.
-            if all(isinstance(part, str) for part in parts):
-                return "\n".join(part for part in parts if isinstance(part, str))
-            return tuple(parts)
+            parts, thoughts = [], []
+            for part in objects(value, fields.path("content")):
+                if thinks and part.raw("type") in ("thinking", "redacted_thinking"):
+                    thoughts.append(_thought(part))
+                else:
+                    parts.append(_part(part))
+            return _joined(parts), "\n".join(filter(None, thoughts))
     raise fields.wrong("content", f"must be a string or a list of parts, got {type_name(value)}")
+
+
+def _joined(parts: list[str | Image]) -> str | tuple[str | Image, ...]:
+    """Text parts alone are text: templates that know no parts can render them."""
+    if all(isinstance(part, str) for part in parts):
+        return "\n".join(part for part in parts if isinstance(part, str))
+    return tuple(parts)
+
+
+def _thought(fields: Fields) -> str:
+    """The text of a part that was thought: a string, or parts in turn. One that is encrypted has none for us."""
+    if fields.raw("type") == "redacted_thinking":
+        return ""
+    if isinstance(fields.raw("thinking"), list):
+        return "\n".join(part.required("text") for part in objects(fields.items("thinking"), fields.path("thinking")))
+    return fields.text("thinking") or ""
 
 
 def _part(fields: Fields) -> str | Image:
     match fields.required("type"):
-        case "text":
+        case "text" | "input_text" | "output_text":
             return fields.required("text")
         case "refusal":
             return fields.required("refusal")

@@ -19,18 +19,11 @@ from fastchat_grpc.core import (
 )
 from fastchat_grpc.errors import InvalidArgument
 from fastchat_grpc.openai.call import Reply
+from fastchat_grpc.openai.elsewhere import refuse_elsewhere
 from fastchat_grpc.openai.fields import INT32_MAX, Fields, integers, number, shorten, strings
 from fastchat_grpc.openai.jsonio import type_name
 from fastchat_grpc.openai.paths import renamed_errors
 
-_ELSEWHERE = {
-    "max_new_tokens": "max_tokens",
-    "max_output_tokens": "max_tokens",
-    "num_predict": "max_tokens",
-    "stop_sequences": "stop",
-    "grammar": "structured_outputs",
-    "json_schema": "response_format",
-}
 UNARY_STREAM_INTERVAL = 16
 """Tokens between events of a generation whose caller sees only its end."""
 RENAMES = {
@@ -186,11 +179,13 @@ def longest(model: ModelInfo | None) -> int:
     return model.context_length if model is not None and known else UnsetInt(DEFAULT_MAX_NEW_TOKENS)
 
 
-def refuse_rest(fields: Fields, *, strict: bool) -> tuple[str, ...]:
-    """Refuse, by name, what would change the answer and this server has not. Returns what is left and ignored."""
+def refuse_rest(fields: Fields, choices: int, *, strict: bool) -> tuple[str, ...]:
+    """Refuse, by name, what would change the answer and this server has not. Returns what is left and ignored.
+
+    `choices`: how many are asked for of a prompt.
+    """
     check_harmless(fields)
-    fields.unsupported("use_beam_search", False)
-    fields.unsupported("length_penalty", 1, 1.0)
+    fields.unsupported("best_of", choices)
     fields.unsupported("spaces_between_special_tokens", True)
     fields.unsupported("return_tokens_as_token_ids", False)
     fields.unsupported("return_token_ids", False)
@@ -199,9 +194,5 @@ def refuse_rest(fields: Fields, *, strict: bool) -> tuple[str, ...]:
         fields.unsupported(name, [])
     for name in ("allowed_token_ids", "kv_transfer_params", "vllm_xargs", "moderation"):
         fields.unsupported(name)
-    # What the APIs of other servers call it: ignored, each would be missed in the answer.
-    for name, ours in _ELSEWHERE.items():
-        fields.unsupported(name, hint=f"use {ours}")
-    fields.unsupported("repeat_penalty", 1, 1.0, hint="use repetition_penalty")
-    fields.unsupported("options", {}, hint="use the members of this API")
+    refuse_elsewhere(fields)
     return fields.rest(strict=strict)

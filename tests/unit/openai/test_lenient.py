@@ -13,6 +13,7 @@ from fastchat_grpc.core import GrammarKind, ModelInfo, UnsetInt
 from fastchat_grpc.errors import InvalidArgument, PromptTooLong, QueueFull, UnsupportedField
 from fastchat_grpc.openai.chat_request import parse_chat
 from fastchat_grpc.openai.completion_request import parse_completion
+from fastchat_grpc.openai.embeddings import parse_embeddings
 from fastchat_grpc.openai.servicer import OpenAIServicer
 from fastchat_grpc.rpc import convert
 from fastchat_grpc.v1 import generation_pb2 as pb
@@ -54,6 +55,32 @@ def test_what_an_assistant_thought_is_kept_for_the_template(name: str) -> None:
     assert convert.generate_request_from_pb(pb.GenerateRequest.FromString(message)) == request
     with pytest.raises(InvalidArgument, match=name):
         one_chat(messages=[{"role": "assistant", name: 5}])
+
+
+@pytest.mark.parametrize(
+    ("thoughts", "kept"),
+    [
+        ({"type": "thinking", "thinking": "hm", "signature": "s"}, "hm"),
+        ({"type": "thinking", "thinking": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, "a\nb"),
+        ({"type": "redacted_thinking", "data": "x"}, ""),
+    ],
+    ids=str,
+)
+def test_thoughts_may_come_back_as_parts(thoughts: dict[str, Any], kept: str) -> None:
+    asked = {"role": "user", "content": [{"type": "input_text", "text": "q"}]}
+    turn = {"role": "assistant", "content": [thoughts, {"type": "output_text", "text": "said"}]}
+    messages = one_chat(messages=[asked, turn]).prompt.messages
+    assert [(message.content, message.reasoning) for message in messages] == [("q", ""), ("said", kept)]
+    with pytest.raises(InvalidArgument) as caught:  # nobody else thinks aloud
+        one_chat(messages=[{"role": "user", "content": [thoughts]}])
+    assert caught.value.field == "messages[0].content[0].type"
+
+
+def test_a_tool_may_have_nothing_to_say() -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    told = {"role": "tool", "tool_call_id": "c", "content": None}
+    messages = one_chat(messages=[{"role": "assistant", "tool_calls": [call]}, told]).prompt.messages
+    assert messages[1].content == ""
 
 
 MEMBERS: list[dict[str, Any]] = [
@@ -149,6 +176,61 @@ def test_thinking_is_the_chat_templates() -> None:
     with pytest.raises(UnsupportedField) as caught:
         one_chat(thinking={"type": "enabled", "budget_tokens": 5})
     assert caught.value.field == "thinking.budget_tokens"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "harmless"),
+    [
+        ("n_predict", 3, None),
+        ("min_new_tokens", 3, None),
+        ("stop_sequences", ["x"], None),
+        ("regex", "a+", None),
+        ("format", "json", None),
+        ("reasoning", {"effort": "low"}, None),
+        ("typical_p", 0.9, 1.0),
+        ("mirostat", 2, 0),
+        ("xtc_probability", 0.5, 0.0),
+        ("top_n_sigma", 1.5, -1),
+        ("do_sample", False, True),
+        ("use_beam_search", True, False),
+        ("use_beam_search", 1, False),
+        ("repeat_penalty", 1.1, 1),
+        ("length_penalty", True, 1.0),
+        ("best_of", 2, 1.0),
+    ],
+)
+def test_what_other_servers_would_sample_by_is_refused_by_name_unless_it_is_off(
+    name: str, value: Any, harmless: Any
+) -> None:
+    for parse, values in ((parse_chat, chat()), (parse_completion, {"model": MODEL.name, "prompt": "x"})):
+        with pytest.raises(UnsupportedField) as caught:
+            parse({**values, name: value}, [MODEL])
+        assert caught.value.field == name
+        assert parse({**values, name: harmless}, [MODEL], strict=True) == parse(values, [MODEL])
+
+
+@pytest.mark.parametrize("name", ["prompt", "input", "system"])
+def test_what_a_chat_says_elsewhere_than_in_its_messages_is_not_lost(name: str) -> None:
+    with pytest.raises(UnsupportedField, match="message") as caught:
+        one_chat(**{name: "hi"})
+    assert caught.value.field == name
+    assert one_chat(**{name: ""}) == one_chat()
+
+
+@pytest.mark.parametrize("name", ["prefix", "partial"])
+def test_a_prefilled_turn_of_other_servers_is_not_taken_for_a_finished_one(name: str) -> None:
+    turn = {"role": "assistant", "content": "The answer is"}
+    with pytest.raises(UnsupportedField, match="continue_final_message") as caught:
+        one_chat(messages=[chat()["messages"][0], {**turn, name: True}])
+    assert caught.value.field == f"messages[1].{name}"
+    assert one_chat(messages=[{**turn, name: False}]) == one_chat(messages=[turn])
+
+
+@pytest.mark.parametrize("name", ["input_type", "task", "output_dimension"])
+def test_embeddings_that_would_be_others_are_refused_by_name(name: str) -> None:
+    with pytest.raises(UnsupportedField) as caught:
+        parse_embeddings({"input": "x", name: "query"}, [MODEL])
+    assert caught.value.field == name
 
 
 @pytest.mark.parametrize("arguments", ["", None, "null", " "])
