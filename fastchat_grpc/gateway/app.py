@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from fastchat_grpc.config import GatewayConfig, join_address
+from fastchat_grpc.config import GatewayConfig, GatewayMode, join_address
 from fastchat_grpc.errors import ConfigError
 from fastchat_grpc.gateway.listeners import HTTP, HTTPS
 from fastchat_grpc.gateway.process import EnvoyProcess
@@ -48,6 +48,11 @@ class GatewayApp:
     def tls_address(self) -> str:
         """host:port of the TLS listener; empty without one."""
         return self._address[1]
+
+    @property
+    def mode(self) -> GatewayMode:
+        """How requests reach their workers."""
+        return self._config.mode
 
     @property
     def pid(self) -> int:

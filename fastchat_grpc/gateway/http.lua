@@ -10,7 +10,7 @@ local SPACE = "fastchat_grpc"
 local PICKS = "envoy.filters.http.ext_authz"
 -- What Envoy says itself that helps nobody; and statuses whose own words never do.
 local VAGUE = {[""] = true, ["upstream request timeout"] = true, ["stream timeout"] = true,
-  ["no healthy upstream"] = true}
+  ["no healthy upstream"] = true, ["Bad Request"] = true, ["Not Implemented"] = true}
 local OURS = {[408] = true, [413] = true}
 -- The services refuse more than 16 KiB of headers, each counted with 32 bytes more, and some come on top of these.
 local MAX_HEADERS = 14000
@@ -121,7 +121,8 @@ local function check_body(handle, headers, metadata)
   if not is_json(headers:get("content-type") or "") then
     return refuse(handle, 415, MESSAGES[415], "content-type")
   end
-  local encoding = (headers:get("content-encoding") or "identity"):lower()
+  local encoding = (headers:get("content-encoding") or ""):lower()
+  if encoding == "" then encoding = "identity" end
   if encoding ~= "identity" and encoding ~= "gzip" and encoding ~= "x-gzip" then
     return refuse(handle, 415, "content-encoding: must be gzip or left out", "content-encoding")
   end
@@ -129,19 +130,20 @@ local function check_body(handle, headers, metadata)
     headers:remove("content-encoding")
   else
     headers:replace("content-encoding", "gzip")
+    metadata:set(SPACE, "gzip", true)
   end
   if encoding ~= "identity" or length == nil or length > LARGE_BODY then metadata:set(SPACE, "large", true) end
 end
 
 -- What is answered here, for probes and people that look whether anybody is there.
-local function answer_probe(handle, path)
-  path = path:match("^[^?]*")
-  local json = {[":status"] = "200", ["content-type"] = "application/json"}
-  if path == "/" then
-    handle:respond(json, '{"name":"fastchat_grpc","version":"' .. VERSION .. '","api":"/v1"}')
-  elseif path == "/version" then
-    handle:respond(json, '{"version":"' .. VERSION .. '"}')
-  end
+local PROBES = {["/"] = '{"name":"fastchat_grpc","version":"' .. VERSION .. '","api":"/v1"}',
+  ["/version"] = '{"version":"' .. VERSION .. '"}'}
+
+local function answer_probe(handle, path, is_head)
+  local body = PROBES[path:match("^[^?]*")]
+  if body == nil then return end
+  local headers = {[":status"] = "200", ["content-type"] = "application/json", ["content-length"] = tostring(#body)}
+  handle:respond(headers, is_head and "" or body)
 end
 
 function envoy_on_request(handle)
@@ -162,14 +164,14 @@ function envoy_on_request(handle)
   if method == "HEAD" then
     -- Answered as GET is, without the body.
     metadata:set(SPACE, "head", true)
-    if path:find(":watch", 1, true) then  -- whose answer does not end
+    if WATCHED and path:match("^[^?]*") == "/v1/workers:watch" then  -- whose answer does not end
       return handle:respond({[":status"] = "200", ["content-type"] = "text/event-stream"}, "")
     end
     headers:replace(":method", "GET")
     method = "GET"
   end
   if method == "GET" then
-    answer_probe(handle, path)
+    answer_probe(handle, path, metadata:get(SPACE) and metadata:get(SPACE)["head"])
   elseif method ~= "OPTIONS" and method ~= "DELETE" then
     check_body(handle, headers, metadata)
   end
@@ -200,13 +202,14 @@ local function read_error(status, text, picked)
   if message ~= nil then
     reason = text:match('"reason":"([%u%d_]+)"')
     field = string_after(text, '"field":"')
-  elseif not VAGUE[text] and text:sub(1, 22) ~= "upstream connect error" then
+  elseif not VAGUE[text] and not text:find("^upstream connect error") and not text:find("^Could not resolve ") then
     message = escape(text:sub(1, 300))
   end
   if misled(reason, picked) then return 503, MESSAGES.misled, nil, "no_live_worker" end
   if status == 429 and reason == nil and message and message:find("larger than max", 1, true) then
     -- Not load but size, which gRPC gives the same code; a second try would end alike.
-    if message:find("Received", 1, true) then status = 413 else status, message = 500, MESSAGES.large_answer end
+    -- An answer that is too large is the caller's wish, too.
+    if message:find("Received", 1, true) then status = 413 else status, message = 400, MESSAGES.large_answer end
   end
   if status == 501 then status = 400 end  -- which clients do not send again
   if OURS[status] then message = MESSAGES[status] end
@@ -238,17 +241,24 @@ function envoy_on_response(handle)
   headers = handle:headers()
   local text = ""
   if body and body:length() > 0 then text = body:getBytes(0, body:length()) end
+  local length = #text > 0 and #text or tonumber(headers:get("content-length") or "")
   if failed and text:sub(1, 9) ~= '{"error":' then
     local message, field, code
     local told = status
     status, message, field, code = read_error(status, text, picks["places"])
+    -- Envoy passes on what it could unpack, and says nothing of the rest.
+    if ours["gzip"] and status == 400 and (field == nil or field == "body") then message = message .. MESSAGES.gzip end
     if status ~= told then headers:replace(":status", tostring(status)) end
     local answer = error_json(status, message, field, code)
     if body and not ours["head"] then headers:replace("content-length", tostring(body:setBytes(answer))) end
+    length = #answer
     headers:replace("content-type", "application/json")
   end
   if (status == 429 or status == 503) and headers:get("retry-after") == nil then
     headers:replace("retry-after", pause(text))
   end
-  if ours["head"] and body and body:length() > 0 then body:setBytes("") end
+  if ours["head"] then
+    if body and body:length() > 0 then body:setBytes("") end
+    if length then headers:replace("content-length", tostring(length)) end  -- of what GET would bring
+  end
 end

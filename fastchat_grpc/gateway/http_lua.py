@@ -14,7 +14,8 @@ from fastchat_grpc.config import GatewayConfig, GatewayMode
 from fastchat_grpc.rpc.http_errors import CODE_BY_REASON, PARAM_BY_REASON, TYPE_BY_STATUS
 
 MESSAGES: Mapping[int | str, str] = {
-    404: "no such path; see the API's documentation",
+    400: "this is not a valid HTTP request",
+    404: "no such path, or not with this HTTP method; see the API's documentation",
     405: "this path does not take this HTTP method",
     408: "the request did not arrive in time",
     413: "body: must have at most {max_body_bytes} bytes",
@@ -27,6 +28,7 @@ MESSAGES: Mapping[int | str, str] = {
     504: "the server gave no sign of life in time",
     "misled": "no worker of the model can take a request now; try again",
     "large_answer": "the answer is larger than a message may be; ask for less at a time",
+    "gzip": " (as unpacked from gzip, which must be of one piece and unpack to at most a hundred times its size)",
 }
 """What is said where Envoy says nothing that helps, by HTTP status or name."""
 
@@ -42,6 +44,7 @@ def source(config: GatewayConfig) -> str:
     }
     lines = [f"local {name} = {_table(table)}" for name, table in tables.items()]
     lines.append(f"local VERSION = {_text(__version__)}")
+    lines.append(f"local WATCHED = {'false' if config.mode is GatewayMode.SIDECAR else 'true'}")
     # Where picks take whole bodies of gRPC requests, too, their keys are asked for first.
     lines.append(f"local KEY_FIRST = {'true' if config.mode is GatewayMode.DIRECT else 'false'}")
     return "\n".join(lines) + "\n" + resources.files(__package__).joinpath("http.lua").read_text("utf-8")

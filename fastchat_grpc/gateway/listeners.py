@@ -120,6 +120,8 @@ def _reply(flags: list[str], kind: str, message: str, headers: Mapping[str, str]
 
 def _filters(config: GatewayConfig, descriptors: str) -> list[Tree]:
     return [
+        # First, since it sees the answers of those after it alone.
+        extension("envoy.filters.http.cors", f"{_FILTERS}.cors.v3.Cors"),
         extension(
             "envoy.filters.http.health_check",
             f"{_FILTERS}.health_check.v3.HealthCheck",
@@ -127,7 +129,6 @@ def _filters(config: GatewayConfig, descriptors: str) -> list[Tree]:
             headers=[{"name": ":path", "string_match": {"safe_regex": {"regex": HEALTH_PATHS}}}],
             cluster_min_healthy_percentages={API: {"value": 1}},
         ),
-        extension("envoy.filters.http.cors", f"{_FILTERS}.cors.v3.Cors"),
         extension("envoy.filters.http.grpc_web", f"{_FILTERS}.grpc_web.v3.GrpcWeb"),
         # Before the transcoder, so that it sees what the transcoder answers.
         extension(

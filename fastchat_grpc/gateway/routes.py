@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastchat_grpc.config import MAX_MESSAGE_BYTES, GatewayConfig, GatewayMode
 from fastchat_grpc.gateway.checks import key_check_settings, pick_settings, unpicked_settings
 from fastchat_grpc.gateway.clusters import API
-from fastchat_grpc.gateway.shape import Tree, glob_regex, seconds, typed
+from fastchat_grpc.gateway.shape import Tree, origin_regex, seconds, typed
 from fastchat_grpc.rpc.bridge import CLUSTER_HEADER, STREAM_HEADER
 
 PICKED = (
@@ -146,7 +146,9 @@ def _unbounded() -> Tree:
 def _cors(config: GatewayConfig) -> Tree:
     return typed(
         "envoy.extensions.filters.http.cors.v3.CorsPolicy",
-        allow_origin_string_match=[{"safe_regex": {"regex": glob_regex(origin)}} for origin in config.allowed_origins],
+        allow_origin_string_match=[
+            {"safe_regex": {"regex": origin_regex(origin)}} for origin in config.allowed_origins
+        ],
         allow_methods="GET, HEAD, POST, OPTIONS",
         # Whatever headers the page's client sends; a "*" does not stand for authorization.
         allow_headers="*, authorization",

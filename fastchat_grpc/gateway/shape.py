@@ -58,6 +58,16 @@ def glob_regex(pattern: str) -> str:
     return ".*".join(re.escape(part) for part in pattern.split("*"))
 
 
+def origin_regex(pattern: str) -> str:
+    """The regular expression of a page's origin. "*" alone is any; at the end, ":*" is any port or the usual one;
+    elsewhere "*" is a part of a host's name, and never goes beyond it."""
+    if pattern == "*":
+        return ".*"
+    host = pattern.removesuffix(":*")
+    expression = "[A-Za-z0-9.-]*".join(re.escape(part) for part in host.split("*"))
+    return expression + ("(:[0-9]+)?" if host != pattern else "")
+
+
 def name_matcher(name: str) -> Tree:
     """How a certificate's subject alternative name is matched: of which type it is, and "*" for anything."""
     kind = "URI" if "://" in name else "IP_ADDRESS" if _is_ip(name) else "DNS"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from fastchat_grpc.gateway import http_lua
 from fastchat_grpc.gateway.binary import find_envoy
 from fastchat_grpc.gateway.render import bootstrap, render_config
 from fastchat_grpc.gateway.routes import PICKED
+from fastchat_grpc.gateway.shape import origin_regex
 from fastchat_grpc.rpc.http_errors import HTTP_STATUS
 
 DIRECT = GatewayConfig(node_id="n")
@@ -185,3 +187,25 @@ def test_a_bad_key_is_refused_without_being_shown(text: str) -> None:
 def test_no_error_has_a_status_that_clients_send_again_in_vain() -> None:
     again = {status for status in HTTP_STATUS.values() if status >= 500 or status == 429}
     assert again == {429, 500, 503, 504}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "allowed", "refused"),
+    [
+        (
+            "http://localhost:*",
+            ["http://localhost", "http://localhost:1", "http://localhost:5174"],
+            ["http://localhost:5174.evil.example", "http://localhost:1@evil.example", "http://localhost.evil.example"],
+        ),
+        (
+            "https://*.example.com",
+            ["https://chat.example.com", "https://a.b.example.com"],
+            ["https://example.com", "https://evil.test/.example.com", "https://evil.test:1#.example.com", "null"],
+        ),
+        ("https://one.example", ["https://one.example"], ["https://oneXexample", "https://one.example:1"]),
+        ("*", ["null", "https://any.example:1", "tauri://localhost"], []),
+    ],
+)
+def test_a_pattern_allows_no_origin_beyond_its_host(pattern: str, allowed: list[str], refused: list[str]) -> None:
+    expression = origin_regex(pattern)
+    assert [origin for origin in allowed + refused if re.fullmatch(expression, origin)] == allowed
