@@ -45,6 +45,7 @@ _ELSEWHERE: Tree = {
     ],
 }
 """Further tries go to hosts that have not been tried."""
+_NOT_FOUND: Tree = {"name": "grpc-status", "string_match": {"exact": "5"}}
 _CORS = "envoy.filters.http.cors"
 _GRPC = {"name": "content-type", "string_match": {"prefix": "application/grpc"}}
 
@@ -83,7 +84,7 @@ def _picked(config: GatewayConfig, path: str, node_id: str) -> list[Tree]:
     retry = {
         # NOT_FOUND: another server has taken a worker's address, or the worker has other models now.
         "retry_on": "connect-failure,refused-stream,reset,unavailable,resource-exhausted,retriable-headers",
-        "retriable_headers": [{"name": "grpc-status", "string_match": {"exact": "5"}}],
+        "retriable_headers": [_NOT_FOUND],
         "num_retries": config.retries,
         "retry_back_off": {"base_interval": "0.01s", "max_interval": "0.05s"},
         **_ELSEWHERE,
@@ -113,10 +114,17 @@ def _api(config: GatewayConfig, match: Tree, *, silent: bool = False) -> Tree:
         "num_retries": 2,
         "retry_back_off": {"base_interval": "0.01s", "max_interval": "0.05s"},
     }
-    if len(config.controller_addresses) > 1:
-        # A controller that dies before a relayed answer has begun leaves it to another. None of these methods
-        # changes anything, and controllers run no models that a request could kill them by.
-        retry |= {"retry_on": "connect-failure,refused-stream,reset", **_ELSEWHERE}
+    others = len(config.controller_addresses) - 1
+    if others > 0:
+        # A controller that dies before a relayed answer has begun leaves it to another, and so does one that does
+        # not know the model: its view may differ. None of these methods changes anything, and controllers run no
+        # models that a request could kill them by.
+        retry |= {
+            "retry_on": "connect-failure,refused-stream,reset,retriable-headers",
+            "retriable_headers": [_NOT_FOUND],
+            "num_retries": max(2, others),
+            **_ELSEWHERE,
+        }
     idle = "0s" if silent else seconds(config.idle_timeout_s)
     return {
         "match": match,

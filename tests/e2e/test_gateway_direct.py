@@ -120,8 +120,9 @@ def _bridge(site: Site) -> Any:
 # ------------------------------------------------------------------------------------ several controllers
 
 
-async def test_a_worker_of_one_controller_is_reached_whichever_is_asked() -> None:
-    async with running_site(workers=[{"model": "both"}], controllers=2) as site:
+@pytest.mark.parametrize("mode", ["direct", "relay"])
+async def test_a_worker_of_one_controller_is_reached_whichever_is_asked(mode: str) -> None:
+    async with running_site(mode, workers=[{"model": "both"}], controllers=2) as site:
         first, second = site.controllers
         async with AsyncExitStack() as stack:
             for name, controller in (("first", first), ("second", second)):
@@ -130,14 +131,19 @@ async def test_a_worker_of_one_controller_is_reached_whichever_is_asked() -> Non
             for model in ("first", "second", "both") * 6:
                 reply = await site.chat(model=model)
                 assert (reply.status_code, reply.json().get("model")) == (200, model), reply.text
+                tokens = await site.http.post("/tokenize", json={"model": model, "prompt": "abc"})
+                assert (tokens.status_code, tokens.json().get("count")) == (200, 3), tokens.text
+                assert (await site.http.get(f"/v1/models/{model}")).status_code == 200
             for _ in range(6):
                 reply = await site.chat(model="nobody's")
                 assert reply.status_code == 404
                 assert reply.json()["error"]["code"] == "model_not_found"
+                assert (await site.http.get("/v1/models/nobody's")).status_code == 404
 
 
-async def test_a_model_that_only_a_part_of_the_controllers_has_lost_is_503() -> None:
-    async with running_site(workers=[{"model": "z"}], controllers=2) as site:
+@pytest.mark.parametrize("mode", ["direct", "relay"])
+async def test_a_model_that_only_a_part_of_the_controllers_has_lost_is_503(mode: str) -> None:
+    async with running_site(mode, workers=[{"model": "z"}], controllers=2) as site:
         async with worker_process(site.controllers[0].address, "a") as worker:
             await eventually(lambda: len(site.controllers[0].registry) == 2)
             assert (await site.chat(model="a")).status_code == 200
