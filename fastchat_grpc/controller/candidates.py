@@ -199,9 +199,14 @@ class WorkerAttempt(Attempt[bytes]):
         """See Attempt."""
         self._account(error, verdict)
         self._candidates.failed(self._reservation.instance_id, verdict)
+        spec = self.worker.spec
+        if isinstance(error, ModelNotFound):
+            # Another server has taken its address, or it has other models now. That is no news of the model.
+            why = f"worker {spec.worker_id} at {spec.address} does not serve the model that it is registered with"
+            return NoLiveWorker(why, metadata=error.metadata)
         if type(error) is not WorkerUnavailable:
             return error
-        spec = self.worker.spec  # an error of the transport does not say whose it is
+        # An error of the transport does not say whose it is.
         return WorkerUnavailable(f"worker {spec.worker_id} at {spec.address}: {error.message}")
 
     def answered(self) -> None:
@@ -236,7 +241,11 @@ class WorkerAttempt(Attempt[bytes]):
 
     def _account(self, error: FastChatError, verdict: Verdict) -> None:
         """What the error says of the worker."""
-        if self._moved or verdict in (Verdict.EMPTY, Verdict.UNABLE):
+        if self._moved:
+            return
+        if isinstance(error, ModelNotFound):
+            self._reservation.suspect()
+        if verdict in (Verdict.EMPTY, Verdict.UNABLE):
             return
         if verdict is Verdict.LOST:
             self._reservation.suspect()

@@ -17,8 +17,9 @@ from fastchat_grpc import errors
 from fastchat_grpc.client import AsyncClient
 from fastchat_grpc.config import FailoverConfig, LeaseConfig
 from fastchat_grpc.controller.app import ControllerApp
+from fastchat_grpc.controller.health import Tier
 from fastchat_grpc.core import Capability, Delta, GenerateRequest, WorkerState
-from fastchat_grpc.errors import ModelNotFound, UnsupportedField
+from fastchat_grpc.errors import ModelNotFound, NoLiveWorker, UnsupportedField
 from fastchat_grpc.rpc.channels import open_channel
 from fastchat_grpc.v1 import generation_pb2 as pb
 from fastchat_grpc.v1.generation_pb2_grpc import GenerationServiceStub
@@ -108,6 +109,28 @@ class TestOneWorker:
         await start_worker(controllers=(controller.address,), options=SLOW)
         assert await asyncio.wait_for(stream, 20) == TEXT
         assert controller.relay.failover.resumed == 1
+
+
+class TestAnotherServerAtAnAddress:
+    async def test_what_it_does_not_serve_is_no_news_of_the_model(
+        self, controller: ControllerApp, client: AsyncClient, start_worker: StartWorker
+    ) -> None:
+        async with open_wire() as wire:
+            worker = await start_worker("a", controllers=(controller.address,), advertised_address=wire.address)
+            other = await start_worker("b")
+            wire.target = worker._server.port  # type: ignore[union-attr]
+            await eventually(lambda: len(controller.registry) == 1)
+            assert await client.count_tokens("abc", model="a") == 3
+            wire.target = other._server.port  # type: ignore[union-attr]
+            wire.cut()
+            await eventually(lambda: controller.registry.at(wire.address)[0].health.tier is Tier.READY)
+            for call in (client.count_tokens("abc", model="a"), client.complete("abc", model="a")):
+                with pytest.raises(NoLiveWorker):
+                    await call
+            await start_worker("a", controllers=(controller.address,))
+            await eventually(lambda: len(controller.registry) == 2)
+            for _ in range(10):
+                assert await client.count_tokens("abc", model="a") == 3
 
 
 class TestFullFleets:
