@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastchat_grpc.config import CONTROLLER_PORT, TlsConfig
+from fastchat_grpc.config import CONTROLLER_PORT, FailoverConfig, TlsConfig
 from fastchat_grpc.errors import ConfigError
 
 if TYPE_CHECKING:
     from fastchat_grpc.client import AsyncClient
 
 FILE = click.Path(path_type=Path)
+PATIENCE_S = 3.0
+"""A command waits this long for a server that is not there: people who mistyped its address wait, too."""
 Option = Callable[[Any], Any]
 
 
@@ -131,6 +133,7 @@ def connect(flags: dict[str, Any], *, timeout_s: float | None = None) -> AsyncCl
         key = secret_lines(flag["api_key_file"], "--api-key-file")[0]
     return AsyncClient(
         flag["address"],
+        failover=FailoverConfig(wait_s=PATIENCE_S),
         tls=tls_config(**tls) if tls_asked else None,
         # A method of admins takes either, and a member's token is what it is asked for first.
         api_key=next(iter(tokens), None) or key,

@@ -218,6 +218,7 @@ class Call(Generic[T]):
         self._last: FastChatError | None = None
         self._verdict: Verdict | None = None
         self._full: QueueFull | None = None
+        self._absent: FastChatError | None = None
         self._loss: FastChatError | None = None
 
     @property
@@ -229,6 +230,11 @@ class Call(Generic[T]):
     def complete(self) -> bool:
         """Whether the caller has everything."""
         return self.answered if self.state is None else self.state.complete
+
+    @property
+    def displaced(self) -> bool:
+        """Whether a server that had it went away: it was let in once, and may wait for room."""
+        return self._displaced or self.started or self._arrived_resumed
 
     @property
     def verdict(self) -> Verdict | None:
@@ -276,6 +282,8 @@ class Call(Generic[T]):
         self._last = error = attempt.failed(error, verdict)
         if isinstance(error, QueueFull):
             self._full = error
+        elif verdict in (Verdict.STARTING, Verdict.LEAVING, Verdict.EMPTY):
+            self._absent = error  # of somebody who has, or may have, what others do not know
         self._displaced = self._displaced or verdict in (Verdict.LOST, Verdict.LEAVING)
         if self.started:
             if verdict is not Verdict.UNABLE:
@@ -324,7 +332,8 @@ class Call(Generic[T]):
         if self._late():
             return self._too_late()
         if not self.started:
-            return self._full or (self._last if self._verdict is Verdict.UNABLE and self._last else nobody.error)
+            unable = self._absent or self._last if self._verdict is Verdict.UNABLE else None
+            return self._full or unable or nobody.error
         broke = "" if self._loss is None else f"the stream broke ({self._loss.message})"
         if self._verdict is Verdict.UNABLE and self._last is not None:
             return NotResumable(f"{broke}, and the worker that was asked to go on cannot: {self._last.message}")
@@ -345,7 +354,7 @@ class Call(Generic[T]):
         if not self.started and self._full is not None:
             return self._full
         if self._verdict is not Verdict.LOST:
-            return error
+            return self._absent or error
         return FailoverExhausted(f"gave up after {self._made} attempts; the last: {error.message}")
 
     def _late(self) -> bool:
@@ -353,4 +362,5 @@ class Call(Generic[T]):
         return left_s is not None and left_s <= 0
 
     def _too_late(self) -> FastChatError:
-        return DeadlineExceeded("the deadline passed before a server could answer")
+        why = f"; before: {self._last.message}" if self._last is not None else ""
+        return DeadlineExceeded(f"the deadline passed before a server could answer{why}")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
 
 from fastchat_grpc import errors
 from fastchat_grpc.client import AsyncClient
+from fastchat_grpc.config import FailoverConfig
 from fastchat_grpc.core import Completion, Delta
 from fastchat_grpc.worker.app import WorkerApp
 from tests.conftest import StartWorker, echo_config, eventually, running_worker
-from tests.integration.controllers import running_controller
+from tests.e2e.processes import free_port
+from tests.integration.controllers import running_controller, vanish
 
 TEXT = "a text that takes a while to say"
 
@@ -64,6 +67,53 @@ async def test_a_worker_without_heartbeats_registers_once_while_its_controller_s
         assert worker.lease_id == lease
         app._registrations.renew()  # the description has changed: that is told
         await eventually(lambda: worker.lease_id != lease)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+async def test_a_client_waits_for_its_controllers_and_uses_no_attempts_up_meanwhile(
+    start_worker: StartWorker, count: int
+) -> None:
+    """Each address is asked once; then none of them before it is back."""
+    async with AsyncExitStack() as stack:
+        before = [await stack.enter_async_context(running_controller()) for _ in range(count)]
+        addresses = [controller.address for controller in before]
+        app = await start_worker("m", controllers=tuple(addresses), options={"delay_ms": "20"})
+        await eventually(lambda: app.registered)
+        once = FailoverConfig(max_attempts=count + 1, max_resumes=count)
+        client = await stack.enter_async_context(AsyncClient(addresses, failover=once))
+        running = asyncio.create_task(client.complete(TEXT, model="m", stream_interval=1))
+        await eventually(lambda: app._generation.output_tokens > 3)
+        for controller in before:
+            await controller._server._server.stop(0)
+        new = [asyncio.create_task(client.count_tokens("four", model="m")) for _ in range(2)]
+        await asyncio.sleep(1.0)  # longer than any number of quick tries would last
+        for controller in before:
+            await stack.enter_async_context(running_controller(controller.port, young=True))
+        assert (await asyncio.wait_for(running, 20)).text == TEXT
+        assert await asyncio.wait_for(asyncio.gather(*new), 20) == [4, 4]
+
+
+async def test_a_client_that_lost_one_worker_waits_for_room_at_the_other(start_worker: StartWorker) -> None:
+    full = await start_worker("m", options={"delay_ms": "20"}, max_running=1, max_waiting=0)
+    dying = await start_worker("m", options={"delay_ms": "10000"})
+    async with AsyncClient(full.address) as other, AsyncClient([full.address, dying.address]) as client:
+        busy = asyncio.create_task(other.complete(TEXT * 2))
+        await eventually(lambda: full._generation.admission.running == 1)
+        asked = asyncio.create_task(client.complete(TEXT))
+        await eventually(lambda: dying._generation.admission.running == 1)
+        await vanish(dying)
+        assert (await asyncio.wait_for(asked, 20)).text == TEXT
+        assert (await busy).text == TEXT * 2
+
+
+async def test_a_client_that_is_closed_while_a_call_waits_says_so() -> None:
+    client = AsyncClient(f"127.0.0.1:{free_port()}")
+    waiting = asyncio.create_task(client.count_tokens("x"))
+    await asyncio.sleep(0.3)
+    assert not waiting.done()
+    await client.close()
+    with pytest.raises(errors.ClientClosed):
+        await asyncio.wait_for(waiting, 5)
 
 
 async def test_a_direct_stream_goes_on_while_the_controller_restarts(start_worker: StartWorker) -> None:

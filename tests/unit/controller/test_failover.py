@@ -201,6 +201,14 @@ class TestBeforeTheFirstEvent:
         with pytest.raises(ModelNotFound):
             await run(Server(error=ModelNotFound("no")), Server(error=ModelNotFound("no")))
 
+    @pytest.mark.parametrize("error", [NoLiveWorker("away"), Starting("wait"), Draining("bye")])
+    @pytest.mark.parametrize("first", [True, False])
+    async def test_a_model_that_one_of_them_may_have_is_not_unknown(self, error: FastChatError, first: bool) -> None:
+        servers = [Server(error=error), Server(error=ModelNotFound("no"))]
+        with pytest.raises(FastChatError) as told:
+            await run(*(servers if first else servers[::-1]))
+        assert told.value.code is Code.UNAVAILABLE
+
     async def test_attempts_are_bounded(self) -> None:
         servers = [Server(error=LOST) for _ in range(5)]
         with pytest.raises(FailoverExhausted, match="3 attempts"):
