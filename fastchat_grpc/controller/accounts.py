@@ -110,6 +110,15 @@ class Accounts:
                 self._set_timer(worker, probe_at)
                 self._settle(worker)
 
+    def lost(self, worker: Worker) -> None:
+        """A worker went away under a request, or the path to it: nothing more goes there until its next heartbeat.
+
+        One broken connection takes many requests with it and counts as one failure.
+        """
+        if not worker.health.suspect:
+            self.failed(worker)
+        self.suspect(worker)
+
     def suspect(self, worker: Worker) -> None:
         """A dispatch failed: nothing more goes there until the next heartbeat."""
         until = math.inf

@@ -248,8 +248,7 @@ class WorkerAttempt(Attempt[bytes]):
         if verdict in (Verdict.EMPTY, Verdict.UNABLE):
             return
         if verdict is Verdict.LOST:
-            self._reservation.suspect()
-            self._reservation.failed()
+            self._reservation.lost()
         elif isinstance(error, QueueFull):
             self._relay.dispatcher.registry.full(self.worker)
         elif verdict in (Verdict.LEAVING, Verdict.STARTING):

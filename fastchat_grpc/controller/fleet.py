@@ -191,6 +191,7 @@ class Keeper(Protocol):
     def answered(self, reservation: Reservation) -> None: ...
     def succeeded(self, reservation: Reservation) -> None: ...
     def failed(self, worker: Worker) -> None: ...
+    def lost(self, worker: Worker) -> None: ...
     def suspect(self, worker: Worker) -> None: ...
 
 
@@ -244,6 +245,10 @@ class Reservation:
     def failed(self) -> None:
         """The request failed through the worker's fault: tell its breaker."""
         self._keeper.failed(self.worker)
+
+    def lost(self) -> None:
+        """The worker went away, or the path to it: tell its breaker, and send nothing more there for now."""
+        self._keeper.lost(self.worker)
 
     def suspect(self) -> None:
         """Send nothing more there until the worker's next heartbeat."""

@@ -170,8 +170,7 @@ class Completions(als_pb2_grpc.AccessLogServiceServicer):  # type: ignore[misc]
                 self._registry.failed(worker)
                 return  # it is not tried elsewhere
             case Outcome.LOST:
-                self._registry.failed(worker)
-                self._registry.suspect(worker)
+                self._registry.lost(worker)
             case Outcome.ELSEWHERE:
                 self._registry.suspect(worker)
         if ticket.further:

@@ -293,6 +293,17 @@ class TestBreaker:
         probe.succeeded()
         assert ready(fleet) == ["a"]
 
+    def test_one_broken_connection_is_one_failure_however_many_requests_it_cost(self, fleet: Fleet) -> None:
+        worker = fleet.join()
+        for _ in range(20):
+            fleet.registry.lost(worker)
+        assert ready(fleet) == []
+        fleet.registry.heartbeat(worker.lease_id, Load())
+        assert ready(fleet) == ["a"]
+        fleet.registry.lost(worker)
+        fleet.registry.heartbeat(worker.lease_id, Load())
+        assert ready(fleet) == [], "it breaks again and again"
+
     def test_a_failed_probe_takes_it_out_again(self, fleet: Fleet) -> None:
         worker = fleet.join(check_heartbeat=False)
         fleet.registry.failed(worker)
