@@ -2,8 +2,8 @@
 -- Requests: content types and encodings, HEAD, headers that are too large for the services behind.
 -- Answers: every error in OpenAI's shape, Retry-After, no body for HEAD.
 --
--- In front of this file stand the tables TYPES, CODES, PARAMS and MESSAGES of the services' own errors, and
--- VERSION and KEY_FIRST. The services' statuses come as the transcoder's JSON of google.rpc.Status, whose
+-- In front of this file stand the tables TYPES, CODES, PARAMS and MESSAGES of the services' own errors, and VERSION,
+-- WATCHED, KEY_FIRST, LOOPBACK and ORIGINS. The services' statuses come as the transcoder's JSON of google.rpc.Status, whose
 -- members have a fixed order.
 
 local SPACE = "fastchat_grpc"
@@ -109,6 +109,21 @@ local function sanitize(headers)
   for name, value in pairs(found) do headers:replace(name, value) end
 end
 
+-- Whether a page was loaded under a name that leads to this machine now, without being allowed here: DNS can be
+-- turned while a page is open, and for its browser the gateway is where it came from, so it asks no leave.
+local function is_rebound(headers)
+  local origin, host = headers:get("origin"), headers:get(":authority")
+  if not LOOPBACK or origin == nil or origin:match("^%a+://(.*)$") ~= host then return false end
+  local name = host:gsub(":%d+$", "")
+  if name:match("^[%d.]+$") or name:match("^%[[%x:.]+%]$") or name == "localhost" or name:match("%.localhost$") then
+    return false  -- nobody's DNS says where these lead
+  end
+  for _, pattern in ipairs(ORIGINS) do
+    if origin:match(pattern) then return false end
+  end
+  return true
+end
+
 -- A page of any origin may send a form or plain text without asking first, but never JSON.
 local function is_json(content_type)
   local kind = content_type:match("^%s*([^;%s]*)"):lower()
@@ -153,6 +168,9 @@ function envoy_on_request(handle)
   local is_grpc = content_type:sub(1, 16) == "application/grpc"
   if is_grpc then metadata:set(SPACE, "grpc", true) end
   sanitize(headers)
+  if is_rebound(headers) then
+    return refuse(handle, 403, MESSAGES.rebound, "origin")
+  end
   if not slim(headers, is_grpc) then
     return refuse(handle, 431, MESSAGES[431], nil)
   end

@@ -5,12 +5,13 @@ So errors of Envoy, of the services and within streams read alike.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
 from fastchat_grpc import __version__
-from fastchat_grpc.config import GatewayConfig, GatewayMode
+from fastchat_grpc.config import GatewayConfig, GatewayMode, is_loopback
 from fastchat_grpc.rpc.http_errors import CODE_BY_REASON, PARAM_BY_REASON, TYPE_BY_STATUS
 
 MESSAGES: Mapping[int | str, str] = {
@@ -28,6 +29,7 @@ MESSAGES: Mapping[int | str, str] = {
     504: "the server gave no sign of life in time",
     "misled": "no worker of the model can take a request now; try again",
     "large_answer": "the answer is larger than a message may be; ask for less at a time",
+    "rebound": "origin: pages under this name may not call a gateway of one machine unless --allowed-origin names them",
     "gzip": " (as unpacked from gzip, which must be of one piece and unpack to at most a hundred times its size)",
 }
 """What is said where Envoy says nothing that helps, by HTTP status or name."""
@@ -47,7 +49,20 @@ def source(config: GatewayConfig) -> str:
     lines.append(f"local WATCHED = {'false' if config.mode is GatewayMode.SIDECAR else 'true'}")
     # Where picks take whole bodies of gRPC requests, too, their keys are asked for first.
     lines.append(f"local KEY_FIRST = {'true' if config.mode is GatewayMode.DIRECT else 'false'}")
+    lines.append(f"local LOOPBACK = {'true' if is_loopback(config.host) else 'false'}")
+    lines.append(
+        f"local ORIGINS = {{{', '.join(_text(_origin_pattern(origin)) for origin in config.allowed_origins)}}}"
+    )
     return "\n".join(lines) + "\n" + resources.files(__package__).joinpath("http.lua").read_text("utf-8")
+
+
+def _origin_pattern(origin: str) -> str:
+    """Lua's pattern of allowed origins, as `shape.origin_regex`."""
+    if origin == "*":
+        return ".*"
+    host = origin.removesuffix(":*")
+    found = "[%w.-]*".join(re.sub(r"([^A-Za-z0-9])", r"%\1", part) for part in host.split("*"))
+    return f"^{found}{':?%d*' if host != origin else ''}$"
 
 
 def _table(table: Mapping[Any, str]) -> str:

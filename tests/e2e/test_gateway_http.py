@@ -20,6 +20,7 @@ from tests.e2e.gateway_site import Site, running_site
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 MODES = ("direct", "relay", "sidecar")
 ORIGIN = "http://localhost:3000"
+ALLOWED = "https://chat.example.org"
 JSON = "application/json"
 CHAT = {"model": "org/echo", "messages": [{"role": "user", "content": "hello"}]}
 IDLE_S = 1.5
@@ -82,7 +83,8 @@ class Connection:
 async def site(request: pytest.FixtureRequest) -> AsyncIterator[Site]:
     """A fleet of one slow-speaking worker, whose gateway has little patience."""
     worker = {"model": "org/echo", "context_length": 4_000_000, "options": {"delay_ms": "0"}}
-    async with running_site(request.param, [worker], idle_timeout_s=IDLE_S) as found:
+    origins = ("http://localhost:*", "https://*.example.org")
+    async with running_site(request.param, [worker], idle_timeout_s=IDLE_S, allowed_origins=origins) as found:
         yield found
 
 
@@ -347,6 +349,35 @@ async def test_every_answer_may_be_read_by_an_allowed_page(
     assert "retry-after" in answer.headers["access-control-expose-headers"]
     foreign = await http.ask(method, path, body, content_type=kind, origin="https://evil.example")
     assert "access-control-allow-origin" not in foreign.headers
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        ("http://evil.example:8000", 403),
+        ("https://127.0.0.1.evil.example", 403),
+        ("http://localhost.evil.example", 403),
+        ("http://localhost:8000", 200),
+        ("http://app.localhost:8000", 200),
+        ("http://127.0.0.1:8000", 200),
+        ("http://[::1]:8000", 200),
+        (ALLOWED, 200),
+    ],
+)
+async def test_a_page_whose_name_was_turned_here_drives_no_gateway_of_this_machine(
+    http: Connection, origin: str, status: int
+) -> None:
+    """For a browser it is where the page came from (DNS rebinding): nothing is asked before, and all can be read."""
+    answer = await chat(http, host=origin.partition("://")[2], origin=origin)
+    assert answer.status == status, answer.body
+    if status == 403:
+        assert "--allowed-origin" in answer.error["message"]
+
+
+async def test_who_is_no_page_of_that_name_is_not_refused_for_it(http: Connection) -> None:
+    assert text_of(await chat(http, host="models.example:8000")) == "hello"  # a proxy on this machine
+    for origin in ("chrome-extension://abc", "null", "https://evil.example"):  # whose browser keeps the answer
+        assert text_of(await chat(http, host="127.0.0.1:8000", origin=origin)) == "hello"
 
 
 async def test_a_preflight_allows_whatever_headers_are_asked_for(http: Connection) -> None:
