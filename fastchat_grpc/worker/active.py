@@ -8,10 +8,15 @@ from collections.abc import AsyncGenerator
 from time import monotonic
 
 from fastchat_grpc.core import Event
-from fastchat_grpc.errors import ReaderTooSlow
+from fastchat_grpc.errors import Draining, FastChatError, ReaderTooSlow
 from fastchat_grpc.worker.admission import Slot
 
 logger = logging.getLogger(__name__)
+
+
+def evicted() -> Draining:
+    """Why a request that is evicted ends."""
+    return Draining("this worker's time to drain is over; the request may go on elsewhere")
 
 
 class Active:
@@ -22,8 +27,10 @@ class Active:
         self.slot: Slot | None = None
         self.events: AsyncGenerator[Event, None] | None = None
         self._unread_since: float | None = None
-        self._unread_s = 0.0
         self._dropping: asyncio.Task[None] | None = None
+        self._why: FastChatError | None = None
+        self.evicted = False
+        """Whether a cancel is an eviction."""
 
     @property
     def awaits_engine(self) -> bool:
@@ -39,17 +46,36 @@ class Active:
         self._unread_since = monotonic()
 
     def read(self) -> None:
-        """The caller has taken the event. Raises ReaderTooSlow if that took too long."""
+        """The caller has taken the event. Raises why the request was ended meanwhile, if it was."""
         self._unread_since = None
-        if self._dropping is not None:
-            raise ReaderTooSlow(
-                f"what was generated was not read for {self._unread_s:.0f} s (--send-timeout), so the request "
-                "was ended to free its slot"
-            )
+        if self._why is not None:
+            raise self._why
 
     def drop(self, now: float) -> asyncio.Task[None]:
         """Take the slot from a caller that does not read: it finds out when it reads again."""
-        self._unread_s = self.unread_s(now)
+        return self._drop(
+            ReaderTooSlow(
+                f"what was generated was not read for {self.unread_s(now):.0f} s (--send-timeout), so the request "
+                "was ended to free its slot"
+            )
+        )
+
+    def evict(self) -> asyncio.Task[None] | None:
+        """End it with Draining: at once where it waits for the engine or for its slot.
+
+        Where an event is on its way to the caller, its task is in the hands of whoever sends it, who would lose both
+        the event and the reason if it were cancelled: so the caller finds out when it comes for the next one.
+        """
+        if self._dropping is not None:
+            return None
+        if self._unread_since is not None:
+            return self._drop(evicted())
+        self.evicted = True
+        self.task.cancel()
+        return None
+
+    def _drop(self, why: FastChatError) -> asyncio.Task[None]:
+        self._why = why
         self._dropping = asyncio.get_running_loop().create_task(self._end())
         return self._dropping
 

@@ -22,8 +22,8 @@ from fastchat_grpc.core import (
     Prompt,
     SamplingDefaults,
 )
-from fastchat_grpc.errors import Draining, InvalidArgument, ModelNotFound, Starting, UnsupportedField
-from fastchat_grpc.worker.active import Active
+from fastchat_grpc.errors import InvalidArgument, ModelNotFound, Starting, UnsupportedField
+from fastchat_grpc.worker.active import Active, evicted
 from fastchat_grpc.worker.admission import Admission
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,6 @@ class LocalGeneration:
         self._models: dict[str, ModelInfo] = {}
         self._active: set[Active] = set()
         self._dropping: set[asyncio.Task[None]] = set()
-        self._evicting = False
         self.output_tokens = 0
         """Tokens sent since start."""
 
@@ -158,16 +157,18 @@ class LocalGeneration:
         now = monotonic()
         unread = [active for active in self._active if active.unread_s(now) > bound_s]
         for active in unread:
-            task = active.drop(now)
-            self._dropping.add(task)
-            task.add_done_callback(self._dropping.discard)
+            self._keep(active.drop(now))
         return len(unread)
 
     def evict(self) -> None:
         """End what runs with UNAVAILABLE, so that callers resume it elsewhere."""
-        self._evicting = True
         for active in self._active:
-            active.task.cancel()
+            if (task := active.evict()) is not None:
+                self._keep(task)
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        self._dropping.add(task)
+        task.add_done_callback(self._dropping.discard)
 
     @asynccontextmanager
     async def _evictable(self) -> AsyncIterator[Active]:
@@ -179,10 +180,10 @@ class LocalGeneration:
         try:
             yield active
         except asyncio.CancelledError:
-            if not self._evicting:
+            if not active.evicted:
                 raise
             task.uncancel()
-            raise Draining("this worker's time to drain is over; the request may go on elsewhere") from None
+            raise evicted() from None
         finally:
             self._active.discard(active)
 
