@@ -12,6 +12,8 @@ from collections import deque
 from fastchat_grpc.config import LeaseConfig
 from fastchat_grpc.controller.fleet import LeaseTerms, Worker
 
+SURE_AFTER_LEASES = 10
+"""A worker that is away when its controller restarts is not unknown, so long after. Its model may take a minute to load."""
 STALL_S = 1.0
 """A gap between two looks at the clock that is this long was the controller's own: nobody expires for it."""
 GRACE_INTERVALS = 1.5
@@ -45,7 +47,9 @@ class Leases:
         self._late_at = now
         self.terms = LeaseTerms(config.time_to_live_s, config.heartbeat_interval_s)
         self.settles_at = now + 2 * config.heartbeat_interval_s
-        """By then every worker of before has been heard, if it can be."""
+        """By then every worker of before that is there has been heard."""
+        self.sure_at = now + SURE_AFTER_LEASES * config.time_to_live_s
+        """What no worker has served by then does not exist."""
 
     def resize(self, size: int) -> None:
         """Scale interval and time to live so that all heartbeats together stay under the set rate."""

@@ -182,16 +182,18 @@ class Pools:
             self._catalogue = tuple([pool.entry or pool.describe() for pool in listed])
         return self._catalogue
 
-    def find(self, model: str, young: bool = False) -> tuple[str, Pool]:
+    def find(self, model: str, *, young: bool = False, sure: bool = True) -> tuple[str, Pool]:
         """Name and pool of a model; an empty name means the only model of the fleet.
 
         Args:
-            young: whether workers of before may not have come back yet.
+            young: whether workers of before may not have come back yet, though they are there.
+            sure: whether all that were there before have had time to come back.
 
         Raises:
             Starting: it is not known, which means nothing yet.
             ModelNotFound: no worker has served it.
-            NoLiveWorker: it is known, but no worker is registered for it.
+            NoLiveWorker: no worker is registered for it, and it is known, or it may be: no worker is there at all,
+                or the registry is not sure yet.
             InvalidArgument: the name is empty and the fleet has several models.
         """
         if not model and self.by_name:
@@ -208,8 +210,13 @@ class Pools:
                 metadata=metadata,
                 retry_after_s=STARTING_RETRY_S,
             )
-        if not model:
-            raise NoLiveWorker("no worker is registered")
+        if not self.by_name:
+            raise NoLiveWorker("no worker is registered", metadata=metadata)
+        if not sure:
+            raise NoLiveWorker(
+                f"no worker has served a model {model[:128]!r} since the controller started, a short while ago",
+                metadata=metadata,
+            )
         raise ModelNotFound(f"no worker has served a model {model[:128]!r}", metadata=metadata)
 
     def _only(self) -> str:

@@ -66,6 +66,7 @@ class Registry(Accounts):
         self._policy = Leases(lease, clock())
         self._joined_at = -math.inf
         self._young = True
+        self._sure = False
 
     @property
     def terms(self) -> LeaseTerms:
@@ -83,7 +84,12 @@ class Registry(Accounts):
         return self.settled or (len(self) > 0 and self._clock() - self._joined_at >= QUIET_S)
 
     def settle(self) -> None:
-        """The fleet is known to be whole, or old enough: what is not here does not exist."""
+        """The fleet is known to be whole: what is not here does not exist."""
+        self._sure = True
+        self._grow_up()
+
+    def _grow_up(self) -> None:
+        """Requests for what is not there wait no longer."""
         self._young = False
         for model in list(self._queues):
             if self._pools.by_name.get(model) is None:
@@ -164,7 +170,9 @@ class Registry(Accounts):
             policy.stalled(now)
         policy.looked_at = now
         if self._young and now >= policy.settles_at:
-            self.settle()
+            self._grow_up()
+        if not self._sure and now >= policy.sure_at:
+            self._sure = True
         while timers and timers[0][0] <= now:
             when, _, worker = heapq.heappop(timers)
             if worker.removed is None:
@@ -181,7 +189,7 @@ class Registry(Accounts):
         pool = self._pools.by_name.get(model)
         if pool is not None:
             return model, pool
-        return self._pools.find(model, young=self._young)
+        return self._pools.find(model, young=self._young, sure=self._sure)
 
     def at(self, address: str) -> Collection[Worker]:
         """The live workers that advertise an address."""

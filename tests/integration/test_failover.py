@@ -208,6 +208,8 @@ class TestYoungControllers:
     ) -> None:
         async with running_controller() as restarted, running_controller() as other:
             await start_worker(controllers=(other.address,))
+            await start_worker("m", controllers=(restarted.address,))
+            await eventually(lambda: len(restarted.registry) == len(other.registry) == 1)
             async with AsyncClient([restarted.address, other.address]) as client:
                 assert await said(client.generate("abc", model="echo")) == "abc"
                 assert await client.count_tokens("abc", model="echo") == 3

@@ -79,19 +79,38 @@ async def test_a_request_that_came_too_early_is_served_when_its_worker_comes(sta
         assert (await early).text == "text"
 
 
-async def test_a_wrong_name_is_not_found_as_soon_as_the_controller_has_settled() -> None:
+async def test_a_wrong_name_is_refused_as_soon_as_the_controller_has_settled() -> None:
     async with (
         running_controller(young=True, lease=QUICK) as controller,
         AsyncClient(controller.address) as client,
         open_channel(controller.address) as channel,
     ):
         started = monotonic()
-        with pytest.raises(errors.ModelNotFound):
+        with pytest.raises(errors.NoLiveWorker):
             await client.complete("text", model="nope")
         assert monotonic() - started < FailoverConfig().wait_s, "it did not wait until its patience ran out"
         assert controller.registry.settled
         await eventually(lambda: controller._serving)
         assert await health_of(channel) == SERVING
+
+
+async def test_a_model_whose_only_worker_is_away_while_all_controllers_restart_is_not_unknown(
+    start_worker: StartWorker,
+) -> None:
+    async with (
+        running_controller(young=True, lease=QUICK, failover=IMPATIENT) as one,
+        running_controller(young=True, lease=QUICK, failover=IMPATIENT) as two,
+        AsyncClient([one.address, two.address], failover=IMPATIENT) as client,
+    ):
+        both = (one.address, two.address)
+        await start_worker("other", controllers=both)
+        await eventually(lambda: one.registry.settled and two.registry.settled)
+        for _ in range(2):
+            with pytest.raises(errors.NoLiveWorker):
+                await client.complete("text", model="m")
+        await start_worker("m", controllers=both)
+        await eventually(lambda: len(one.registry) == len(two.registry) == 2)
+        assert (await client.complete("text", model="m")).text == "text"
 
 
 async def test_a_client_that_knows_another_controller_never_hears_of_a_restart(start_worker: StartWorker) -> None:

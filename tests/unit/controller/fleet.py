@@ -46,6 +46,7 @@ class Fleet:
         )
         if not young:
             self.wait(2 * (lease or LeaseConfig()).heartbeat_interval_s)
+            self.registry.settle()
 
     def join(
         self, worker_id: str = "a", models: str = "m", *, instance: str = "", load: Load | None = None, **spec: Any

@@ -90,8 +90,9 @@ async def test_what_cannot_be_read_is_refused_and_reserves_nothing(site: Site, p
 
 
 async def test_refusals_have_the_status_that_a_worker_would_give(site: Site) -> None:
-    assert refused(await site.chat())[0] == 404
+    assert refused(await site.chat())[0] == 503, "nobody is there, so nothing is known"
     worker = site.add(1)
+    assert refused(await site.chat(model="nobody's"))[0] == 404
     site.registry.deregister(worker.lease_id)
     assert refused(await site.chat())[0] == 503
     site.add(2, "a")
@@ -175,12 +176,12 @@ async def test_what_another_server_has_begun_goes_to_those_that_can_go_on_with_i
 
 async def test_a_controller_that_is_not_the_last_one_leaves_what_it_lacks_to_the_others(site: Site) -> None:
     del site.extensions[FINAL_KEY]
+    worker = site.add(1)
     response = await site.chat(model="nobody's")
     assert response.HasField("ok_response")
     assert places(response) == []
     assert header(response, CLUSTER_HEADER) == ""
     assert header(response, MISSED_HEADER) == "5"
-    worker = site.add(1)
     site.registry.deregister(worker.lease_id)
     assert header(await site.chat(), MISSED_HEADER) == "14"
     # What one of them said of its workers is not forgotten by the next, which has never had any.
@@ -189,6 +190,7 @@ async def test_a_controller_that_is_not_the_last_one_leaves_what_it_lacks_to_the
 
 
 async def test_the_last_controller_speaks_for_all(site: Site) -> None:
+    site.add(1)
     assert refused(await site.check(CHAT, chat_body(model="x"), **{MISSED_HEADER: "5"}))[0] == 404
     assert refused(await site.check(CHAT, chat_body(model="x"), **{MISSED_HEADER: "14"}))[0] == 503
 

@@ -174,7 +174,7 @@ class RegistryMachine(RuleBasedStateMachine):
             assert model not in self.seen_models
             return
         except NoLiveWorker:
-            assert model in self.seen_models
+            assert model in self.seen_models or not self.known
             assert not allowed
             return
         picked = reservation.worker.spec.worker_id

@@ -28,12 +28,31 @@ def test_what_it_knows_is_served_at_once(fleet: Fleet) -> None:
     assert fleet.registry.pool("")[0] == "m"
 
 
-def test_after_two_intervals_what_it_does_not_know_is_not_there(fleet: Fleet) -> None:
+def test_after_two_intervals_nobody_waits_for_what_it_does_not_know(fleet: Fleet) -> None:
     fleet.wait(3.9)
     assert not fleet.registry.settled
     fleet.wait(0.1)
     assert fleet.registry.settled
+    with pytest.raises(NoLiveWorker):
+        fleet.registry.pool("m")
+
+
+def test_what_is_not_there_after_ten_leases_does_not_exist(fleet: Fleet) -> None:
+    """A model that is away when its controller restarts is none that never was: it may take a minute to load."""
+    fleet.join(models="other")
+    for _ in range(59):
+        fleet.wait(1.0)
+        fleet.join(models="other")
+        with pytest.raises((Starting, NoLiveWorker)):
+            fleet.registry.pool("m")
+    fleet.wait(1.0)
     with pytest.raises(ModelNotFound):
+        fleet.registry.pool("m")
+
+
+def test_a_registry_without_workers_says_of_no_model_that_it_does_not_exist(fleet: Fleet) -> None:
+    fleet.wait(1000)
+    with pytest.raises(NoLiveWorker):
         fleet.registry.pool("m")
 
 
