@@ -15,6 +15,7 @@ from fastchat_grpc.errors import InvalidArgument, ModelNotFound, NoLiveWorker, S
 REMEMBERED = 200_000
 """Names that are remembered of what has gone; the oldest are forgotten first."""
 STARTING_RETRY_S = 1.0
+JUST_STARTED = "the controller has just started and does not know its fleet yet"
 
 
 class FleetModel(NamedTuple):
@@ -205,11 +206,7 @@ class Pools:
         if model in self._gone:
             raise NoLiveWorker(f"model {model[:128]!r} has no live worker now", metadata=metadata)
         if young:
-            raise Starting(
-                "the controller has just started and does not know its fleet yet",
-                metadata=metadata,
-                retry_after_s=STARTING_RETRY_S,
-            )
+            raise Starting(JUST_STARTED, metadata=metadata, retry_after_s=STARTING_RETRY_S)
         if not self.by_name:
             raise NoLiveWorker("no worker is registered", metadata=metadata)
         if not sure:

@@ -27,9 +27,9 @@ from fastchat_grpc.controller.fleet import (
 from fastchat_grpc.controller.health import Drain, Health, Tier
 from fastchat_grpc.controller.leases import LATE_S, STALL_S, Leases
 from fastchat_grpc.controller.ledger import Ledger, sane
-from fastchat_grpc.controller.pools import FleetModel, Pool, Recent
+from fastchat_grpc.controller.pools import JUST_STARTED, STARTING_RETRY_S, FleetModel, Pool, Recent
 from fastchat_grpc.core import Load, WorkerState
-from fastchat_grpc.errors import FleetFull, InstanceReplaced, LeaseNotFound, WorkerNotFound
+from fastchat_grpc.errors import FleetFull, InstanceReplaced, LeaseNotFound, Starting, WorkerNotFound
 
 QUIET_S = 0.1
 """A young controller that has workers, and has not heard of a new one for this long, may be sent requests."""
@@ -149,14 +149,14 @@ class Registry(Accounts):
             self._remove(worker, Removal.UNREACHABLE)
 
     def drain(self, worker_id: str, timeout_s: float | None) -> Worker:
-        """Stop new work on a worker; its heartbeats tell it to drain. Raises WorkerNotFound."""
+        """Stop new work on a worker; its heartbeats tell it to drain. Raises as `worker`."""
         worker = self.worker(worker_id)
         worker.health.drained(Drain(timeout_s))
         self._settle(worker)
         return worker
 
     def undrain(self, worker_id: str) -> Worker:
-        """Take a drain back; the worker's heartbeats tell it to take work again. Raises WorkerNotFound."""
+        """Take a drain back; the worker's heartbeats tell it to take work again. Raises as `worker`."""
         worker = self.worker(worker_id)
         worker.health.undrained()
         self._settle(worker)
@@ -201,14 +201,15 @@ class Registry(Accounts):
         return len(self._directory)
 
     def worker(self, worker_id: str) -> Worker:
-        """A live worker by id. Raises WorkerNotFound."""
+        """A live worker by id. Raises WorkerNotFound, or Starting where it may not have come back yet."""
         self.expire()
         worker = self._directory.get(worker_id)
-        if worker is None:
-            raise WorkerNotFound(
-                f"no worker {worker_id[:128]!r} is registered", metadata={"worker_id": worker_id[:128]}
-            )
-        return worker
+        if worker is not None:
+            return worker
+        metadata = {"worker_id": worker_id[:128]}
+        if self._young:
+            raise Starting(JUST_STARTED, metadata=metadata, retry_after_s=STARTING_RETRY_S)
+        raise WorkerNotFound(f"no worker {worker_id[:128]!r} is registered", metadata=metadata)
 
     def workers(self, model: str = "") -> Sequence[Worker]:
         """The live workers, ordered by id; with a model, those that serve it. Not to be changed."""

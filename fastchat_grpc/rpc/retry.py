@@ -28,7 +28,7 @@ class Verdict(enum.Enum):
     EMPTY = "empty"
     """The server is a controller that has no worker for it."""
     UNABLE = "unable"
-    """The server cannot go on with what another began, or does not know the model; another may."""
+    """The server cannot go on with what another began, or does not know the model or the worker; another may."""
 
 
 _REFUSALS = {
@@ -41,6 +41,7 @@ _REFUSALS = {
     # A controller that was restarted while the model's workers were away says so; others remember them.
     "MODEL_NOT_FOUND": Verdict.UNABLE,
     "ADAPTER_NOT_FOUND": Verdict.UNABLE,
+    "WORKER_NOT_FOUND": Verdict.UNABLE,
 }
 _FINAL = frozenset({"FAILOVER_EXHAUSTED", "NOT_RESUMABLE", "RELAY_LOOP"})
 _INABILITIES = frozenset({Code.INVALID_ARGUMENT, Code.NOT_FOUND, Code.UNIMPLEMENTED, Code.FAILED_PRECONDITION})

@@ -475,6 +475,17 @@ class TestDrain:
         assert controller.relay.failover.resumed == 0
         await joined(controller, 1)
 
+    async def test_an_order_reaches_the_controller_that_has_the_worker(
+        self, controller: ControllerApp, start_worker: StartWorker
+    ) -> None:
+        worker = await start_worker(controllers=(controller.address,), worker_id="w")
+        await joined(controller, 1)
+        async with running_controller() as other, AsyncClient([other.address, controller.address]) as client:
+            assert await client.drain_worker("w") == 0
+            await eventually(worker._ordered.is_set)
+            with pytest.raises(errors.WorkerNotFound):
+                await client.drain_worker("nobody")
+
     async def test_what_outlives_the_drain_goes_on_elsewhere(
         self,
         controller: ControllerApp,

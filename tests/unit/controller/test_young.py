@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastchat_grpc.config import LeaseConfig
-from fastchat_grpc.errors import Code, ModelNotFound, NoLiveWorker, Starting
+from fastchat_grpc.errors import Code, ModelNotFound, NoLiveWorker, Starting, WorkerNotFound
 from tests.unit.controller.fleet import Fleet
 
 
@@ -20,6 +20,15 @@ def test_what_a_young_registry_does_not_know_may_come_yet(fleet: Fleet, model: s
         fleet.registry.pool(model)
     assert caught.value.code is Code.UNAVAILABLE
     assert caught.value.retry_after_s
+
+
+def test_nor_does_it_say_of_a_worker_that_it_is_not_there(fleet: Fleet) -> None:
+    for call in (fleet.registry.worker, fleet.registry.undrain, lambda name: fleet.registry.drain(name, None)):
+        with pytest.raises(Starting):
+            call("w")
+    fleet.wait(4)
+    with pytest.raises(WorkerNotFound):
+        fleet.registry.worker("w")
 
 
 def test_what_it_knows_is_served_at_once(fleet: Fleet) -> None:
