@@ -13,7 +13,7 @@ from fastchat_grpc.config import LeaseConfig
 from fastchat_grpc.controller.fleet import LeaseTerms, Worker
 
 SURE_AFTER_LEASES = 10
-"""A worker that is away when its controller restarts is not unknown, so long after. Its model may take a minute to load."""
+"""So long after its controller restarts a worker may be away and not unknown: its model may take a minute to load."""
 STALL_S = 1.0
 """A gap between two looks at the clock that is this long was the controller's own: nobody expires for it."""
 GRACE_INTERVALS = 1.5
