@@ -37,6 +37,8 @@ from fastchat_grpc.v1 import generation_pb2 as pb
 T = TypeVar("T")
 
 EOF = grpc.aio.EOF
+_HARMLESS = (Verdict.STARTING, Verdict.LEAVING)
+"""Attempts that have cost nobody anything: they are bounded by the patience of those who wait alone."""
 
 
 class Nobody(Exception):
@@ -291,7 +293,7 @@ class Call(Generic[T]):
             self._losses += verdict is Verdict.LOST
         elif self._arrived_resumed:
             self._losses += verdict is Verdict.LOST  # bounded as what it is, the rest of a stream, and not charged
-        elif verdict is Verdict.FULL and self._displaced:
+        elif verdict in _HARMLESS or (verdict is Verdict.FULL and self._displaced):
             self._attempts -= 1
         elif verdict is not Verdict.FINAL and self._attempts < self._owner.config.max_attempts:
             self._funded = self._owner.budget.withdraw()

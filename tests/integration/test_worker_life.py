@@ -48,6 +48,30 @@ class _Loading:
         self.closed = True
 
 
+async def test_a_client_waits_for_a_worker_that_loads_its_model() -> None:
+    app = WorkerApp(echo_config())
+    load, loaded = app._backend.start, asyncio.Event()
+
+    async def start() -> Any:
+        await loaded.wait()
+        return await load()
+
+    app._backend.start = start  # type: ignore[method-assign]
+    starting = asyncio.create_task(app.start())
+    try:
+        await eventually(lambda: app._server is not None)
+        async with AsyncClient(app.address, failover=FailoverConfig(max_attempts=1)) as client:
+            asked = asyncio.create_task(client.count_tokens("four"))
+            await asyncio.sleep(0.5)  # it is refused some times
+            assert not asked.done()
+            loaded.set()
+            assert await asyncio.wait_for(asked, 10) == 4
+    finally:
+        loaded.set()
+        await starting
+        await app.stop()
+
+
 async def test_a_signal_to_stop_is_heard_while_the_model_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = _Loading()
     monkeypatch.setattr(registry, "create", lambda config: backend)

@@ -215,6 +215,11 @@ class TestBeforeTheFirstEvent:
             await run(*servers, max_attempts=3)
         assert [server.asked is not None for server in servers] == [True, True, True, False, False]
 
+    async def test_servers_that_start_or_drain_use_no_attempts_up(self) -> None:
+        refusing = [Server(error=error) for error in (Starting("wait"), Draining("bye")) * 4]
+        failover = Failover(FailoverConfig(max_attempts=1, retry_ratio=0, retry_reserve_per_s=0))
+        assert text(await run(*refusing, Server([delta("hi", 1), end()]), failover=failover)) == "hi"
+
     async def test_a_full_fleet_says_that_it_is_full(self) -> None:
         with pytest.raises(QueueFull) as caught:
             await run(Server(error=FULL), Server(error=LOST))
