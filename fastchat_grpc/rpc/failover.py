@@ -24,11 +24,11 @@ from fastchat_grpc.errors import (
     FastChatError,
     NoLiveWorker,
     NotResumable,
-    QueueFull,
     WorkerUnavailable,
 )
 from fastchat_grpc.rpc.convert import duration
 from fastchat_grpc.rpc.plan import Outlook, Situation, Step, next_step
+from fastchat_grpc.rpc.request_ids import origin_told
 from fastchat_grpc.rpc.resume import Codec, ResumeState
 from fastchat_grpc.rpc.retry import RetryBudget, Verdict, judge
 from fastchat_grpc.rpc.status import error_from_rpc
@@ -60,10 +60,12 @@ class Attempt(Generic[T]):
 
     Args:
         call: of grpc.aio, unary or streamed.
+        begins: what is kept of the generation that this attempt begins; None where it goes on with one, or is unary.
     """
 
-    def __init__(self, call: Any) -> None:
+    def __init__(self, call: Any, begins: ResumeState[T] | None = None) -> None:
         self._call = call
+        self._begins = begins
         self._read: Callable[[], Awaitable[Any]] = call.read if hasattr(call, "read") else lambda: call
         self._answered = False
 
@@ -86,6 +88,8 @@ class Attempt(Generic[T]):
             raise StopAsyncIteration
         if not self._answered:
             self._answered = True
+            if self._begins is not None:
+                self._begins.learned(**origin_told(await self._call.initial_metadata()))
             self.answered()
         return item  # type: ignore[no-any-return]
 
@@ -219,7 +223,7 @@ class Call(Generic[T]):
         self._funded = True
         self._last: FastChatError | None = None
         self._verdict: Verdict | None = None
-        self._full: QueueFull | None = None
+        self._full: FastChatError | None = None
         self._absent: FastChatError | None = None
         self._loss: FastChatError | None = None
 
@@ -282,7 +286,7 @@ class Call(Generic[T]):
         """An attempt has failed."""
         verdict = self._verdict = judge(error, resumed=self.started or self._arrived_resumed)
         self._last = error = attempt.failed(error, verdict)
-        if isinstance(error, QueueFull):
+        if verdict is Verdict.FULL:
             self._full = error
         elif verdict in (Verdict.STARTING, Verdict.LEAVING, Verdict.EMPTY):
             self._absent = error  # of somebody who has, or may have, what others do not know

@@ -57,7 +57,12 @@ def error_from_rpc(rpc_error: grpc.aio.AioRpcError) -> FastChatError:
     except ValueError:  # details that disagree with the status: a proxy rewrote one of them
         status = None
     if status is None:
-        return _plain_error(rpc_error)
+        status = status_pb2.Status(code=rpc_error.code().value[0], message=rpc_error.details() or "")
+    return error_from_status(status)
+
+
+def error_from_status(status: status_pb2.Status) -> FastChatError:
+    """The domain error of a status that is not OK; of one without our details, a FastChatError of its code."""
     reason, metadata, field, description = "", {}, "", status.message
     retry_after_s: float | None = None
     for detail in status.details:
@@ -70,7 +75,7 @@ def error_from_rpc(rpc_error: grpc.aio.AioRpcError) -> FastChatError:
             retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
     cls = _CLASS_BY_REASON.get(reason)
     if cls is None or int(cls.code) != status.code:
-        return _plain_error(rpc_error)
+        return _plain_error(Code(status.code), status.message)
     if issubclass(cls, InvalidArgument):
         invalid = InvalidArgument.__new__(cls)
         InvalidArgument.__init__(invalid, field, description, metadata=metadata)
@@ -78,13 +83,12 @@ def error_from_rpc(rpc_error: grpc.aio.AioRpcError) -> FastChatError:
     return cls(status.message, metadata=metadata, retry_after_s=retry_after_s)
 
 
-def _plain_error(rpc_error: grpc.aio.AioRpcError) -> FastChatError:
-    code = Code(rpc_error.code().value[0])
+def _plain_error(code: Code, message: str) -> FastChatError:
     cls = _CLASS_BY_CODE.get(code)
     if cls is None:
         cls = type(f"Rpc{code.name.title().replace('_', '')}", (FastChatError,), {"code": code, "reason": code.name})
         _CLASS_BY_CODE[code] = cls
-    return cls(rpc_error.details() or code.name)
+    return cls(message or code.name)
 
 
 _CLASS_BY_CODE: dict[Code, type[FastChatError]] = {

@@ -10,24 +10,26 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import enum
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 from envoy.data.accesslog.v3 import accesslog_pb2
 from envoy.service.accesslog.v3 import als_pb2, als_pb2_grpc
 from google.protobuf.message import DecodeError
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import status_pb2
 
 from fastchat_grpc.config import join_address
 from fastchat_grpc.controller.envoy.tickets import Ticket, Tickets
+from fastchat_grpc.controller.evidence import Evidence, evidence
 from fastchat_grpc.controller.registry import Registry
 from fastchat_grpc.errors import Code
 from fastchat_grpc.rpc.bridge import TICKET_HEADER
 from fastchat_grpc.rpc.printable import printable
+from fastchat_grpc.rpc.retry import judge
+from fastchat_grpc.rpc.status import error_from_status
 
 logger = logging.getLogger(__name__)
 
@@ -40,43 +42,36 @@ LOST_S = 60.0
 """What Envoy logs while a log stream is broken is lost: tickets that are open this long after are void."""
 
 
-class Outcome(enum.Enum):
-    """What an attempt says of its worker."""
-
-    GOOD = "good"
-    """It answered in full."""
-    FAULT = "fault"
-    """It failed the request."""
-    LOST = "lost"
-    """It went away, or could not be reached."""
-    FULL = "full"
-    """It has no room."""
-    ELSEWHERE = "elsewhere"
-    """It is healthy and takes no such request now: it drains, starts, or has other models."""
-    NOTHING = "nothing"
-    """The request or its caller is why it ended."""
+_RETRIED = frozenset({Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED, Code.NOT_FOUND})
+"""Statuses before the first message with which the gateway's routes go on to the next worker."""
 
 
-_BY_REASON = {
-    "QUEUE_FULL": Outcome.FULL,
-    "DRAINING": Outcome.ELSEWHERE,
-    "STARTING": Outcome.ELSEWHERE,
-    "MODEL_NOT_FOUND": Outcome.ELSEWHERE,
-}
-_BY_CODE = {
-    Code.OK: Outcome.GOOD,
-    Code.INTERNAL: Outcome.FAULT,
-    Code.UNKNOWN: Outcome.FAULT,
-    Code.DATA_LOSS: Outcome.FAULT,
-    Code.UNAVAILABLE: Outcome.LOST,
-}
+class Attempted(NamedTuple):
+    """What the log entry of an attempt says: of its worker, and whether the request goes on to the next one."""
+
+    evidence: Evidence
+    goes_on: bool
 
 
-def outcome(entry: accesslog_pb2.HTTPAccessLogEntry) -> Outcome:
+_GOOD = Attempted(Evidence.GOOD, goes_on=False)
+_NOTHING = Attempted(Evidence.NOTHING, goes_on=False)
+_LOST = Attempted(Evidence.LOST, goes_on=True)
+
+
+def attempted(entry: accesslog_pb2.HTTPAccessLogEntry) -> Attempted:
     """What the log entry of an attempt says. Pure."""
-    code, reason = _status(entry)
-    if code is not None:
-        return _BY_REASON.get(reason) or _BY_CODE.get(code, Outcome.NOTHING)
+    status = _status(entry)
+    if status is None:
+        return _without_status(entry)
+    if status.code == Code.OK:
+        return _GOOD
+    if status.code == Code.CANCELLED:
+        return _NOTHING  # a caller who leaves may be told so on the way out; a worker that stops resets the stream
+    error = error_from_status(status)
+    return Attempted(evidence(error, judge(error)), goes_on=error.code in _RETRIED)
+
+
+def _without_status(entry: accesslog_pb2.HTTPAccessLogEntry) -> Attempted:
     flags = entry.common_properties.response_flags
     if (
         flags.upstream_connection_failure
@@ -84,30 +79,33 @@ def outcome(entry: accesslog_pb2.HTTPAccessLogEntry) -> Outcome:
         or flags.upstream_connection_termination
         or flags.upstream_request_timeout
     ):
-        return Outcome.LOST
+        return _LOST
     answered = entry.response.response_code.value
     # Some other server is where the worker was.
-    return Outcome.LOST if answered and answered != 200 else Outcome.NOTHING
+    return _LOST if answered and answered != 200 else _NOTHING
 
 
-def _status(entry: accesslog_pb2.HTTPAccessLogEntry) -> tuple[Code | None, str]:
-    """The gRPC code that the worker gave, None if it gave none; and our reason, if there is one."""
+def _status(entry: accesslog_pb2.HTTPAccessLogEntry) -> status_pb2.Status | None:
+    """The status that the worker gave; None if it gave none."""
     response = entry.response
     for fields in (response.response_trailers, response.response_headers):
-        code = fields.get("grpc-status", "")
-        if code.isdecimal():
-            known = {int(known): known for known in Code}
-            return known.get(int(code), Code.UNKNOWN), _reason(fields.get("grpc-status-details-bin", ""))
-    return None, ""
+        told = fields.get("grpc-status", "")
+        if told.isdecimal():
+            code = int(told) if int(told) in _CODES else int(Code.UNKNOWN)
+            found = _details(fields.get("grpc-status-details-bin", ""))
+            return found if found.code == code else status_pb2.Status(code=code)
+    return None
 
 
-def _reason(details: str) -> str:
+_CODES = frozenset(map(int, Code))
+
+
+def _details(encoded: str) -> status_pb2.Status:
+    """The status as a worker of ours tells it, with its reason; empty where there is none."""
     try:
-        status = status_pb2.Status.FromString(base64.b64decode(details + "=" * (-len(details) % 4)))
+        return status_pb2.Status.FromString(base64.b64decode(encoded + "=" * (-len(encoded) % 4)))
     except (binascii.Error, DecodeError, ValueError):
-        return ""
-    info = error_details_pb2.ErrorInfo()
-    return next((str(info.reason) for detail in status.details if detail.Unpack(info)), "")
+        return status_pb2.Status()
 
 
 class Completions(als_pb2_grpc.AccessLogServiceServicer):  # type: ignore[misc]
@@ -153,27 +151,25 @@ class Completions(als_pb2_grpc.AccessLogServiceServicer):  # type: ignore[misc]
             ticket.move_on(place, self._registry.reserve(ticket.further[place]))
         elif place != ticket.place:
             return
-        self._judge(ticket, outcome(entry))
+        self._judge(ticket, attempted(entry))
 
-    def _judge(self, ticket: Ticket, found: Outcome) -> None:
+    def _judge(self, ticket: Ticket, found: Attempted) -> None:
         worker = ticket.reservation.worker
-        match found:
-            case Outcome.GOOD:
+        match found.evidence:
+            case Evidence.GOOD:
                 ticket.reservation.succeeded()
-                return
-            case Outcome.NOTHING:
-                return
-            case Outcome.FULL:
+            case Evidence.FULL:
                 ticket.reservation.release()  # it is not there, and must not count as what fills the worker
                 self._registry.full(worker)
-            case Outcome.FAULT:
+            case Evidence.FAULT:
                 self._registry.failed(worker)
-                return  # it is not tried elsewhere
-            case Outcome.LOST:
+            case Evidence.LOST:
                 self._registry.lost(worker)
-            case Outcome.ELSEWHERE:
+            case Evidence.AWAY:
                 self._registry.suspect(worker)
-        if ticket.further:
+            case Evidence.NOTHING:
+                pass
+        if found.goes_on and ticket.further:
             following, worker = next(iter(ticket.further.items()))
             ticket.move_on(following, self._registry.reserve(worker))
 

@@ -14,14 +14,20 @@ from fastchat_grpc.controller.envoy.tickets import LIFETIME_S, Tickets
 from fastchat_grpc.controller.health import Tier
 from fastchat_grpc.core import Load
 from fastchat_grpc.errors import (
+    AdapterNotFound,
     BackendFailed,
     Cancelled,
     DeadlineExceeded,
     Draining,
+    FailoverExhausted,
+    FastChatError,
     InvalidArgument,
     ModelNotFound,
+    NoLiveWorker,
+    NotResumable,
     NotSupported,
     QueueFull,
+    TooManyCalls,
 )
 from tests.unit.controller.envoy_site import (
     Context,
@@ -66,12 +72,32 @@ async def test_what_a_worker_said_is_what_counts(site: Site) -> None:
     draining = await after(error=Draining("x"))
     assert draining.health.suspect
     assert (await after(error=QueueFull("x"))).ledger.room == 0
+    assert (await after(error=TooManyCalls("x"))).ledger.room == 0
     assert (await after(error=ModelNotFound("x"))).health.suspect
-    for error in (InvalidArgument("f", "x"), DeadlineExceeded("x"), Cancelled("x"), NotSupported("x")):
+    others = (
+        InvalidArgument("f", "x"),
+        DeadlineExceeded("x"),
+        Cancelled("x"),
+        NotSupported("x"),
+        AdapterNotFound("x"),  # the words of a request can bring it about, at a worker that is well
+        # What a controller below says of its own workers.
+        NoLiveWorker("x"),
+        FailoverExhausted("x"),
+        NotResumable("x"),
+    )
+    for error in others:
         worker = await after(error=error)
         assert not worker.health.suspect
         assert worker.ledger.room == 4
         assert worker.tier is Tier.READY
+
+
+@pytest.mark.parametrize("error", [ModelNotFound("x"), AdapterNotFound("x"), TooManyCalls("x"), NoLiveWorker("x")])
+async def test_a_request_that_envoy_takes_elsewhere_counts_there(site: Site, error: FastChatError) -> None:
+    first, second = site.add(1, weight=1e9), site.add(2)
+    name = ticket(await site.chat())
+    site.tell(attempt(name, 5001, error=error))
+    assert (first.reserved_count, second.reserved_count) == (0, 1)
 
 
 async def test_a_worker_that_fails_everything_fast_is_left_alone(site: Site) -> None:
