@@ -31,10 +31,12 @@ def _require(ok: bool, message: str) -> None:
 
 def split_address(address: str) -> tuple[str, int]:
     """Split "host:port" ("[v6]:port" too). Raises ConfigError."""
-    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):(\d{1,5})", address)
-    if match is None or not 0 <= int(match[2]) <= 65535:
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([\w.-]+)):([0-9]+)", address)
+    if match is None:
         raise ConfigError(f"address must look like host:port, got {address!r}")
-    return match[1].strip("[]"), int(match[2])
+    if len(match[3]) > 5 or int(match[3]) > 65535:
+        raise ConfigError(f"the port of an address must be from 0 to 65535, got {address!r}")
+    return match[1] or match[2], int(match[3])
 
 
 def join_address(host: str, port: int) -> str:

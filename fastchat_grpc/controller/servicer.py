@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 
 from fastchat_grpc.controller.dispatch import Dispatcher, PickRequest
-from fastchat_grpc.controller.fleet import ChangeKind, LeaseTerms, WorkerSpec
+from fastchat_grpc.controller.fleet import ChangeKind, LeaseTerms
 from fastchat_grpc.controller.history import History
 from fastchat_grpc.controller.listing import change_batches, models_page, worker_to_pb, workers_page
 from fastchat_grpc.controller.picks import Picks
+from fastchat_grpc.controller.presented import capabilities_asked, excluded, spec_from_pb
 from fastchat_grpc.controller.refresh import Refresh
 from fastchat_grpc.controller.watch import Watch
 from fastchat_grpc.errors import InvalidArgument, WorkerIdInUse
@@ -25,11 +25,6 @@ from fastchat_grpc.v1 import registry_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-MAX_ID_LENGTH = 128
-MAX_MODELS = 1024
-MAX_LABELS = 32
-MAX_LABEL_LENGTH = 256
-MAX_WEIGHT = 1e6
 WATCH_PAUSE_S = 0.1
 """Changes are gathered this long before they are sent, so that a large fleet's loads come in batches."""
 
@@ -123,7 +118,8 @@ class ControllerServicer(registry_pb2_grpc.ControllerServiceServicer):
                 model=request.model,
                 adapter=request.lora_adapter,
                 key=request.session_key,
-                excluded=request.excluded_worker_ids,
+                prefers=capabilities_asked(request.capabilities),
+                excluded=excluded(request.excluded_worker_ids),
             )
         )
         spec = reservation.worker.spec
@@ -179,43 +175,3 @@ class ControllerServicer(registry_pb2_grpc.ControllerServiceServicer):
                 heartbeat_interval=convert.duration(terms.heartbeat_interval_s),
             )
         return self._confirmation
-
-
-def spec_from_pb(request: pb.RegisterRequest) -> WorkerSpec:
-    """Check and convert how a worker presents itself. Raises InvalidArgument."""
-    for name in ("worker_id", "instance_id"):
-        _check_length(name, getattr(request, name), 1, MAX_ID_LENGTH)
-    if not 1 <= len(request.models) <= MAX_MODELS:
-        raise InvalidArgument("models", f"must hold 1 to {MAX_MODELS} models, got {len(request.models)}")
-    models = tuple(convert.model_from_pb(model) for model in request.models)
-    for i, model in enumerate(models):
-        _check_length(f"models[{i}].name", model.name, 1, MAX_LABEL_LENGTH)
-    if len({model.name for model in models}) < len(models):
-        raise InvalidArgument("models", "must have different names")
-    weight = request.weight if request.HasField("weight") else 1.0
-    if not (math.isfinite(weight) and 0 < weight <= MAX_WEIGHT):
-        raise InvalidArgument("weight", f"must be above 0 and at most {MAX_WEIGHT:g}, got {weight:g}")
-    return WorkerSpec(
-        worker_id=request.worker_id,
-        instance_id=request.instance_id,
-        address=request.address,
-        models=models,
-        weight=weight,
-        labels=_labels(request.labels),
-        check_heartbeat=request.check_heartbeat if request.HasField("check_heartbeat") else True,
-        version=request.version[:MAX_LABEL_LENGTH],
-    )
-
-
-def _labels(labels: Mapping[str, str]) -> dict[str, str]:
-    if len(labels) > MAX_LABELS:
-        raise InvalidArgument("labels", f"must be at most {MAX_LABELS}, got {len(labels)}")
-    for key, value in labels.items():
-        _check_length("labels key", key, 1, MAX_LABEL_LENGTH)
-        _check_length(f"labels[{key}]", value, 0, MAX_LABEL_LENGTH)
-    return dict(labels)
-
-
-def _check_length(field: str, value: str, low: int, high: int) -> None:
-    if not low <= len(value) <= high:
-        raise InvalidArgument(field, f"must be {low} to {high} characters long, got {len(value)}")

@@ -16,7 +16,7 @@ from fastchat_grpc import errors
 from fastchat_grpc.client import AsyncClient
 from fastchat_grpc.config import ConfigError, DispatchMethod, FailoverConfig, LeaseConfig
 from fastchat_grpc.controller.app import ControllerApp
-from fastchat_grpc.core import Completion, Delta, PromptEcho, WorkerState
+from fastchat_grpc.core import Capability, Completion, Delta, PromptEcho, WorkerState
 from fastchat_grpc.rpc.channels import open_channel
 from fastchat_grpc.rpc.status import error_from_rpc
 from fastchat_grpc.v1 import generation_pb2, generation_pb2_grpc, registry_pb2_grpc
@@ -58,6 +58,10 @@ def registration(**fields: object) -> pb.RegisterRequest:
         "load": generation_pb2.WorkerLoad(state=generation_pb2.WORKER_STATE_SERVING),
     }
     return pb.RegisterRequest(**{**good, **fields})  # type: ignore[arg-type]
+
+
+def _model(**fields: object) -> generation_pb2.ModelInfo:
+    return generation_pb2.ModelInfo(**{"name": "m", "context_length": 10, **fields})  # type: ignore[arg-type]
 
 
 async def fails(call: object, error: type[errors.FastChatError], match: str = "") -> errors.FastChatError:
@@ -260,6 +264,32 @@ class TestRegistryService:
             ({"weight": float("nan")}, "weight"),
             ({"labels": {str(i): "" for i in range(33)}}, "labels"),
             ({"labels": {"k": "v" * 257}}, "labels"),
+            ({"worker_id": "w\nx"}, r"worker_id: must hold no line breaks and other control characters, got 'w\nx'"),
+            ({"instance_id": "\x1b[2J"}, "instance_id"),
+            ({"version": "1\r"}, "version"),
+            ({"labels": {"a\tb": ""}}, "labels key"),
+            ({"labels": {"k": "\u202e"}}, "labels[k]"),
+            ({"weight": float("inf")}, "weight: must be above 0 and at most 1e+06, got inf"),
+            ({"weight": -1.0}, "got -1"),
+            ({"address": "0.0.0.0:1"}, "address: must be one at which the worker is reached, got 0.0.0.0:1"),
+            ({"address": "[::]:1"}, "address"),
+            ({"address": "[::ffff:0.0.0.0]:1"}, "address"),
+            ({"address": "224.0.0.1:1"}, "address"),
+            ({"address": "a@b:1"}, "address: address must look like host:port, got 'a@b:1'"),
+            ({"address": "999.1.1.1:1"}, "address"),
+            ({"address": "0:1"}, "address"),
+            ({"address": "a..b:1"}, "address"),
+            ({"address": "h:65536"}, "from 0 to 65535, got 'h:65536'"),
+            ({"address": "h:" + "1" * 5000}, "address"),
+            ({"models": [_model(name="m\n")]}, "models[0].name"),
+            ({"models": [_model(context_length=-1)]}, "models[0].context_length: must be at least 0, got -1"),
+            ({"models": [_model(embedding_size=-1)]}, "models[0].embedding_size"),
+            ({"models": [_model(vocabulary_size=-1)]}, "models[0].vocabulary_size"),
+            ({"models": [_model(max_output_length=-1)]}, "models[0].max_output_length"),
+            ({"models": [_model(fingerprint="x" * 129)]}, "models[0].fingerprint"),
+            ({"models": [_model(backend="b\x00")]}, "models[0].backend"),
+            ({"models": [_model(name=str(i)) for i in range(1025)]}, "must hold 1 to 1024 models, got 1025"),
+            ({"models": [_model(capabilities=[1] * 65)]}, "models[0].capabilities: must be at most 64, got 65"),
         ],
     )
     async def test_a_bad_registration_is_refused_by_field(
@@ -271,6 +301,15 @@ class TestRegistryService:
     ) -> None:
         await fails(stub.Register(registration(**fields)), errors.InvalidArgument, message)
         assert len(controller.registry) == 0
+
+    async def test_what_a_newer_worker_says_of_itself_is_taken_as_far_as_it_is_known(
+        self, stub: registry_pb2_grpc.ControllerServiceStub, controller: ControllerApp
+    ) -> None:
+        load = generation_pb2.WorkerLoad(state=99)  # type: ignore[arg-type]
+        await stub.Register(registration(models=[_model(capabilities=[1, 99])], load=load))
+        (worker,) = controller.registry.workers()
+        assert worker.spec.models[0].capabilities == {Capability.GENERATE}
+        assert worker.load.state is WorkerState.SERVING
 
     async def test_a_heartbeat_on_an_unknown_lease_asks_to_register(
         self, stub: registry_pb2_grpc.ControllerServiceStub
@@ -296,6 +335,18 @@ class TestRegistryService:
         everybody = pb.PickWorkerRequest(excluded_worker_ids=["a", "b"])
         await fails(stub.PickWorker(everybody), errors.NoLiveWorker)
         await fails(stub.PickWorker(pb.PickWorkerRequest(model="x")), errors.ModelNotFound)
+        able = _model(capabilities=[generation_pb2.CAPABILITY_SEED])
+        await stub.Register(registration(worker_id="able", instance_id="able", models=[able]))
+        seeded = pb.PickWorkerRequest(capabilities=[generation_pb2.CAPABILITY_SEED])
+        assert [(await stub.PickWorker(seeded)).worker_id for _ in range(4)] == ["able"] * 4
+        nobodys = pb.PickWorkerRequest(capabilities=[generation_pb2.CAPABILITY_VISION])
+        assert (await stub.PickWorker(nobodys)).worker_id in {"a", "b", "able"}
+        for bad in (
+            pb.PickWorkerRequest(capabilities=[99]),  # type: ignore[list-item]
+            pb.PickWorkerRequest(capabilities=[1] * 65),
+            pb.PickWorkerRequest(excluded_worker_ids=["w"] * 1025),
+        ):
+            await fails(stub.PickWorker(bad), errors.InvalidArgument)
 
     async def test_a_released_pick_is_load_no_more(self, stub: registry_pb2_grpc.ControllerServiceStub) -> None:
         await stub.Register(registration(worker_id="a", instance_id="a", address="a:1"))

@@ -118,10 +118,13 @@ class TestJoinToken:
         request = registration()
         request.worker_id = "w\n2026-01-01 ERROR forged\x1b[2J"
         async with running_controller() as controller, open_channel(controller.address) as channel:
-            await registry_pb2_grpc.ControllerServiceStub(channel).Register(request)
-        told = [record.getMessage() for record in caplog.records if "forged" in record.getMessage()]
-        assert told
-        assert all(message.isprintable() for message in told)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await registry_pb2_grpc.ControllerServiceStub(channel).Register(request)
+            assert len(controller.registry) == 0
+        error = error_from_rpc(caught.value)
+        assert isinstance(error, errors.InvalidArgument)
+        assert error.message.isprintable()
+        assert all(record.getMessage().isprintable() for record in caplog.records)
 
 
 class TestAllowedNetworks:
