@@ -67,6 +67,8 @@ class Capability(enum.Enum):
     """A resumed generation draws the same random numbers as an undisturbed one of the same seed."""
     STATEFUL_RESUME = "stateful_resume"
     """Continues where the next token depends on the whole output so far: output penalties and grammars."""
+    SEED = "seed"
+    """Takes a seed: the same one gives the same text on the same worker."""
 
 
 def _require(ok: bool, path: str, value: object, limit: str) -> None:
@@ -466,6 +468,8 @@ class GenerateRequest:
     """None for a new generation. A resumed one sends no prompt event again, even when empty."""
     resume_fingerprint: str = ""
     """`ModelInfo.fingerprint` of the model that began a resumed generation; empty: unknown."""
+    resume_backend: str = ""
+    """`ModelInfo.backend` of it; empty: unknown."""
 
     def __post_init__(self) -> None:
         _require(

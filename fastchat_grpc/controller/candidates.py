@@ -10,16 +10,15 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from fastchat_grpc.controller.dispatch import PickRequest
+from fastchat_grpc.controller.evidence import Evidence, evidence
 from fastchat_grpc.controller.fleet import Change, ChangeKind, Replicas, Reservation, Worker
 from fastchat_grpc.controller.health import Tier
 from fastchat_grpc.core import ModelInfo, WorkerState
 from fastchat_grpc.errors import (
-    Code,
     FastChatError,
     ModelNotFound,
     NoLiveWorker,
     NotResumable,
-    QueueFull,
     Starting,
     WorkerUnavailable,
 )
@@ -31,7 +30,6 @@ from fastchat_grpc.rpc.retry import Verdict
 if TYPE_CHECKING:
     from fastchat_grpc.controller.relay import Relay
 
-_FAULTS = frozenset({Code.INTERNAL, Code.UNKNOWN, Code.DATA_LOSS})
 UNNAMED_LOOK_S = 0.1
 _IN_USE = math.inf
 """When an attempt failed that still runs, or at a worker that cannot do it at all."""
@@ -121,9 +119,8 @@ class Candidates:
     def _completed(self, request: PickRequest) -> PickRequest:
         request = request._replace(model=self._model, key=self._key, tried=self._tried)
         if request.prefers:
-            able = request._replace(needs=request.needs | request.prefers)
-            if any(map(able.suits, self._members())):
-                return able
+            with suppress(FastChatError):
+                return request.among(self._registry.pool(self._model)[1])
         return request
 
     def _resolve(self, adapter: str) -> None:
@@ -172,7 +169,7 @@ class WorkerAttempt(Attempt[bytes]):
         channel: PooledChannel,
         running: Any,
     ) -> None:
-        super().__init__(running)
+        super().__init__(running, None if call.started else call.state)
         self._relay = relay
         self._candidates = candidates
         self._owner = call
@@ -243,18 +240,15 @@ class WorkerAttempt(Attempt[bytes]):
         """What the error says of the worker."""
         if self._moved:
             return
-        if isinstance(error, ModelNotFound):
-            self._reservation.suspect()
-        if verdict in (Verdict.EMPTY, Verdict.UNABLE):
-            return
-        if verdict is Verdict.LOST:
-            self._reservation.lost()
-        elif isinstance(error, QueueFull):
-            self._relay.dispatcher.registry.full(self.worker)
-        elif verdict in (Verdict.LEAVING, Verdict.STARTING):
-            self._reservation.suspect()
-        elif error.code in _FAULTS:
-            self._reservation.failed()
+        match evidence(error, verdict):
+            case Evidence.LOST:
+                self._reservation.lost()
+            case Evidence.FULL:
+                self._relay.dispatcher.registry.full(self.worker)
+            case Evidence.AWAY:
+                self._reservation.suspect()
+            case Evidence.FAULT:
+                self._reservation.failed()
 
 
 class Stranded:

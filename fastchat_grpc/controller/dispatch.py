@@ -15,6 +15,7 @@ from fastchat_grpc.controller.pools import Pool
 from fastchat_grpc.controller.registry import Registry
 from fastchat_grpc.core import Capability
 from fastchat_grpc.errors import AdapterNotFound, ModelNotFound, NoLiveWorker
+from fastchat_grpc.rpc.resume import ResumeNeeds
 
 AFFINITY_SLACK = 1.25
 """prefix_affinity passes a worker over that is this much above the mean load (bounded-load hashing)."""
@@ -36,8 +37,8 @@ class PickRequest(NamedTuple):
         adapter: name of a LoRA adapter of that model, where the request names one apart from the model.
         key: what prefix_affinity groups by.
         needs: what the worker's model must be able to do.
-        prefers: what it must be able to do, too, where any worker of the model can. Where nobody can, whoever
-            gets the request says so. Relayed calls make needs of it (`Candidates`).
+        prefers: what it must be able to do, too, where any worker of the model can (`among`). Where nobody can,
+            whoever gets the request says so.
         fingerprint: identity of weights and tokenizer; a worker that does not know its own is taken by the name.
         backend: name of the backend, where only the same one draws the same random numbers; empty: any.
         excluded: worker ids or instance ids not to pick.
@@ -59,6 +60,24 @@ class PickRequest(NamedTuple):
     def pool(self) -> str:
         """Name of the pool whose workers can take it: adapters have pools of their own."""
         return self.adapter or self.model
+
+    def going_on(self, needs: ResumeNeeds) -> PickRequest:
+        """The same for whoever can go on with what another worker began: it has been found able once."""
+        return self._replace(
+            needs=needs.capabilities, prefers=frozenset(), fingerprint=needs.fingerprint, backend=needs.backend
+        )
+
+    def among(self, pool: Pool) -> PickRequest:
+        """The same for the workers of a pool: what it prefers is needed where one of them can do it.
+
+        That one need not be free or well now: it is waited for, or comes back. Asking another would be in vain.
+        """
+        if not self.prefers:
+            return self
+        able = self._replace(needs=self.needs | self.prefers, prefers=frozenset())
+        some = sum(map(able.suits, pool.replicas))
+        # Where all can, as in most fleets, nothing need be looked at when one is picked.
+        return able if 0 < some < len(pool.replicas) else self._replace(prefers=frozenset())
 
     def suits(self, replicas: Replicas) -> bool:
         """Whether workers with these models can take it, by what they serve."""
@@ -154,7 +173,9 @@ class Dispatcher:
             AdapterNotFound: the model is known, but no worker has the adapter.
         """
         name, pool = self._with_adapter(request) if request.adapter else self.registry.pool(request.model)
-        if not (request.needs or request.fingerprint or request.adapter):
+        if request.prefers:
+            request = request._replace(model=name).among(pool)
+        if not (request.needs or request.fingerprint or request.adapter or request.backend):
             suits = None
             if not (request.excluded or request.tried) and len(pool.replicas) == 1 and pool.replicas[0].ready.items:
                 worker = self._policy(pool.replicas[0].candidates, request.key, self._rng)  # the usual

@@ -15,6 +15,7 @@ from fastchat_grpc import __version__
 from fastchat_grpc.controller.callers import CALLER, caller_of
 from fastchat_grpc.controller.relay import Relay, naming
 from fastchat_grpc.core import (
+    Capability,
     EmbedRequest,
     EmbedResult,
     Event,
@@ -28,6 +29,7 @@ from fastchat_grpc.errors import Draining
 from fastchat_grpc.rpc import convert
 from fastchat_grpc.rpc.border import parse_request
 from fastchat_grpc.rpc.request_ids import request_id, told
+from fastchat_grpc.rpc.resume import EMBEDS, ResumeState
 from fastchat_grpc.v1 import generation_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -72,7 +74,7 @@ class RelayedGeneration:
         """Embed each input."""
         self.check()
         message = convert.embed_request_to_pb(request)
-        raw = await self._relay.call(f"/{SERVICE}/Embed", message.model, naming(message), CALLER.get())
+        raw = await self._relay.call(f"/{SERVICE}/Embed", message.model, naming(message), CALLER.get(), EMBEDS)
         return convert.embed_result_from_pb(pb.EmbedResponse.FromString(raw))
 
     async def tokenize(self, model: str, prompt: Prompt) -> Sequence[int]:
@@ -146,7 +148,7 @@ class GenerationServicer:
         unary = grpc.unary_unary_rpc_method_handler
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Generate": grpc.unary_stream_rpc_method_handler(self.Generate, pb.GenerateRequest.FromString),
-            "Embed": unary(self._relayed("Embed", pb.EmbedRequest)),
+            "Embed": unary(self._relayed("Embed", pb.EmbedRequest, EMBEDS)),
             "CountTokens": unary(self._relayed("CountTokens", pb.CountTokensRequest)),
             "Tokenize": unary(self._relayed("Tokenize", pb.TokenizeRequest)),
             "Detokenize": unary(self._relayed("Detokenize", pb.DetokenizeRequest)),
@@ -161,13 +163,13 @@ class GenerationServicer:
         request.request_id = name = request_id(request.request_id, context.invocation_metadata())
         logger.debug("request %r is relayed", name)
         begun = False
-        models: list[ModelInfo] = []
-        async with aclosing(self._relay.generate(request, caller_of(context), models.append)) as events:
+        states: list[ResumeState[bytes]] = []
+        async with aclosing(self._relay.generate(request, caller_of(context), states.append)) as events:
             async for event in events:
                 if not begun:  # no sooner: a refusal must be able to go without, for proxies that retry it
                     begun = True
-                    fingerprint = models[-1].fingerprint if models else ""
-                    await context.send_initial_metadata(told(request_id=name, fingerprint=fingerprint))
+                    origin = {"fingerprint": states[-1].fingerprint, "backend": states[-1].backend}
+                    await context.send_initial_metadata(told(request_id=name, **origin))
                 yield event
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:
@@ -181,10 +183,11 @@ class GenerationServicer:
             uptime=convert.duration(monotonic() - self._started),
         )
 
-    def _relayed(self, name: str, kind: Any) -> Any:
+    def _relayed(self, name: str, kind: Any, prefers: frozenset[Capability] = frozenset()) -> Any:
         async def relayed(raw: bytes, context: Context) -> bytes:
             self._generation.check()
             request = parse_request(kind.FromString, raw)
-            return await self._relay.call(f"/{SERVICE}/{name}", request.model, naming(request), caller_of(context))
+            method = f"/{SERVICE}/{name}"
+            return await self._relay.call(method, request.model, naming(request), caller_of(context), prefers)
 
         return relayed

@@ -16,7 +16,15 @@ from fastchat_grpc.controller.dispatch import Dispatcher, PickRequest
 from fastchat_grpc.core import Capability, ModelInfo
 from fastchat_grpc.rpc.failover import Call, Failover
 from fastchat_grpc.rpc.pool import ChannelPool, PooledChannel
-from fastchat_grpc.rpc.resume import RAW, continues, fallback_seed, obstacle, resume_needs, resume_request, uses
+from fastchat_grpc.rpc.resume import (
+    RAW,
+    ResumeState,
+    fallback_seed,
+    obstacle,
+    resume_needs,
+    resume_request,
+    uses,
+)
 from fastchat_grpc.v1 import generation_pb2 as pb
 
 GENERATE = "/fastchat_grpc.v1.GenerationService/Generate"
@@ -24,8 +32,8 @@ AFFINITY_CHARACTERS = 256
 """Length of prompt that prefix_affinity goes by where there is no session key."""
 
 Named = Callable[[str], bytes]
-Begins = Callable[[ModelInfo], None]
 """Serializes a request with the model's full name in it."""
+Begins = Callable[[ResumeState[bytes]], None]
 
 
 class Relay:
@@ -44,24 +52,32 @@ class Relay:
         """Serialized GenerateResponses of one generation. Close the generator to end it. Does not change `request`.
 
         Args:
-            begins: called with the model of each worker that is asked to begin it; the last is the one that did.
+            begins: called whenever a worker is asked to begin it, with what will be known of the one that did.
         """
         relayed = _Generation(self, request, caller, begins)
         return self.failover.generate(request, relayed.candidates, RAW, caller.deadline)
 
-    async def call(self, method: str, model: str, named: Named, caller: Caller = NOBODY) -> bytes:
+    async def call(
+        self,
+        method: str,
+        model: str,
+        named: Named,
+        caller: Caller = NOBODY,
+        prefers: frozenset[Capability] = frozenset(),
+    ) -> bytes:
         """The serialized response of one unary call that may be repeated without harm.
 
         Args:
             model: as the caller named it; empty for the only one.
             named: the serialized request, given the model's full name.
+            prefers: as in PickRequest.
         """
 
         def start(channel: PooledChannel, info: ModelInfo, call: Call[bytes]) -> Any:
             multicallable = channel.unary_unary(method)
             return multicallable(named(info.name), timeout=call.remaining_s(), metadata=caller.metadata)
 
-        candidates = Candidates(self, model, "", lambda call: PickRequest(), start)
+        candidates = Candidates(self, model, "", lambda call: PickRequest(prefers=prefers), start)
         return await self.failover.call(candidates, caller.deadline)
 
     def affinity_key(self, request: pb.GenerateRequest) -> str:
@@ -107,29 +123,24 @@ class _Generation:
         self._request = request
         self._caller = caller
         self._fallback_seed = fallback_seed(request, relay.failover.rng)
-        self._arrived_resumed = request.HasField("resume")
+        self._uses = uses(request)
+        self._arrived = resume_needs(request, request.resume) if request.HasField("resume") else None
         self.candidates = Candidates(relay, request.model, relay.affinity_key(request), self._wanted, self._open)
 
     def _wanted(self, call: Call[bytes]) -> PickRequest:
-        request, state, origin = self._request, call.state, self.candidates.origin
-        if state is None or not (state.started or self._arrived_resumed):
-            return PickRequest(adapter=request.lora_adapter, prefers=uses(request))
-        needs = resume_needs(request, continues=state.continues or continues(request.resume))
-        seeded = Capability.SEEDED_RESUME in needs
-        return PickRequest(
-            adapter=request.lora_adapter,
-            needs=needs,
-            fingerprint=state.fingerprint,
-            backend=origin.backend if origin is not None and state.started and seeded else "",
-        )
+        request, state = self._request, call.state
+        wanted = PickRequest(adapter=request.lora_adapter, prefers=self._uses)
+        if state is not None and state.started:
+            return wanted.going_on(state.needs(request))
+        return wanted.going_on(self._arrived) if self._arrived is not None else wanted
 
     def _open(self, channel: PooledChannel, info: ModelInfo, call: Call[bytes]) -> Any:
         request, state = self._request, call.state
         assert state is not None
         if not state.started:
+            state.begins_where(obstacle(request, info.capabilities), info.fingerprint, info.backend)
             if self._begins is not None:
-                self._begins(info)
-            state.begins_where(obstacle(request, info.capabilities), info.fingerprint)
+                self._begins(state)
         message = resume_request(
             request,
             state.snapshot() if state.started else None,

@@ -20,7 +20,6 @@ from fastchat_grpc.errors import ClientClosed, FastChatError, NoLiveWorker
 from fastchat_grpc.rpc.channels import open_channel
 from fastchat_grpc.rpc.failover import Attempt, Call, Nobody
 from fastchat_grpc.rpc.plan import Outlook
-from fastchat_grpc.rpc.request_ids import FINGERPRINT
 from fastchat_grpc.rpc.resume import ResumeState
 from fastchat_grpc.rpc.retry import Verdict
 
@@ -146,19 +145,9 @@ class Addresses(Generic[T]):
 
 class _Attempt(Attempt[T]):
     def __init__(self, addresses: Addresses[T], address: str, call: Any, begins: ResumeState[T] | None) -> None:
-        super().__init__(call)
-        self._begins = begins
+        super().__init__(call, begins)
         self._addresses = addresses
         self._address = address
-
-    async def __anext__(self) -> T:
-        item = await super().__anext__()
-        if self._begins is not None:
-            state, self._begins = self._begins, None
-            for key, value in await self._call.initial_metadata() or ():
-                if key == FINGERPRINT:
-                    state.begins_where("", str(value))
-        return item
 
     def cancelled(self) -> FastChatError:
         return ClientClosed("the client was closed during the call")

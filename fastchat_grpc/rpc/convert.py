@@ -6,7 +6,6 @@ what the wire allows and the domain does not, and raises InvalidArgument with th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -108,6 +107,7 @@ def generate_request_from_pb(message: pb.GenerateRequest) -> GenerateRequest:
         session_key=message.session_key,
         resume=_resume_from_pb(message.resume) if message.HasField("resume") else None,
         resume_fingerprint=message.resume.model_fingerprint,
+        resume_backend=message.resume.backend,
         **_present(message, "truncate_prompt_tokens"),
     )
 
@@ -146,7 +146,7 @@ def generate_request_to_pb(request: GenerateRequest) -> pb.GenerateRequest:
         lora_adapter=request.lora_adapter,
         session_key=request.session_key,
         truncate_prompt_tokens=request.truncate_prompt_tokens,
-        resume=_resume_to_pb(request.resume, request.resume_fingerprint) if request.resume is not None else None,
+        resume=_resume_to_pb(request) if request.resume is not None else None,
     )
     match request.prompt:
         case TextPrompt(text):
@@ -234,9 +234,10 @@ def _resume_from_pb(message: pb.Resume) -> tuple[ResumedChoice, ...]:
     )
 
 
-def _resume_to_pb(choices: Iterable[ResumedChoice], fingerprint: str) -> pb.Resume:
+def _resume_to_pb(request: GenerateRequest) -> pb.Resume:
     return pb.Resume(
-        model_fingerprint=fingerprint,
+        model_fingerprint=request.resume_fingerprint,
+        backend=request.resume_backend,
         choices=[
             pb.ResumedChoice(
                 index=choice.index,
@@ -244,7 +245,7 @@ def _resume_to_pb(choices: Iterable[ResumedChoice], fingerprint: str) -> pb.Resu
                 text_length=choice.text_length,
                 finished=choice.finished,
             )
-            for choice in choices
+            for choice in request.resume or ()
         ],
     )
 
@@ -591,6 +592,14 @@ def model_from_pb(message: pb.ModelInfo) -> ModelInfo:
         tokenizer_fingerprint=message.tokenizer_fingerprint,
         max_output_length=message.max_output_length,
     )
+
+
+def capability_from_pb(number: int, path: str) -> Capability:
+    """The capability of a number in the contract. Raises InvalidArgument for one that is unknown here."""
+    found = _CAPABILITY_FROM_PB.get(number)
+    if found is None:
+        raise InvalidArgument(path, f"is no capability of this version: {number}")
+    return found
 
 
 def state_to_pb(state: WorkerState) -> Any:

@@ -12,6 +12,10 @@ REQUEST_ID = "x-request-id"
 WORKER_ID = "x-fastchat-grpc-worker"
 FINGERPRINT = "x-fastchat-grpc-fingerprint"
 """Of the model that answers: whoever goes on with the answer needs it before the answer's end."""
+BACKEND = "x-fastchat-grpc-backend"
+"""That runs it: likewise."""
+_KEYS = {"request_id": REQUEST_ID, "worker_id": WORKER_ID, "fingerprint": FINGERPRINT, "backend": BACKEND}
+_ORIGIN = {FINGERPRINT: "fingerprint", BACKEND: "backend"}
 
 
 def request_id(given: str, metadata: Iterable[tuple[str, Any]] | None) -> str:
@@ -28,10 +32,14 @@ def told(**values: str) -> tuple[tuple[str, str], ...]:
     """Metadata that tells a caller who answers which request. What cannot be metadata, or is empty, is left out.
 
     Args:
-        values: `request_id`, `worker_id` and `fingerprint`.
+        values: `request_id`, `worker_id`, `fingerprint` and `backend`.
     """
-    keys = {"request_id": REQUEST_ID, "worker_id": WORKER_ID, "fingerprint": FINGERPRINT}
-    return tuple((keys[name], value) for name, value in values.items() if value and _printable(value))
+    return tuple((_KEYS[name], value) for name, value in values.items() if value and _printable(value))
+
+
+def origin_told(metadata: Iterable[tuple[str, Any]] | None) -> dict[str, str]:
+    """The `fingerprint` and the `backend` that `told` has put into metadata."""
+    return {_ORIGIN[key]: str(value) for key, value in metadata or () if key in _ORIGIN}
 
 
 def _printable(value: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Callable, Collection, Iterable
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from fastchat_grpc.core import GREEDY_TEMPERATURE, GREEDY_TOP_P, Capability
 from fastchat_grpc.v1 import generation_pb2 as pb
@@ -64,28 +64,54 @@ def sampled(request: pb.GenerateRequest) -> bool:
     )
 
 
-def continues(resume: pb.Resume) -> bool:
-    """Whether a choice goes on that has output already."""
-    return any(choice.output_token_ids and not choice.finished for choice in resume.choices)
+class ResumeNeeds(NamedTuple):
+    """What a server must be able to do, and be, to go on with a request.
+
+    Attributes:
+        fingerprint: of the weights and the tokenizer that began; empty: unknown, or any will do.
+        backend: that began, where another would draw other random numbers; empty: any will do.
+    """
+
+    capabilities: frozenset[Capability]
+    fingerprint: str = ""
+    backend: str = ""
 
 
-def resume_needs(request: pb.GenerateRequest, *, continues: bool = True) -> frozenset[Capability]:
-    """What a server must be able to do to go on with a request.
+def own_seed(request: pb.GenerateRequest) -> bool:
+    """Whether the caller's seed decides which tokens are drawn."""
+    return request.sampling.HasField("seed") and sampled(request)
 
-    The request's own seed asks for more than the same distribution: with other random numbers the text would
-    not be the one that the seed stands for.
+
+def resume_needs(request: pb.GenerateRequest, resume: pb.Resume) -> ResumeNeeds:
+    """What a server must be able to do, and be, to go on with a request from there."""
+    begun = any(choice.output_token_ids or choice.finished for choice in resume.choices)
+    continues = any(choice.output_token_ids and not choice.finished for choice in resume.choices)
+    return _needs(request, begun, continues, resume.model_fingerprint, resume.backend)
+
+
+def _needs(request: pb.GenerateRequest, begun: bool, continues: bool, fingerprint: str, backend: str) -> ResumeNeeds:
+    """The request's own seed asks for more than the same distribution.
+
+    With other random numbers the text would not be the one that the seed stands for. That holds for choices that
+    have not begun, too, once another has: all that a seed gives comes of one generator.
 
     Args:
-        continues: whether a choice has output already that it must go on from.
+        begun: whether a choice has output already.
+        continues: whether such a choice goes on.
     """
     needs = {Capability.RESUME}
-    if continues:
-        sampling = request.sampling
-        if sampling.HasField("seed") and sampled(request):
-            needs.add(Capability.SEEDED_RESUME)
-        if sampling.presence_penalty or sampling.frequency_penalty or request.HasField("structured_output"):
-            needs.add(Capability.STATEFUL_RESUME)
-    return frozenset(needs)
+    seeded = begun and own_seed(request)
+    if seeded:
+        needs.add(Capability.SEEDED_RESUME)
+    sampling = request.sampling
+    stateful = sampling.presence_penalty or sampling.frequency_penalty or request.HasField("structured_output")
+    if stateful and continues:
+        needs.add(Capability.STATEFUL_RESUME)
+    return ResumeNeeds(frozenset(needs), fingerprint, backend if seeded else "")
+
+
+EMBEDS = frozenset({Capability.EMBED})
+"""What requests of embeddings ask for, as `uses`."""
 
 
 def uses(request: pb.GenerateRequest) -> frozenset[Capability]:
@@ -95,6 +121,10 @@ def uses(request: pb.GenerateRequest) -> frozenset[Capability]:
         used.add(Capability.STRUCTURED_OUTPUT)
     if request.output.HasField("logprobs"):
         used.add(Capability.LOGPROBS)
+    if request.sampling.HasField("seed"):
+        used.add(Capability.SEED)
+    if request.HasField("chat"):
+        used.add(Capability.CHAT)
     return frozenset(used)
 
 
@@ -102,7 +132,7 @@ def obstacle(request: pb.GenerateRequest, capabilities: Collection[Capability]) 
     """Why a generation that begins at a server with these capabilities could not go on elsewhere; empty: it can."""
     if Capability.RESUME not in capabilities:
         return "its model cannot be continued by another worker"
-    if request.sampling.HasField("seed") and sampled(request) and Capability.SEEDED_RESUME not in capabilities:
+    if own_seed(request) and Capability.SEEDED_RESUME not in capabilities:
         return "its model cannot continue the random numbers of a seed"
     return ""
 
@@ -138,8 +168,12 @@ class ResumeState(Generic[T]):
         self._unfinished = request.output.n if request.output.HasField("n") else 1
         self.started = False
         """Whether the caller has seen an event."""
+        self._arrived = request.resume
         self.fingerprint: str = request.resume.model_fingerprint
         """Identity of the weights and the tokenizer that began; empty: unknown."""
+        self.backend: str = request.resume.backend
+        """Name of the backend that began; empty: unknown."""
+        self._seeded = own_seed(request)
         for choice in request.resume.choices:
             self._take(choice.index, choice.output_token_ids, choice.text_length)
             if choice.finished:
@@ -155,23 +189,33 @@ class ResumeState(Generic[T]):
     def obstacle(self) -> str:
         """Why another server cannot go on from here; empty: it can."""
         self._read()
-        return self._obstacle or self._where_it_began
+        unknown = "it is not known which backend draws the random numbers of its seed"
+        return self._obstacle or self._where_it_began or (unknown if self._seeded and not self.backend else "")
 
-    @property
-    def continues(self) -> bool:
-        """Whether a choice has output that the next server must go on from."""
+    def needs(self, request: pb.GenerateRequest) -> ResumeNeeds:
+        """What a server must be able to do, and be, to go on with the request from here."""
         self._read()
-        return any(choice.token_ids for choice in self._choices.values())
+        choices = self._choices.values()
+        begun = any(choice.token_ids or choice.finished for choice in choices)
+        continues = any(choice.token_ids for choice in choices)
+        return _needs(request, begun, continues, self.fingerprint, self.backend)
 
-    def begins_where(self, obstacle: str, fingerprint: str) -> None:
+    def begins_where(self, obstacle: str, fingerprint: str, backend: str) -> None:
         """An attempt begins at a server.
 
         Args:
             obstacle: why no other could go on with it, if so.
-            fingerprint: of the model there.
+            fingerprint: of the model there; empty: unknown.
+            backend: that runs it; empty: unknown.
         """
         self._where_it_began = obstacle
+        self.fingerprint = fingerprint or self._arrived.model_fingerprint
+        self.backend = backend or self._arrived.backend
+
+    def learned(self, *, fingerprint: str = "", backend: str = "") -> None:
+        """The server that begins has said more of itself. It knows best: a relay may stand for several models."""
         self.fingerprint = fingerprint or self.fingerprint
+        self.backend = backend or self.backend
 
     def give_up(self, reason: str) -> None:
         """Keep nothing more."""
@@ -194,7 +238,7 @@ class ResumeState(Generic[T]):
     def snapshot(self) -> pb.Resume:
         """What the next server needs to know."""
         self._read()
-        resume = pb.Resume(model_fingerprint=self.fingerprint)
+        resume = pb.Resume(model_fingerprint=self.fingerprint, backend=self.backend)
         for index, choice in sorted(self._choices.items()):
             entry = resume.choices.add(index=index, text_length=choice.text_length, finished=choice.finished)
             if not choice.finished:

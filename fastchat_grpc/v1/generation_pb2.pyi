@@ -23,6 +23,7 @@ class Capability(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CAPABILITY_RESUME: _ClassVar[Capability]
     CAPABILITY_SEEDED_RESUME: _ClassVar[Capability]
     CAPABILITY_STATEFUL_RESUME: _ClassVar[Capability]
+    CAPABILITY_SEED: _ClassVar[Capability]
 
 class ToolChoiceMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -55,6 +56,7 @@ CAPABILITY_LOGPROBS: Capability
 CAPABILITY_RESUME: Capability
 CAPABILITY_SEEDED_RESUME: Capability
 CAPABILITY_STATEFUL_RESUME: Capability
+CAPABILITY_SEED: Capability
 TOOL_CHOICE_MODE_UNSPECIFIED: ToolChoiceMode
 TOOL_CHOICE_MODE_AUTO: ToolChoiceMode
 TOOL_CHOICE_MODE_NONE: ToolChoiceMode
@@ -267,12 +269,14 @@ class JsonObject(_message.Message):
     def __init__(self) -> None: ...
 
 class Resume(_message.Message):
-    __slots__ = ("choices", "model_fingerprint")
+    __slots__ = ("choices", "model_fingerprint", "backend")
     CHOICES_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
     choices: _containers.RepeatedCompositeFieldContainer[ResumedChoice]
     model_fingerprint: str
-    def __init__(self, choices: _Optional[_Iterable[_Union[ResumedChoice, _Mapping]]] = ..., model_fingerprint: _Optional[str] = ...) -> None: ...
+    backend: str
+    def __init__(self, choices: _Optional[_Iterable[_Union[ResumedChoice, _Mapping]]] = ..., model_fingerprint: _Optional[str] = ..., backend: _Optional[str] = ...) -> None: ...
 
 class ResumedChoice(_message.Message):
     __slots__ = ("index", "output_token_ids", "text_length", "finished")

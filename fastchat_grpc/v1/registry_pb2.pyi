@@ -235,16 +235,18 @@ class FleetModel(_message.Message):
     def __init__(self, model: _Optional[_Union[_generation_pb2.ModelInfo, _Mapping]] = ..., worker_count: _Optional[int] = ...) -> None: ...
 
 class PickWorkerRequest(_message.Message):
-    __slots__ = ("model", "session_key", "excluded_worker_ids", "lora_adapter")
+    __slots__ = ("model", "session_key", "excluded_worker_ids", "lora_adapter", "capabilities")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     SESSION_KEY_FIELD_NUMBER: _ClassVar[int]
     EXCLUDED_WORKER_IDS_FIELD_NUMBER: _ClassVar[int]
     LORA_ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
     model: str
     session_key: str
     excluded_worker_ids: _containers.RepeatedScalarFieldContainer[str]
     lora_adapter: str
-    def __init__(self, model: _Optional[str] = ..., session_key: _Optional[str] = ..., excluded_worker_ids: _Optional[_Iterable[str]] = ..., lora_adapter: _Optional[str] = ...) -> None: ...
+    capabilities: _containers.RepeatedScalarFieldContainer[_generation_pb2.Capability]
+    def __init__(self, model: _Optional[str] = ..., session_key: _Optional[str] = ..., excluded_worker_ids: _Optional[_Iterable[str]] = ..., lora_adapter: _Optional[str] = ..., capabilities: _Optional[_Iterable[_Union[_generation_pb2.Capability, str]]] = ...) -> None: ...
 
 class PickWorkerResponse(_message.Message):
     __slots__ = ("address", "worker_id", "instance_id", "pick_id", "time_to_live")

@@ -51,8 +51,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             async for event in events:
                 if not begun:  # no sooner: a refusal must be able to go without, for proxies that retry it
                     begun = True
-                    who = told(request_id=domain.request_id, worker_id=worker_id, fingerprint=model.fingerprint)
-                    await context.send_initial_metadata(who)
+                    who = {"worker_id": worker_id, "fingerprint": model.fingerprint, "backend": model.backend}
+                    await context.send_initial_metadata(told(request_id=domain.request_id, **who))
                 if isinstance(event, Completion):
                     event = replace(event, origin=origin)
                 yield convert.event_to_pb(event)
@@ -93,10 +93,19 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
 
 
 def _check_origin(request: GenerateRequest, model: ModelInfo) -> None:
-    """Raise ModelDiffers if the request goes on with what other weights began."""
+    """Raise ModelDiffers if the request goes on with what other weights, or other random numbers, began."""
     began, here = request.resume_fingerprint, model.fingerprint
     if began and here and began != here:
         raise ModelDiffers(
             f"the generation began with another revision of model {model.name!r} than this worker serves",
             metadata={"model": model.name, "fingerprint": here},
+        )
+    drawn_by = request.resume_backend
+    seeded = request.sampling.seed is not None and not request.sampling.greedy
+    drawn = seeded and any(choice.output_token_ids or choice.finished for choice in request.resume or ())
+    if drawn and drawn_by and drawn_by != model.backend:
+        raise ModelDiffers(
+            f"the generation began at the backend {drawn_by[:64]!r}, and this worker's, {model.backend!r}, draws "
+            "other random numbers for its seed",
+            metadata={"model": model.name, "backend": model.backend},
         )

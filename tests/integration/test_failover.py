@@ -21,6 +21,7 @@ from fastchat_grpc.controller.health import Tier
 from fastchat_grpc.core import Capability, Delta, GenerateRequest, WorkerState
 from fastchat_grpc.errors import ModelNotFound, NoLiveWorker, UnsupportedField
 from fastchat_grpc.rpc.channels import open_channel
+from fastchat_grpc.rpc.status import error_from_rpc
 from fastchat_grpc.v1 import generation_pb2 as pb
 from fastchat_grpc.v1.generation_pb2_grpc import GenerationServiceStub
 from fastchat_grpc.v1.openai_pb2 import GetOpenAIModelRequest
@@ -490,6 +491,49 @@ class TestMixedFleets:
                 await stream
             assert not workers[1].seen, "the other revision has taken nothing on"  # type: ignore[attr-defined]
             await gone
+
+    @pytest.mark.parametrize("through", ["workers", "controllers"])
+    async def test_a_clients_seed_goes_on_at_its_backend_wherever_that_is(self, through: str) -> None:
+        """Three engines of one model, each behind a controller of its own or asked directly."""
+        async with AsyncExitStack() as stack:
+            addresses: list[str] = []
+            workers: list[Any] = []
+            for backend in ("engine", "another", "engine"):
+                at: tuple[str, ...] = ()
+                if through == "controllers":
+                    at = ((await stack.enter_async_context(running_controller(lease=QUICK))).address,)
+                worker = shaped_worker(controllers=at, options=SLOW, backend=backend)
+                workers.append(await stack.enter_async_context(worker))
+                addresses.append(at[0] if at else workers[-1].address)
+            await eventually(lambda: through == "workers" or all(worker.registered for worker in workers))
+            client = await stack.enter_async_context(AsyncClient(addresses))
+            stream = asyncio.create_task(said(client.generate(TEXT, seed=7, stream_interval=1)))
+            await eventually(lambda: workers[0]._generation.output_tokens > 3)
+            gone = asyncio.create_task(vanish(workers[0]))
+            assert await asyncio.wait_for(stream, 30) == TEXT
+            assert not workers[1].seen, "another engine has taken nothing on"
+            assert workers[2].seen[0].resume_backend == "engine"
+            await gone
+
+    async def test_a_worker_takes_no_seed_of_another_backend(self, shaped: Any) -> None:
+        worker = await shaped()
+        request = pb.GenerateRequest(prompt="abcdef", sampling=pb.SamplingParams(seed=1))
+        request.resume.choices.add(index=0, output_token_ids=list(b"abc"), text_length=3)
+        async with open_channel(worker.address) as channel:
+            stub = GenerationServiceStub(channel)
+
+            async def text() -> str:
+                return "".join([event.delta.text async for event in stub.Generate(request)])
+
+            assert await text() == "def", "nobody has said who began"
+            request.resume.backend = "echo"
+            assert await text() == "def"
+            request.resume.backend = "another"
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await text()
+            assert isinstance(error_from_rpc(caught.value), errors.ModelDiffers)
+            request.sampling.temperature = 0
+            assert await text() == "def", "nothing is drawn"
 
     async def test_the_error_says_that_only_another_revision_is_left(self, start_worker: StartWorker) -> None:
         async with (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 
 import grpc
 import pytest
@@ -20,6 +21,7 @@ from fastchat_grpc.v1 import generation_pb2_grpc, openai_pb2_grpc
 from fastchat_grpc.worker.app import WorkerApp
 from tests.conftest import StartWorker, eventually
 from tests.integration.controllers import running_controller
+from tests.integration.wire import shaped_worker
 
 
 @pytest.fixture
@@ -110,6 +112,23 @@ async def test_a_stream_is_not_continued_by_other_weights(joined: WorkerApp) -> 
         await ask(joined.address, pb.GenerateRequest(prompt="hello", resume=other))
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert isinstance(error_from_rpc(caught.value), errors.ModelDiffers)
+
+
+async def test_a_relay_above_others_tells_who_began_below_them() -> None:
+    """What a controller says of its fleet is what all of it has in common; an answer comes from one of them."""
+    async with AsyncExitStack() as stack:
+        parent = await stack.enter_async_context(running_controller())
+        child = await stack.enter_async_context(running_controller(parent_addresses=(parent.address,)))
+        for name in ("a", "b"):
+            worker = shaped_worker(controllers=(child.address,), fingerprint=f"of {name}", backend=name)
+            await stack.enter_async_context(worker)
+        await eventually(lambda: any(model.backend == "a,b" for model, _ in parent.registry.catalogue()))
+        for _ in range(4):
+            metadata, events = await ask(parent.address, pb.GenerateRequest(prompt="x"))
+            backend = metadata["x-fastchat-grpc-backend"]
+            assert backend in {"a", "b"}
+            assert metadata["x-fastchat-grpc-fingerprint"] == f"of {backend}"
+            assert events[-1].completion.model_fingerprint == f"of {backend}"
 
 
 async def test_tokens_and_texts_over_a_relay_and_at_the_worker(controller: ControllerApp, joined: WorkerApp) -> None:

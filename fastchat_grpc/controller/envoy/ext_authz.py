@@ -208,14 +208,10 @@ class Picker(external_auth_pb2_grpc.AuthorizationServicer):  # type: ignore[misc
 
 
 def _pick_request(asked: Asked, excluded: set[str]) -> PickRequest:
-    return PickRequest(
-        model=asked.model,
-        adapter=asked.adapter,
-        key=asked.key,
-        needs=asked.needs,
-        fingerprint=asked.fingerprint,
-        excluded=excluded,
+    request = PickRequest(
+        model=asked.model, adapter=asked.adapter, key=asked.key, prefers=asked.prefers, excluded=excluded
     )
+    return request.going_on(asked.resumed) if asked.resumed is not None else request
 
 
 def _header(name: str, value: str) -> base_pb2.HeaderValueOption:

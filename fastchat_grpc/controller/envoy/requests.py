@@ -11,6 +11,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from google.api.httpbody_pb2 import HttpBody
@@ -20,8 +21,9 @@ from fastchat_grpc.config import MAX_MESSAGE_BYTES
 from fastchat_grpc.controller.relay import AFFINITY_CHARACTERS
 from fastchat_grpc.core import Capability
 from fastchat_grpc.errors import InvalidArgument
+from fastchat_grpc.openai.asks import ASKING_MEMBERS, asks_for
 from fastchat_grpc.openai.jsonio import parse_object, type_name
-from fastchat_grpc.rpc.resume import continues, resume_needs
+from fastchat_grpc.rpc.resume import EMBEDS, ResumeNeeds, resume_needs, uses
 from fastchat_grpc.v1 import generation_pb2 as pb
 
 SMALL_BYTES = 64 * 1024
@@ -33,7 +35,11 @@ _FRAME = 5  # a flag for compression, and four bytes of length
 _OPENAI = "/fastchat_grpc.v1.OpenAIService/"
 _GENERATE = "/fastchat_grpc.v1.GenerationService/Generate"
 _EMBED = "/fastchat_grpc.v1.GenerationService/Embed"
-_WANTED = frozenset({"model", "stream", "prompt_cache_key", "prompt", "messages"})
+_CHAT = "ChatCompletions"
+_EMBEDDINGS = "Embeddings"
+_WANTED = frozenset({"model", "stream", "prompt_cache_key", "prompt", "messages", *ASKING_MEMBERS})
+LARGE_OBJECT: Mapping[str, Any] = MappingProxyType({"type": "json_schema"})
+"""Stands for an object that is too large to be read: what has one is a schema."""
 _STRUCTURE = re.compile(rb'["\[\]{}]')
 _SPACE = re.compile(rb"[ \t\r\n]*")
 _SCALAR = re.compile(rb"[^\s,\]}]+")
@@ -50,16 +56,16 @@ class Asked(NamedTuple):
         adapter: name of a LoRA adapter that is given apart from the model.
         key: what prefix_affinity goes by, where it is asked for.
         stream: whether the answer comes in pieces.
-        needs: what the model must be able to do, where another server has begun the answer.
-        fingerprint: the model with which it has begun it.
+        prefers: what the request asks of a model that not every backend can do.
+        resumed: what goes on with an answer that another server has begun must have.
     """
 
     model: str
     adapter: str = ""
     key: str = ""
     stream: bool = False
-    needs: frozenset[Capability] = frozenset()
-    fingerprint: str = ""
+    prefers: frozenset[Capability] = frozenset()
+    resumed: ResumeNeeds | None = None
 
 
 async def read_request(
@@ -75,32 +81,32 @@ async def read_request(
         if path == _GENERATE:
             generate = pb.GenerateRequest.FromString(message)
             key = key_of(generate) if key_of is not None else ""
-            resumed = generate.HasField("resume")
             return Asked(
                 generate.model,
                 generate.lora_adapter,
                 key,
                 stream=True,
-                needs=resume_needs(generate, continues=continues(generate.resume)) if resumed else frozenset(),
-                fingerprint=generate.resume.model_fingerprint if resumed else "",
+                prefers=uses(generate),
+                resumed=resume_needs(generate, generate.resume) if generate.HasField("resume") else None,
             )
         if path == _EMBED:
-            return Asked(pb.EmbedRequest.FromString(message).model)
+            return Asked(pb.EmbedRequest.FromString(message).model, prefers=EMBEDS)
         if path.startswith(_OPENAI):
             data = HttpBody.FromString(message).data
             values = parse_object(data) if len(data) <= SMALL_BYTES else await find_members(data)
-            return _of_openai(values, wants_key=key_of is not None)
+            return _of_openai(path.removeprefix(_OPENAI), values, wants_key=key_of is not None)
     except DecodeError:
         raise InvalidArgument("body", "is not a valid message of this method") from None
     raise InvalidArgument("", "this method is not served through the picker")
 
 
-def _of_openai(values: Mapping[str, Any], *, wants_key: bool) -> Asked:
+def _of_openai(method: str, values: Mapping[str, Any], *, wants_key: bool) -> Asked:
     model = values.get("model")
     if model is not None and not isinstance(model, str):
         raise InvalidArgument("model", f"must be a string, not {type_name(model)}")
     key = _json_key(values) if wants_key else ""
-    return Asked(model or "", key=key, stream=values.get("stream") is True)
+    prefers = EMBEDS if method == _EMBEDDINGS else asks_for(values, chat=method == _CHAT)
+    return Asked(model or "", key=key, stream=values.get("stream") is True, prefers=prefers)
 
 
 def unframe(body: bytes, encoding: str) -> bytes:
@@ -232,6 +238,8 @@ def _load(body: bytes, start: int, end: int) -> Any:
             return json.loads(text.rstrip("\\")[:-12].rstrip("\\") + '"')  # no escape is cut in two
     except ValueError:
         return None
+    if text.startswith("{"):
+        return LARGE_OBJECT
     return _first_items(text) if text.startswith("[") else None
 
 

@@ -75,12 +75,13 @@ class Site:
         weight: float = 1.0,
         load: Load = FREE,
         capabilities: frozenset[Capability] = frozenset(),
+        backend: str = "",
     ) -> Any:
         spec = WorkerSpec(
             worker_id=f"w{number}",
             instance_id=f"i{number}",
             address=f"127.0.0.1:{5000 + number}",
-            models=(ModelInfo(name=model, context_length=10, capabilities=capabilities),),
+            models=(ModelInfo(name=model, context_length=10, capabilities=capabilities, backend=backend),),
             weight=weight,
         )
         return self.registry.register(spec, load)

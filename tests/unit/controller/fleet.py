@@ -49,7 +49,14 @@ class Fleet:
             self.registry.settle()
 
     def join(
-        self, worker_id: str = "a", models: str = "m", *, instance: str = "", load: Load | None = None, **spec: Any
+        self,
+        worker_id: str = "a",
+        models: str = "m",
+        *,
+        given: tuple[ModelInfo, ...] = (),
+        instance: str = "",
+        load: Load | None = None,
+        **spec: Any,
     ) -> Worker:
         """Register a worker at an address made of its id."""
         return self.registry.register(
@@ -57,7 +64,7 @@ class Fleet:
                 worker_id=worker_id,
                 instance_id=instance or f"{worker_id}-1",
                 address=f"{worker_id}:1",
-                models=tuple(model(name) for name in models.split(",")),
+                models=given or tuple(model(name) for name in models.split(",")),
                 **spec,
             ),
             load or Load(),

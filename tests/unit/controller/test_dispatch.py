@@ -187,6 +187,23 @@ class TestDispatcher:
             picked = {dispatcher.choose(wanted._replace(key=str(i)))[1].spec.worker_id for i in range(50)}
             assert picked == {"can"}
 
+    def test_what_a_request_asks_for_is_looked_for_where_somebody_has_it(self, method: DispatchMethod) -> None:
+        fleet = Fleet()
+        fleet.join("cannot", load=Load(running=0))
+        wanted = PickRequest(prefers=frozenset({Capability.LOGPROBS}))
+        dispatcher = self.dispatcher(fleet, method)
+        assert dispatcher.choose(wanted)[1].spec.worker_id == "cannot", "it says so itself"
+        can = model(capabilities=frozenset({Capability.GENERATE, Capability.LOGPROBS}))
+        worker = fleet.join("can", given=(can,), load=Load(running=50))
+        for model_name in ("m", ""):
+            picked = {
+                dispatcher.choose(wanted._replace(model=model_name, key=str(i)))[1].spec.worker_id for i in range(50)
+            }
+            assert picked == {"can"}
+        fleet.registry.suspect(worker)
+        with pytest.raises(NoLiveWorker):
+            dispatcher.choose(wanted)  # it will be back; the other would refuse
+
     def test_who_was_tried_comes_last_and_only_after_a_sign_of_life(self, method: DispatchMethod) -> None:
         fleet = Fleet()
         first, other = fleet.join("first"), fleet.join("other")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+from typing import Any
 
 import pytest
 from google.api.httpbody_pb2 import HttpBody
@@ -169,6 +170,72 @@ async def test_what_another_server_has_begun_goes_to_those_that_can_go_on_with_i
     assert refused(await site.check(GENERATE, frame(request.SerializeToString())))[0] == 503
     site.add(2, capabilities=frozenset({Capability.RESUME}))
     assert places(await site.check(GENERATE, frame(request.SerializeToString()))) == ["127.0.0.1:5002"]
+
+
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "object"}}}
+LARGE = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"enum": ["x" * 100] * 2000}}}
+EMBEDDINGS = CHAT.replace("ChatCompletions", "Embeddings")
+COMPLETIONS = CHAT.replace("ChatCompletions", "Completions")
+GRAMMAR = Capability.STRUCTURED_OUTPUT
+
+
+@pytest.mark.parametrize(
+    ("path", "values", "asked"),
+    [
+        (CHAT, {}, Capability.CHAT),
+        (CHAT, {"response_format": SCHEMA}, GRAMMAR),
+        (CHAT, {"response_format": LARGE}, GRAMMAR),
+        (CHAT, {"response_format": SCHEMA, "messages": [{"role": "user", "content": "x" * 100_000}]}, GRAMMAR),
+        (CHAT, {"response_format": {"type": "text"}}, None),
+        (CHAT, {"guided_regex": "a+"}, GRAMMAR),
+        (CHAT, {"structured_outputs": {"choice": ["a"]}}, GRAMMAR),
+        (CHAT, {"tool_choice": "required"}, GRAMMAR),
+        (CHAT, {"tool_choice": {"type": "function", "function": {"name": "f"}}}, GRAMMAR),
+        (CHAT, {"tool_choice": "auto", "seed": None}, None),
+        (CHAT, {"logprobs": True}, Capability.LOGPROBS),
+        (CHAT, {"logprobs": False}, None),
+        (COMPLETIONS, {"logprobs": 0}, Capability.LOGPROBS),
+        (COMPLETIONS, {"seed": 0}, Capability.SEED),
+        (EMBEDDINGS, {"input": "x"}, Capability.EMBED),
+    ],
+    ids=str,
+)
+async def test_a_request_goes_where_it_can_be_done(path: str, values: dict[str, Any], asked: Capability | None) -> None:
+    """A worker that cannot do it is named only where nobody can, and is the first otherwise."""
+    usual = frozenset({Capability.CHAT}) - {asked}
+    site = Site()
+    site.add(1, weight=1e9, capabilities=usual)
+    assert places(await site.check(path, chat_body(**values))) == ["127.0.0.1:5001"]
+    site.add(2, capabilities=usual | ({asked} if asked else {GRAMMAR}))
+    named = places(await site.check(path, chat_body(**values)))
+    assert named[0] == ("127.0.0.1:5002" if asked else "127.0.0.1:5001")
+    assert len(named) == (1 if asked else 2)
+
+
+async def test_so_does_a_typed_one(site: Site) -> None:
+    site.add(1, weight=1e9)
+    site.add(2, capabilities=frozenset({GRAMMAR, Capability.LOGPROBS, Capability.SEED}))
+    plain = pb.GenerateRequest(model="m", prompt="x")
+    assert places(await site.check(GENERATE, frame(plain.SerializeToString())))[0] == "127.0.0.1:5001"
+    for request in (
+        pb.GenerateRequest(structured_output=pb.StructuredOutput(regex="a")),
+        pb.GenerateRequest(output=pb.OutputOptions(logprobs=0)),
+        pb.GenerateRequest(sampling=pb.SamplingParams(seed=0)),
+    ):
+        request.MergeFrom(plain)
+        assert places(await site.check(GENERATE, frame(request.SerializeToString()))) == ["127.0.0.1:5002"]
+
+
+async def test_what_a_seed_began_goes_on_at_its_backend(site: Site) -> None:
+    able = frozenset({Capability.RESUME, Capability.SEEDED_RESUME})
+    site.add(1, weight=1e9, capabilities=able, backend="another")
+    site.add(2, capabilities=able, backend="engine")
+    request = pb.GenerateRequest(model="m", prompt="x", sampling=pb.SamplingParams(seed=1))
+    request.resume.choices.add(index=0, output_token_ids=[1, 2])
+    request.resume.backend = "engine"
+    assert places(await site.check(GENERATE, frame(request.SerializeToString()))) == ["127.0.0.1:5002"]
+    request.sampling.temperature = 0
+    assert places(await site.check(GENERATE, frame(request.SerializeToString())))[0] == "127.0.0.1:5001"
 
 
 # ------------------------------------------------------------------------------------ several controllers

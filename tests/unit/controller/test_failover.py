@@ -28,6 +28,7 @@ from fastchat_grpc.errors import (
     OutOfMemory,
     QueueFull,
     Starting,
+    TooManyCalls,
     UnsupportedField,
     WorkerUnavailable,
 )
@@ -70,6 +71,7 @@ class Server:
     error: FastChatError | None = None
     can: frozenset[Capability] = FULLY
     fingerprint: str = ""
+    backend: str = "engine"
     asked: pb.GenerateRequest | None = None
     verdict: Verdict | None = None
     answered: int = 0
@@ -138,7 +140,7 @@ class Fleet:
         self.used += 1
         state = call.state
         if state is not None and not state.started:
-            state.begins_where(obstacle(self.request, server.can), server.fingerprint)
+            state.begins_where(obstacle(self.request, server.can), server.fingerprint, server.backend)
         server.asked = resume_request(
             self.request,
             state.snapshot() if state is not None and state.started else None,
@@ -224,6 +226,10 @@ class TestBeforeTheFirstEvent:
         with pytest.raises(QueueFull) as caught:
             await run(Server(error=FULL), Server(error=LOST))
         assert caught.value.retry_after_s == 1.0
+
+    async def test_a_fleet_that_takes_no_further_calls_says_so(self) -> None:
+        with pytest.raises(TooManyCalls):
+            await run(Server(error=TooManyCalls("x", retry_after_s=1.0)), Server(error=LOST))
 
     async def test_retries_end_with_the_budget(self) -> None:
         failover = Failover(FailoverConfig(retry_ratio=0.5, retry_reserve_per_s=0))
@@ -393,6 +399,19 @@ class TestSeeds:
             await run(Server([delta("x", 1)], LOST, can=frozenset({Capability.RESUME})), spare, request=sampled(seed=1))
         assert spare.asked is None
 
+    async def test_the_next_server_is_told_which_backend_drew(self) -> None:
+        refused, second = Server(error=LOST, backend="other"), Server([end()])
+        await run(refused, Server([delta("x", 1)], LOST, backend="e"), second, request=sampled(seed=1))
+        assert second.asked is not None
+        assert second.asked.resume.backend == "e"
+
+    async def test_a_seeded_stream_of_an_unknown_backend_breaks_with_its_server(self) -> None:
+        spare = Server([end()])
+        with pytest.raises(NotResumable, match="not known which backend"):
+            await run(Server([delta("x", 1)], LOST, backend=""), spare, request=sampled(seed=1))
+        assert spare.asked is None
+        assert text(await run(Server([delta("x", 1)], LOST, backend=""), Server([end()]), request=sampled())) == "x"
+
 
 class TestNeeds:
     """What a server must be able to do to go on with a request; named by what vLLM, SGLang and others cannot."""
@@ -413,10 +432,20 @@ class TestNeeds:
         ],
     )
     def test_they_follow_from_the_request(self, request_: pb.GenerateRequest, more: set[Capability]) -> None:
-        assert resume_needs(request_) == {Capability.RESUME, *more}
+        resume = pb.Resume(choices=[pb.ResumedChoice(output_token_ids=[1])], model_fingerprint="v1", backend="e")
+        needs = resume_needs(request_, resume)
+        assert needs.capabilities == {Capability.RESUME, *more}
+        assert needs.fingerprint == "v1"
+        assert needs.backend == ("e" if Capability.SEEDED_RESUME in more else ""), "only random numbers are an engine's"
 
     def test_before_the_first_token_any_that_resumes_will_do(self) -> None:
-        assert resume_needs(sampled(seed=1, presence_penalty=1), continues=False) == {Capability.RESUME}
+        needs = resume_needs(sampled(seed=1, presence_penalty=1), pb.Resume(backend="e"))
+        assert needs == (frozenset({Capability.RESUME}), "", "")
+
+    def test_all_choices_of_a_seed_come_of_one_generator(self) -> None:
+        resume = pb.Resume(choices=[pb.ResumedChoice(finished=True)], backend="e")
+        needs = resume_needs(sampled(seed=1, presence_penalty=1), resume)
+        assert needs == (frozenset({Capability.RESUME, Capability.SEEDED_RESUME}), "", "e")
 
 
 class TestWaiting:
@@ -542,6 +571,7 @@ def transport(code: Code, message: str) -> FastChatError:
         (Starting("of a child"), Verdict.STARTING),
         (Draining("bye"), Verdict.LEAVING),
         (FULL, Verdict.FULL),
+        (TooManyCalls("x"), Verdict.FULL),
         (FailoverExhausted("of a child"), Verdict.FINAL),
         (NotResumable("of a child"), Verdict.FINAL),
     ],
