@@ -248,6 +248,13 @@ class ReaderTooSlow(FastChatError):
     reason = "READER_TOO_SLOW"
 
 
+class RequestLate(FastChatError):
+    """The caller began a call and did not send its request in time."""
+
+    code = Code.DEADLINE_EXCEEDED
+    reason = "REQUEST_LATE"
+
+
 class TooManyCalls(FastChatError):
     """This caller, or the server in all, has too many calls open; end some, or retry later."""
 

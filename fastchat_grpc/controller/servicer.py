@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 
 from fastchat_grpc.controller.dispatch import Dispatcher, PickRequest
-from fastchat_grpc.controller.fleet import ChangeKind, LeaseTerms
+from fastchat_grpc.controller.fleet import ChangeKind, LeaseTerms, WorkerSpec
 from fastchat_grpc.controller.history import History
 from fastchat_grpc.controller.listing import change_batches, models_page, worker_to_pb, workers_page
 from fastchat_grpc.controller.picks import Picks

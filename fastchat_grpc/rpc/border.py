@@ -7,6 +7,7 @@ interceptor would do the same anew for each call, and cost it about a tenth of w
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -17,7 +18,8 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from fastchat_grpc.config import MAX_MESSAGE_BYTES
-from fastchat_grpc.errors import AnswerTooLarge, BackendFailed, FastChatError, InvalidArgument
+from fastchat_grpc.errors import AnswerTooLarge, BackendFailed, FastChatError, InvalidArgument, RequestLate
+from fastchat_grpc.rpc.ended import has_ended
 from fastchat_grpc.rpc.limits import CallBounds, CallLimits, Limit
 from fastchat_grpc.rpc.status import abort
 
@@ -30,7 +32,10 @@ Admit = Callable[[str, Any], None]
 """Raises a FastChatError for a call that is not let in; gets its full method name and its metadata."""
 AdmitPeer = Callable[[str, Context], None]
 """The same of the connection; gets the call's context."""
+Receive = Callable[[Context], Awaitable[Any]]
+"""Reads what a behavior takes: the request, or an iterator of them. Raises FastChatError."""
 
+EOF = grpc.aio.EOF
 _UNCOUNTED = nullcontext()
 
 
@@ -91,8 +96,8 @@ class Border(grpc.GenericRpcHandler):
             behavior = _of_peer(behavior, method, self._admit_peer)
         render = _rendering(handler.response_serializer, self._max_bytes)
         guard = _guard_stream if handler.response_streaming else _guard_unary
-        # Requests are parsed by the guard: grpc would answer bytes that are no message with UNKNOWN, and log each.
-        return _make(handler, guard(behavior, method, _parsing(handler), render, self._limits.of(method)), None)
+        receive = _receiving(handler, self._limits.first_message_s)
+        return _make(handler, guard(behavior, method, receive, render, self._limits.of(method)))
 
 
 def parse_request(deserialize: Callable[[bytes], T], raw: bytes) -> T:
@@ -112,17 +117,43 @@ def _of_peer(behavior: Callable[..., Any], method: str, admit_peer: AdmitPeer) -
     return checked
 
 
-def _parsing(handler: Handler) -> Callable[[Any], Any]:
-    """From what grpc hands over, bytes or an iterator of them, to messages."""
-    deserialize = handler.request_deserializer
-    if deserialize is None:
-        return lambda raw: raw
+def _receiving(handler: Handler, first_message_s: float) -> Receive:
+    """How the request of a method is had from its call: its message, or an iterator of its messages.
 
-    async def parsed(raws: AsyncIterator[bytes]) -> AsyncIterator[Any]:
-        async for raw in raws:
-            yield parse_request(deserialize, raw)
+    Grpc itself would wait for a message for ever, never answer a call that ends without one, and answer bytes that
+    are no message with UNKNOWN, and log each.
+    """
+    deserialize = handler.request_deserializer or _as_it_is
 
-    return parsed if handler.request_streaming else lambda raw: parse_request(deserialize, raw)
+    async def first(context: Context) -> Any:
+        try:
+            async with asyncio.timeout(first_message_s):
+                raw = await context.read()
+        except TimeoutError:
+            raise RequestLate(f"no message came within {first_message_s:g} s of the beginning of the call") from None
+        return raw if raw is EOF else parse_request(deserialize, raw)
+
+    async def single(context: Context) -> Any:
+        request = await first(context)
+        if request is EOF:
+            raise InvalidArgument("", "the call has ended without a request message")
+        return request
+
+    async def messages(context: Context) -> AsyncIterator[Any]:
+        request = await first(context)
+        while request is not EOF:
+            yield request
+            raw = await context.read()
+            request = raw if raw is EOF else parse_request(deserialize, raw)
+
+    async def streamed(context: Context) -> Any:
+        return messages(context)
+
+    return streamed if handler.request_streaming else single
+
+
+def _as_it_is(raw: bytes) -> bytes:
+    return raw
 
 
 def _rendering(serialize: Callable[[Any], bytes] | None, max_bytes: int) -> Callable[[Any], bytes]:
@@ -147,33 +178,28 @@ def _unless_bytes(serialize: Callable[[Any], bytes] | None) -> Callable[[Any], b
     return lambda answer: answer if isinstance(answer, bytes) else serialize(answer)
 
 
-def _make(handler: Handler, behavior: Callable[..., Any], deserialize: Callable[[bytes], Any] | None) -> Handler:
-    """The same method with another behavior."""
-    make = {
-        (False, False): grpc.unary_unary_rpc_method_handler,
-        (False, True): grpc.unary_stream_rpc_method_handler,
-        (True, False): grpc.stream_unary_rpc_method_handler,
-        (True, True): grpc.stream_stream_rpc_method_handler,
-    }[handler.request_streaming, handler.response_streaming]
-    return make(behavior, deserialize, _unless_bytes(handler.response_serializer))
+def _make(handler: Handler, behavior: Callable[..., Any]) -> Handler:
+    """The same method with another behavior, which reads the request, or requests, from the context by itself."""
+    make = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
+    return make(behavior, None, _unless_bytes(handler.response_serializer))
 
 
 def _guard_unary(
     behavior: Callable[..., Any],
     method: str,
-    parse: Callable[[Any], Any],
+    receive: Receive,
     render: Callable[[Any], bytes],
     limit: Limit | None,
 ) -> Callable[[Any, Context], Awaitable[Any]]:
-    async def guarded(request: Any, context: Context) -> Any:
+    async def guarded(_: Any, context: Context) -> Any:
         try:
             with limit.call(context.peer()) if limit is not None else _UNCOUNTED:
-                result = behavior(parse(request), context)
+                result = behavior(await receive(context), context)
                 return render(await result if isinstance(result, Awaitable) else result)
         except grpc.aio.AbortError:
             raise
         except Exception as error:
-            await abort(context, to_domain_error(error, method))
+            await _fail(context, error, method)
 
     return guarded
 
@@ -181,14 +207,14 @@ def _guard_unary(
 def _guard_stream(
     behavior: Callable[..., Any],
     method: str,
-    parse: Callable[[Any], Any],
+    receive: Receive,
     render: Callable[[Any], bytes],
     limit: Limit | None,
 ) -> Callable[[Any, Context], AsyncIterator[Any]]:
-    async def guarded(request: Any, context: Context) -> AsyncIterator[Any]:
+    async def guarded(_: Any, context: Context) -> AsyncIterator[Any]:
         try:
             with limit.call(context.peer()) if limit is not None else _UNCOUNTED:
-                responses = behavior(parse(request), context)
+                responses = behavior(await receive(context), context)
                 if isinstance(
                     responses, Awaitable
                 ):  # a coroutine that writes to the context itself, as in grpc's own services
@@ -202,9 +228,16 @@ def _guard_stream(
         except grpc.aio.AbortError:
             raise
         except Exception as error:
-            await abort(context, to_domain_error(error, method))
+            await _fail(context, error, method)
 
     return guarded
+
+
+async def _fail(context: Context, error: Exception, method: str) -> None:
+    """End a call with an error, unless it is over."""
+    if has_ended(error):
+        raise error  # nobody is there to hear of it; grpc ends the call
+    await abort(context, to_domain_error(error, method))
 
 
 def _refusal(handler: Handler, error: FastChatError) -> Handler:
@@ -215,7 +248,7 @@ def _refusal(handler: Handler, error: FastChatError) -> Handler:
         await abort(context, error)
         yield  # type: ignore[unreachable]  # makes it a generator, as the method's shape asks
 
-    return _make(handler, refuse_stream if handler.response_streaming else refuse, None)
+    return _make(handler, refuse_stream if handler.response_streaming else refuse)
 
 
 def to_domain_error(error: Exception, method: str) -> FastChatError:

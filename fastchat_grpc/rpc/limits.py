@@ -36,6 +36,8 @@ class CallBounds:
     calls_per_peer: int = 8_192
     watches: int = 4_096
     watches_per_peer: int = 256
+    first_message_s: float = 60.0
+    """Time in which a call's first message must have arrived, whole; a large one comes slowly over a thin line."""
 
 
 class CallLimits:
@@ -43,6 +45,7 @@ class CallLimits:
 
     def __init__(self, bounds: CallBounds | None = None) -> None:
         bounds = bounds or CallBounds()
+        self.first_message_s = bounds.first_message_s
         self._calls = Limit(bounds.calls, bounds.calls_per_peer)
         self._watches = Limit(bounds.watches, bounds.watches_per_peer)
 

@@ -14,6 +14,7 @@ from fastchat_grpc.errors import ConfigError
 from fastchat_grpc.rpc.access import Access, PeerNames
 from fastchat_grpc.rpc.border import Border
 from fastchat_grpc.rpc.channels import SERVER_OPTIONS, server_credentials, size_options
+from fastchat_grpc.rpc.ended import be_quiet_about_ended_calls
 from fastchat_grpc.rpc.limits import MAX_STREAMS_PER_CONNECTION, CallBounds
 from fastchat_grpc.rpc.reflection import add_reflection
 
@@ -41,6 +42,7 @@ class RpcServer:
         border = Border((access or Access()).admit, bounds, peers, listen.max_message_bytes)
         for _, add in services:
             add(border)
+        be_quiet_about_ended_calls()
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, border)
         channelz_pb2_grpc.add_ChannelzServicer_to_server(channelz.aio.ChannelzServicer(), border)

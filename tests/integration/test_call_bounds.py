@@ -57,26 +57,28 @@ async def _send(
     return error_from_rpc(caught.value)
 
 
+OTHERS = [
+    ("/grpc.health.v1.Health/Check", False, False),
+    ("/grpc.health.v1.Health/Watch", False, True),
+    ("/grpc.channelz.v1.Channelz/GetServers", False, False),
+    ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", True, True),
+    ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", True, True),
+    ("/envoy.service.auth.v3.Authorization/Check", False, False),
+    ("/envoy.service.endpoint.v3.EndpointDiscoveryService/StreamEndpoints", True, True),
+    ("/envoy.service.accesslog.v3.AccessLogService/StreamAccessLogs", True, True),
+]
+
+
 async def test_bytes_that_are_no_message_are_the_callers_fault_in_every_method(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    others = [
-        ("/grpc.health.v1.Health/Check", False, False),
-        ("/grpc.health.v1.Health/Watch", False, True),
-        ("/grpc.channelz.v1.Channelz/GetServers", False, False),
-        ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", True, True),
-        ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", True, True),
-        ("/envoy.service.auth.v3.Authorization/Check", False, False),
-        ("/envoy.service.endpoint.v3.EndpointDiscoveryService/StreamEndpoints", True, True),
-        ("/envoy.service.accesslog.v3.AccessLogService/StreamAccessLogs", True, True),
-    ]
     asked = 0
     async with running_controller() as controller:
         async with running_worker(echo_config("m", controllers=(controller.address,))) as worker:
             await eventually(lambda: worker.registered)
             for address in (controller.address, worker.address):
                 async with open_channel(address) as channel:
-                    for method, streams, answers in [*_methods(), *others]:
+                    for method, streams, answers in [*_methods(), *OTHERS]:
                         error = await _send(channel, method, streams, answers, GARBAGE)
                         if error.code is errors.Code.UNIMPLEMENTED:
                             continue
@@ -85,6 +87,77 @@ async def test_bytes_that_are_no_message_are_the_callers_fault_in_every_method(
     assert asked > 25
     assert "Traceback" not in caplog.text
     assert "DecodeError" not in caplog.text
+
+
+async def _silent(channel: grpc.aio.Channel, method: str, *, half_closed: bool) -> errors.FastChatError | None:
+    """The end of a call that sends no message, and says that it will not or says nothing; None: it ended well."""
+    call: Any = channel.stream_stream(method)(timeout=20)
+    try:
+        if half_closed:
+            await call.done_writing()
+        while await call.read() is not grpc.aio.EOF:
+            pass
+    except grpc.aio.AioRpcError as rpc_error:
+        return error_from_rpc(rpc_error)
+    return None
+
+
+async def test_a_call_that_ends_without_a_message_is_answered_in_every_method() -> None:
+    async with running_controller() as controller:
+        async with running_worker(echo_config("m", controllers=(controller.address,))) as worker:
+            await eventually(lambda: worker.registered)
+            for address in (controller.address, worker.address):
+                async with open_channel(address) as channel:
+                    for method, streams, _ in [*_methods(), *OTHERS]:
+                        error = await _silent(channel, method, half_closed=True)
+                        if streams or (error is not None and error.code is errors.Code.UNIMPLEMENTED):
+                            continue  # no message is as good as some
+                        assert isinstance(error, errors.InvalidArgument), (method, error)
+                        assert "without a request message" in error.message
+
+
+async def test_a_call_that_never_sends_its_message_counts_and_is_ended() -> None:
+    release = asyncio.Event()
+
+    class Controller(registry_pb2_grpc.ControllerServiceServicer):
+        async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
+            await release.wait()
+            return pb.ListModelsResponse()
+
+    services = [
+        (
+            "fastchat_grpc.v1.ControllerService",
+            lambda server: registry_pb2_grpc.add_ControllerServiceServicer_to_server(Controller(), server),
+        )
+    ]
+    bounds = CallBounds(calls_per_peer=1, watches_per_peer=1, first_message_s=0.3)
+    server = RpcServer(ListenConfig(), services, bounds=bounds)
+    await server.start()
+    kinds = (
+        "/fastchat_grpc.v1.ControllerService/ListModels",
+        "/fastchat_grpc.v1.ControllerService/WatchWorkers",
+        "/fastchat_grpc.v1.ControllerService/Heartbeat",
+        "/grpc.health.v1.Health/Watch",
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+    )
+    try:
+        async with open_channel(server.address) as channel:
+            for method in kinds:
+                error = await _silent(channel, method, half_closed=False)
+                assert isinstance(error, errors.RequestLate), (method, error)
+                assert "no message came within 0.3 s" in error.message
+            first, second = await asyncio.gather(*(_silent(channel, kinds[0], half_closed=False) for _ in range(2)))
+            assert {type(first), type(second)} == {errors.RequestLate, errors.TooManyCalls}
+            # What has sent its message may take its time.
+            slow = asyncio.ensure_future(
+                registry_pb2_grpc.ControllerServiceStub(channel).ListModels(pb.ListModelsRequest(), timeout=20)
+            )
+            await asyncio.sleep(0.6)
+            assert not slow.done()
+            release.set()
+            await slow
+    finally:
+        await server.stop(0)
 
 
 async def _bounded(bounds: CallBounds) -> RpcServer:
