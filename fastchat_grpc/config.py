@@ -279,6 +279,8 @@ class ControllerConfig:
     breaker: BreakerConfig = BreakerConfig()
     failover: FailoverConfig = FailoverConfig()
     drain_timeout_s: float = 30.0
+    send_timeout_s: float = 60.0
+    """Seconds that what is relayed may stay unread by its caller before the request is ended."""
     join_token: str | None = field(default=None, repr=False)
     """Shared secret that members of the fleet and those who move workers then show (authorization: Bearer)."""
     other_join_tokens: tuple[str, ...] = field(default=(), repr=False)
@@ -304,6 +306,7 @@ class ControllerConfig:
 
     def __post_init__(self) -> None:
         _require(self.drain_timeout_s >= 0, f"--drain-timeout must be at least 0, got {self.drain_timeout_s:g}")
+        _require(self.send_timeout_s > 0, f"--send-timeout must be above 0 s, got {self.send_timeout_s:g}")
         _require(self.join_token is None or bool(self.join_token), "--join-token must not be empty")
         _require(
             not self.api_keys.required or self.join_token is not None or self.insecure_join,

@@ -247,6 +247,14 @@ class ReaderTooSlow(FastChatError):
     code = Code.DEADLINE_EXCEEDED
     reason = "READER_TOO_SLOW"
 
+    @classmethod
+    def after(cls, unread_s: float) -> ReaderTooSlow:
+        """The error for what lay unread so many seconds."""
+        return cls(
+            f"what was generated was not read for {unread_s:.0f} s (--send-timeout), so the request was ended to free "
+            "its slot"
+        )
+
 
 class RequestLate(FastChatError):
     """The caller began a call and did not send its request in time."""

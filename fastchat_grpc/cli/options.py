@@ -85,6 +85,13 @@ drain_option = click.option(
     show_default=True,
     help="Seconds for requests to end on shutdown.",
 )
+send_option = click.option(
+    "--send-timeout",
+    type=float,
+    default=ControllerConfig().send_timeout_s,
+    show_default=True,
+    help="Seconds that output may stay unread before its request loses its slot.",
+)
 
 
 def listen_options(port: int) -> Option:
@@ -187,6 +194,7 @@ controller_options = group(
     click.option("--worker-id", default="", help="Identity towards parents.  [default: its address]"),
     strict_option,
     drain_option,
+    send_option,
 )
 
 
@@ -204,6 +212,7 @@ def controller_config(flags: dict[str, Any]) -> ControllerConfig:
             wait_s=flags["failover_wait"],
         ),
         drain_timeout_s=flags["drain_timeout"],
+        send_timeout_s=flags["send_timeout"],
         join_token=join_token(flags),
         other_join_tokens=join_tokens(flags)[1:],
         allowed_networks=flags["allowed_networks"],
@@ -348,13 +357,7 @@ worker_options = group(
         show_default=True,
         help="Seconds without a token after which a busy worker calls itself degraded.",
     ),
-    click.option(
-        "--send-timeout",
-        type=float,
-        default=60.0,
-        show_default=True,
-        help="Seconds that output may stay unread before its request loses its slot.",
-    ),
+    send_option,
     join_token_options,
     click.option("--no-heartbeat", is_flag=True, help="Register without heartbeats; the worker never expires."),
     strict_option,

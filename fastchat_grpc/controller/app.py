@@ -71,7 +71,7 @@ class ControllerApp:
         self.pool = ChannelPool(
             config.worker_tls, max_message_bytes=config.listen.max_message_bytes, on_reachable=self._on_reachable
         )
-        self.relay = Relay(self.dispatcher, self.pool, config.failover)
+        self.relay = Relay(self.dispatcher, self.pool, config.failover, config.send_timeout_s)
         self.generation = RelayedGeneration(self.relay)
         self.keys = ApiKeys(config.api_keys)
         self.bridge = _bridge(self.relay, self.keys, config)
@@ -106,6 +106,7 @@ class ControllerApp:
         spawn = self._supervisor.spawn
         spawn("looking at leases", self._tick)
         spawn("looking at channels", self.pool.run)
+        spawn("looking at readers", self.relay.run)
         if self.bridge is not None:
             spawn("endpoint discovery", self.bridge.run)
         if self._config.parent_addresses:

@@ -176,7 +176,9 @@ class WorkerAttempt(Attempt[bytes]):
         self._reservation = reservation
         self._channel = channel
         self._moved = False
+        self._closed = False
         channel.calls += 1
+        relay.attempts.add(self)
 
     @property
     def worker(self) -> Worker:
@@ -216,7 +218,11 @@ class WorkerAttempt(Attempt[bytes]):
 
     def close(self) -> None:
         """See Attempt."""
+        if self._closed:
+            return
+        self._closed = True
         super().close()
+        self._relay.attempts.discard(self)
         self._relay.stranded.discard(self)
         self._channel.calls -= 1
         self._channel.used_at = monotonic()

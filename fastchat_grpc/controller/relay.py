@@ -6,12 +6,15 @@ know what the caller has if the worker dies (see `fastchat_grpc.rpc.failover`).
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable
+from time import monotonic
 from typing import Any
 
 from fastchat_grpc.config import DispatchMethod, FailoverConfig
 from fastchat_grpc.controller.callers import NOBODY, Caller
-from fastchat_grpc.controller.candidates import Candidates, Stranded
+from fastchat_grpc.controller.candidates import Candidates, Stranded, WorkerAttempt
 from fastchat_grpc.controller.dispatch import Dispatcher, PickRequest
 from fastchat_grpc.core import Capability, ModelInfo
 from fastchat_grpc.rpc.failover import Call, Failover
@@ -27,6 +30,9 @@ from fastchat_grpc.rpc.resume import (
 )
 from fastchat_grpc.v1 import generation_pb2 as pb
 
+logger = logging.getLogger(__name__)
+
+READERS_LOOK_S = 1.0
 GENERATE = "/fastchat_grpc.v1.GenerationService/Generate"
 AFFINITY_CHARACTERS = 256
 """Length of prompt that prefix_affinity goes by where there is no session key."""
@@ -37,13 +43,22 @@ Begins = Callable[[ResumeState[bytes]], None]
 
 
 class Relay:
-    """Relays calls to workers, past those that fail. Its counters are those of its `failover`."""
+    """Relays calls to workers, past those that fail. Its counters are those of its `failover`.
 
-    def __init__(self, dispatcher: Dispatcher, pool: ChannelPool, config: FailoverConfig) -> None:
+    Args:
+        send_timeout_s: how long an event may lie unread before its request is ended; `run` looks.
+    """
+
+    def __init__(
+        self, dispatcher: Dispatcher, pool: ChannelPool, config: FailoverConfig, send_timeout_s: float = 60.0
+    ) -> None:
         self.dispatcher = dispatcher
         self.pool = pool
         self.failover = Failover(config)
+        self.attempts: set[WorkerAttempt] = set()
+        """Those under way."""
         self.stranded = Stranded()
+        self._send_timeout_s = send_timeout_s
         dispatcher.registry.subscribe(self.stranded.on_change)
 
     def generate(
@@ -79,6 +94,19 @@ class Relay:
 
         candidates = Candidates(self, model, "", lambda call: PickRequest(prefers=prefers), start)
         return await self.failover.call(candidates, caller.deadline)
+
+    async def run(self) -> None:
+        """End, until cancelled, what callers do not read: each holds a place at a worker, and memory here."""
+        while True:
+            await asyncio.sleep(min(READERS_LOOK_S, self._send_timeout_s / 4))
+            now = monotonic()
+            unread = [attempt for attempt in self.attempts if attempt.unread_s(now) > self._send_timeout_s]
+            for attempt in unread:
+                attempt.drop(now)
+            if unread:
+                logger.warning(
+                    "%d relayed requests were not read for %g s and are ended", len(unread), self._send_timeout_s
+                )
 
     def affinity_key(self, request: pb.GenerateRequest) -> str:
         """What prefix_affinity groups a request by; empty where nothing goes by it."""

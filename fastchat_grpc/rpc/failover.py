@@ -24,6 +24,7 @@ from fastchat_grpc.errors import (
     FastChatError,
     NoLiveWorker,
     NotResumable,
+    ReaderTooSlow,
     WorkerUnavailable,
 )
 from fastchat_grpc.rpc.convert import duration
@@ -68,12 +69,27 @@ class Attempt(Generic[T]):
         self._begins = begins
         self._read: Callable[[], Awaitable[Any]] = call.read if hasattr(call, "read") else lambda: call
         self._answered = False
+        self._unread_since: float | None = None
+        self._too_slow: ReaderTooSlow | None = None
 
     def __aiter__(self) -> Attempt[T]:
         return self
 
+    def unread_s(self, now: float) -> float:
+        """Seconds for which the caller has had an item and has not asked for the next one."""
+        return 0.0 if self._unread_since is None else now - self._unread_since
+
+    def drop(self, now: float) -> None:
+        """Close it under a caller that does not read: it finds out when it reads again."""
+        self._too_slow = ReaderTooSlow.after(self.unread_s(now))
+        self._unread_since = None
+        self.close()
+
     async def __anext__(self) -> T:
         """The next item. Raises the FastChatError that ended the call."""
+        self._unread_since = None
+        if self._too_slow is not None:
+            raise self._too_slow
         try:
             item = await self._read()
         except grpc.aio.AioRpcError as error:
@@ -91,6 +107,7 @@ class Attempt(Generic[T]):
             if self._begins is not None:
                 self._begins.learned(**origin_told(await self._call.initial_metadata()))
             self.answered()
+        self._unread_since = monotonic()
         return item  # type: ignore[no-any-return]
 
     def answered(self) -> None:
@@ -108,7 +125,7 @@ class Attempt(Generic[T]):
         """The caller has the whole answer."""
 
     def close(self) -> None:
-        """Cancel what still runs and free what the attempt holds."""
+        """Cancel what still runs and free what the attempt holds. Twice is harmless."""
         self._call.cancel()
 
 

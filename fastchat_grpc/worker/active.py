@@ -53,12 +53,7 @@ class Active:
 
     def drop(self, now: float) -> asyncio.Task[None]:
         """Take the slot from a caller that does not read: it finds out when it reads again."""
-        return self._drop(
-            ReaderTooSlow(
-                f"what was generated was not read for {self.unread_s(now):.0f} s (--send-timeout), so the request "
-                "was ended to free its slot"
-            )
-        )
+        return self._drop(ReaderTooSlow.after(self.unread_s(now)))
 
     def evict(self) -> asyncio.Task[None] | None:
         """End it with Draining: at once where it waits for the engine or for its slot.

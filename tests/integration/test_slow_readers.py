@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
 import pytest
+from google.api.httpbody_pb2 import HttpBody
 
 from fastchat_grpc.client import AsyncClient
 from fastchat_grpc.core import WorkerState
@@ -16,9 +18,10 @@ from fastchat_grpc.errors import ReaderTooSlow
 from fastchat_grpc.rpc.channels import open_channel
 from fastchat_grpc.rpc.status import error_from_rpc
 from fastchat_grpc.v1 import generation_pb2 as pb
-from fastchat_grpc.v1 import generation_pb2_grpc
+from fastchat_grpc.v1 import generation_pb2_grpc, openai_pb2_grpc
 from fastchat_grpc.worker.app import WorkerApp
 from tests.conftest import StartWorker, eventually
+from tests.integration.controllers import running_controller
 
 LONG = "x" * 20_000
 WINDOW = (
@@ -74,6 +77,38 @@ async def test_a_caller_that_does_not_read_loses_its_slot_and_is_told_why(
         assert "--send-timeout" in error.message
     await eventually(lambda: not worker._generation._active)
     assert worker._generation.admission.running == 0
+    assert "were not read for 0.5 s" in caplog.text
+
+
+@pytest.mark.parametrize("surface", ["typed", "openai"])
+async def test_a_caller_of_a_relay_that_does_not_read_keeps_no_reservation(
+    start_worker: StartWorker, caplog: pytest.LogCaptureFixture, surface: str
+) -> None:
+    async with running_controller(send_timeout_s=0.5) as controller:
+        await start_worker(context_length=2 * len(LONG) + 1, controllers=(controller.address,))
+        await eventually(lambda: len(controller.registry) == 1)
+        (worker,) = controller.registry.workers()
+        async with open_channel(controller.address, options=WINDOW) as channel:
+            if surface == "typed":
+                request = pb.GenerateRequest(prompt=LONG)
+                request.stopping.max_new_tokens = len(LONG)
+                call: Any = generation_pb2_grpc.GenerationServiceStub(channel).Generate(request)
+            else:
+                body = {"model": "echo", "prompt": LONG, "max_tokens": len(LONG), "stream": True}
+                call = openai_pb2_grpc.OpenAIServiceStub(channel).Completions(HttpBody(data=json.dumps(body).encode()))
+            await call.read()
+            assert worker.reserved_count == 1
+            await eventually(lambda: worker.reserved_count == 0, timeout_s=30)
+            assert not controller.relay.attempts
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                while await call.read() is not grpc.aio.EOF:
+                    pass
+            error = error_from_rpc(caught.value)
+            assert isinstance(error, ReaderTooSlow)
+            assert "--send-timeout" in error.message
+        async with AsyncClient(controller.address) as other:
+            assert (await other.complete("next")).text == "next"
+        await eventually(lambda: worker.reserved_count == 0)
     assert "were not read for 0.5 s" in caplog.text
 
 
