@@ -68,8 +68,12 @@ class ControllerApp:
         self._drain_timeout_s = config.drain_timeout_s
         self.registry = Registry(config.lease, config.breaker)
         self.dispatcher = Dispatcher(self.registry, config.dispatch)
+        self._supervisor = Supervisor(self._on_health)
         self.pool = ChannelPool(
-            config.worker_tls, max_message_bytes=config.listen.max_message_bytes, on_reachable=self._on_reachable
+            config.worker_tls,
+            max_message_bytes=config.listen.max_message_bytes,
+            on_reachable=self._on_reachable,
+            supervisor=self._supervisor,
         )
         self.relay = Relay(self.dispatcher, self.pool, config.failover, config.send_timeout_s)
         self.generation = RelayedGeneration(self.relay)
@@ -79,7 +83,6 @@ class ControllerApp:
         access = Access(self.keys, JoinToken(config.join_token, *config.other_join_tokens))
         self._server = RpcServer(config.listen, self._services(), access)
         self._parents: Parents | None = None
-        self._supervisor = Supervisor(self._on_health)
         self._well = True  # what the supervisor says
         self._draining = False
         self._serving = False  # what health says

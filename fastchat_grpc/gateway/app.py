@@ -9,6 +9,7 @@ from fastchat_grpc.config import GatewayConfig, GatewayMode, join_address
 from fastchat_grpc.errors import ConfigError
 from fastchat_grpc.gateway.listeners import HTTP, HTTPS
 from fastchat_grpc.gateway.process import EnvoyProcess
+from fastchat_grpc.rpc.supervise import Supervised, Supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +36,10 @@ class GatewayApp:
 
     def __init__(self, config: GatewayConfig) -> None:
         self._config = config
-        self._envoy = EnvoyProcess(config)
-        self._watcher: asyncio.Task[None] | None = None
+        self._supervisor = Supervisor()
+        self._envoy = EnvoyProcess(config, self._supervisor)
+        self._watcher: Supervised | None = None
+        self._pause_s = MIN_PAUSE_S
         self._address = ("", "")
 
     @property
@@ -62,14 +65,15 @@ class GatewayApp:
     async def start(self) -> None:
         """Start Envoy. Raises ConfigError."""
         await self._start()
-        self._watcher = asyncio.create_task(self._watch())
+        self._watcher = self._supervisor.spawn("keeping Envoy", self._watch)
 
     async def stop(self) -> None:
         """Let running requests end, then stop Envoy."""
         if self._watcher is not None:
             self._watcher.cancel()
-            await asyncio.gather(self._watcher, return_exceptions=True)
+            await self._watcher.ended()
         await self._envoy.stop(self._config.drain_timeout_s)
+        await self._supervisor.close()
         logger.info("gateway stopped")
 
     async def _start(self) -> None:
@@ -81,20 +85,29 @@ class GatewayApp:
 
     async def _watch(self) -> None:
         """Start Envoy again whenever it ends by itself."""
-        pause_s = MIN_PAUSE_S
-        loop = asyncio.get_running_loop()
         while True:
-            started = loop.time()
-            status = await self._envoy.wait()
-            pause_s = MIN_PAUSE_S if loop.time() - started > STEADY_S else min(2 * pause_s, MAX_PAUSE_S)
-            logger.error("Envoy ended with status %d; starting it again in %g s", status, pause_s)
-            await self._envoy.kill()
-            while True:
-                await asyncio.sleep(pause_s)
-                try:
-                    self._envoy = EnvoyProcess(self._config)
-                    await self._start()
-                    break
-                except ConfigError as error:
-                    pause_s = min(2 * pause_s, MAX_PAUSE_S)
-                    logger.error("%s; trying again in %g s", error, pause_s)
+            if self._envoy.pid:
+                await self._ended()
+            await self._start_again()
+
+    async def _ended(self) -> None:
+        """Wait until it has ended, and choose a pause."""
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        status = await self._envoy.wait()
+        steady = loop.time() - started > STEADY_S
+        self._pause_s = MIN_PAUSE_S if steady else min(2 * self._pause_s, MAX_PAUSE_S)
+        logger.error("Envoy ended with status %d; starting it again in %g s", status, self._pause_s)
+        await self._envoy.kill()
+
+    async def _start_again(self) -> None:
+        while True:
+            await asyncio.sleep(self._pause_s)
+            try:
+                self._envoy = EnvoyProcess(self._config, self._supervisor)
+                await self._start()
+            except ConfigError as error:
+                self._pause_s = min(2 * self._pause_s, MAX_PAUSE_S)
+                logger.error("%s; trying again in %g s", error, self._pause_s)
+            else:
+                return

@@ -9,6 +9,7 @@ import logging
 import re
 import shutil
 from collections import deque
+from functools import partial
 from pathlib import Path
 from time import monotonic
 
@@ -18,6 +19,7 @@ from fastchat_grpc.gateway.admin import Admin, AdminError
 from fastchat_grpc.gateway.binary import find_envoy
 from fastchat_grpc.gateway.machine import cores, refuse_taken, short_folder
 from fastchat_grpc.gateway.render import bootstrap
+from fastchat_grpc.rpc.supervise import Backoff, Supervised, Supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -26,20 +28,26 @@ POLL_S = 0.05
 KILL_AFTER_S = 5.0
 QUIET_S = 30.0
 """A controller that is away is spoken of this often."""
+READ_AGAIN = Backoff(first_s=0.05, most_s=1.0)
 _LOG_LINE = re.compile(r"^\[[^\]]*\]\[\d+\]\[(?P<level>\w+)\]\[[^\]]*\] (\[[^\]]*\] )?(?P<text>.*)$")
 _LEVELS = {"warning": logging.WARNING, "error": logging.ERROR, "critical": logging.CRITICAL}
 
 
 class EnvoyProcess:
-    """Starts Envoy and stops it. Build and start it on the main thread: Envoy ends with the thread that started it."""
+    """Starts Envoy and stops it. Build and start it on the main thread: Envoy ends with the thread that started it.
 
-    def __init__(self, config: GatewayConfig) -> None:
+    Args:
+        supervisor: of the task that reads Envoy's log. Were that to end, Envoy would stand as soon as the pipe is full.
+    """
+
+    def __init__(self, config: GatewayConfig, supervisor: Supervisor) -> None:
         self._config = config
+        self._supervisor = supervisor
         self._executable = find_envoy(config.envoy)
         self._folder: Path | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._admin: Admin | None = None
-        self._reader: asyncio.Task[None] | None = None
+        self._reader: Supervised | None = None
         self._last_words: deque[str] = deque(maxlen=20)
         self._told_at = -QUIET_S
         self.ports: dict[str, int] = {}
@@ -70,7 +78,7 @@ class EnvoyProcess:
             stdin=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
         )
-        self._reader = asyncio.create_task(self._read_log(self._process))
+        self._read_log(self._process)
         try:
             await self._wait_ready()
         except BaseException:
@@ -104,7 +112,7 @@ class EnvoyProcess:
                 process.kill()
                 await process.wait()
         if self._reader is not None:
-            await self._reader
+            await self._reader.ended()  # with the pipe
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -128,16 +136,29 @@ class EnvoyProcess:
             return f"Envoy cannot listen on {where}: the port is in use or the host is not of this machine"
         return f"Envoy refuses its configuration: {words[-600:] or 'it said nothing'}"
 
-    async def _read_log(self, process: asyncio.subprocess.Process) -> None:
-        """Pass Envoy's warnings and errors on to our log."""
+    def _read_log(self, process: asyncio.subprocess.Process) -> None:
+        """Pass Envoy's warnings and errors on to our log, until its end."""
         assert process.stderr is not None
-        async for line in process.stderr:
-            text = line.decode("utf-8", "replace").rstrip()
-            match = _LOG_LINE.match(text)
-            level, text = (match["level"], match["text"]) if match is not None else ("warning", text)
-            self._last_words.append(text)
-            usual = text.startswith("caught ENVOY_SIG") or self._said_lately(text)
-            logger.log(logging.DEBUG if usual else _LEVELS.get(level, logging.INFO), "envoy: %s", text)
+        read = partial(self._pass_on, process.stderr)
+        self._reader = self._supervisor.spawn("reading Envoy's log", read, restart=READ_AGAIN)
+
+    async def _pass_on(self, lines: asyncio.StreamReader) -> None:
+        while True:
+            try:
+                line = await lines.readline()
+            except ValueError:  # a line beyond the reader's limit, of which what was there is dropped
+                logger.warning("envoy: a line of its log is too long and is left out")
+                continue
+            if not line:
+                return
+            self._say(line.decode("utf-8", "replace").rstrip())
+
+    def _say(self, line: str) -> None:
+        match = _LOG_LINE.match(line)
+        level, text = (match["level"], match["text"]) if match is not None else ("warning", line)
+        self._last_words.append(text)
+        usual = text.startswith("caught ENVOY_SIG") or self._said_lately(text)
+        logger.log(logging.DEBUG if usual else _LEVELS.get(level, logging.INFO), "envoy: %s", text)
 
     def _said_lately(self, text: str) -> bool:
         """Whether it is one more try to reach a controller that is away, of which there are several a second."""

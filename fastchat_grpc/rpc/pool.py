@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -16,6 +17,8 @@ import grpc
 
 from fastchat_grpc.config import MAX_MESSAGE_BYTES, TlsConfig
 from fastchat_grpc.rpc.channels import open_channel, tls_stamp
+from fastchat_grpc.rpc.printable import printable
+from fastchat_grpc.rpc.supervise import Supervised, Supervisor
 
 IDLE_S = 300.0
 LOOK_S = 30.0
@@ -46,7 +49,7 @@ class PooledChannel:
         self.used_at = monotonic()
         self.reachable = True
         """What was last reported of its server."""
-        self.watcher: asyncio.Task[None] | None = None
+        self.watcher: Supervised | None = None
         self._callables: dict[str, Any] = {}
 
     def unary_stream(self, method: str) -> Any:
@@ -70,6 +73,7 @@ class ChannelPool:
     Args:
         on_reachable: called with an address and whether its server can be reached, when that changes, and
             again and again while it cannot; with None when nobody watches any more who said that it cannot.
+        supervisor: of the watches; None: one of the pool's own. Whoever gives one closes it.
     """
 
     def __init__(
@@ -78,11 +82,13 @@ class ChannelPool:
         *,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         on_reachable: Callable[[str, bool | None], None] = lambda address, reachable: None,
+        supervisor: Supervisor | None = None,
     ) -> None:
         self._tls = tls
         self._stamp = tls_stamp(tls)
         self._max_message_bytes = max_message_bytes
         self._on_reachable = on_reachable
+        self._supervisor = supervisor or Supervisor()
         self._channels: dict[str, PooledChannel] = {}
         self._leaving: list[PooledChannel] = []
         self._closing: set[asyncio.Task[None]] = set()
@@ -95,7 +101,8 @@ class ChannelPool:
         pooled = self._channels.get(address)
         if pooled is None:
             pooled = self._channels[address] = PooledChannel(address, self._open(address))
-            pooled.watcher = asyncio.create_task(self._watch(pooled))
+            name = f"watching the connection to {printable(address)}"
+            pooled.watcher = self._supervisor.spawn(name, partial(self._watch, pooled))
         pooled.used_at = monotonic()
         return pooled
 
@@ -181,15 +188,19 @@ class ChannelPool:
 
     async def _watch(self, pooled: PooledChannel) -> None:
         """Report when the server becomes unreachable, and when it is back."""
-        with contextlib.suppress(asyncio.CancelledError, grpc.aio.UsageError):
+        with contextlib.suppress(grpc.aio.UsageError):  # the channel was closed
             state = pooled.channel.get_state()
             while state is not State.SHUTDOWN:
+                self._heard(pooled, state)
                 await pooled.channel.wait_for_state_change(state)
                 was, state = state, pooled.channel.get_state()
                 if state is State.IDLE and was is State.READY:
                     # The connection broke. Without calls grpc would wait for the next one to find out more.
                     state = pooled.channel.get_state(try_to_connect=True)
-                now = state is not State.TRANSIENT_FAILURE if pooled.reachable else state is State.READY
-                if now is not pooled.reachable:
-                    pooled.reachable = now
-                    self._on_reachable(pooled.address, now)
+
+    def _heard(self, pooled: PooledChannel, state: grpc.ChannelConnectivity) -> None:
+        """Report what a state says of the server, where it is news."""
+        now = state is not State.TRANSIENT_FAILURE if pooled.reachable else state is State.READY
+        if now is not pooled.reachable:
+            self._on_reachable(pooled.address, now)
+            pooled.reachable = now  # no sooner: who fails to hear of it is told again when the watch is

@@ -113,6 +113,26 @@ async def test_a_report_is_taken_back_with_the_watch(
     await eventually(lambda: reports == [False, None])
 
 
+async def test_a_watch_that_fails_is_started_again_and_says_what_it_owes(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[bool | None] = []
+
+    def faulty(address: str, reachable: bool | None) -> None:
+        told.append(reachable)
+        if len(told) == 1:
+            raise RuntimeError("a bug of ours")
+
+    pool = ChannelPool(on_reachable=faulty)
+    await pool.get(server.address).unary_unary(PATH)(b"")
+    await server.stop()
+    await eventually(lambda: told == [False, False], timeout_s=20)
+    assert f"watching the connection to {server.address} failed" in caplog.text
+    await server.start()
+    await eventually(lambda: told == [False, False, True], timeout_s=20)
+    await pool.close()
+
+
 async def test_nothing_is_said_of_who_could_be_reached(pool: ChannelPool, server: Server, reports: Reports) -> None:
     await pool.get(server.address).unary_unary(PATH)(b"")
     pool.forget(server.address)
