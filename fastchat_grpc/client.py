@@ -25,7 +25,7 @@ from typing import Any, Self, TypedDict, TypeVar, Unpack
 
 import grpc
 
-from fastchat_grpc.config import CONTROLLER_PORT, FailoverConfig, TlsConfig
+from fastchat_grpc.config import CONTROLLER_PORT, MAX_SECONDS, FailoverConfig, TlsConfig
 from fastchat_grpc.core import (
     ChatMessage,
     ChatPrompt,
@@ -308,6 +308,8 @@ class AsyncClient:
         """
         request = registry_pb2.DrainWorkerRequest(worker_id=worker_id)
         if drain_timeout_s is not None:
+            if not 0 <= drain_timeout_s <= MAX_SECONDS:
+                raise InvalidArgument("timeout", f"must be from 0 to {MAX_SECONDS:g} s, got {drain_timeout_s:g}")
             request.timeout.CopyFrom(convert.duration(drain_timeout_s))
         response = await self._call(ControllerStub, "DrainWorker", request, bearer(join_token) or self._metadata)
         return int(response.running_count)

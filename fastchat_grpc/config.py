@@ -29,6 +29,32 @@ def _require(ok: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+MAX_SECONDS = 1e9
+"""Thirty years: who means never may say that. What is more, messages cannot carry and timers cannot wait for."""
+MAX_WEIGHT = 1e6
+
+
+def _require_within(name: str, value: float, low: float, high: float, unit: str = "") -> None:
+    """Raise ConfigError for a number that is none, or out of its range."""
+    if not low <= value <= high:  # whatever is compared with what is no number is false
+        raise ConfigError(f"{name} must be from {low:g} to {high:g}{unit}, got {value:g}")
+
+
+def _require_above(name: str, value: float, low: float, high: float, unit: str = "") -> None:
+    """As `_require_within`, without the lower bound itself."""
+    if not low < value <= high:
+        raise ConfigError(f"{name} must be above {low:g} and at most {high:g}{unit}, got {value:g}")
+
+
+def require_seconds(name: str, value: float) -> None:
+    """Raise ConfigError for a duration that is none."""
+    _require_within(name, value, 0, MAX_SECONDS, " s")
+
+
+def _require_some_seconds(name: str, value: float) -> None:
+    _require_above(name, value, 0, MAX_SECONDS, " s")
+
+
 def split_address(address: str) -> tuple[str, int]:
     """Split "host:port" ("[v6]:port" too). Raises ConfigError."""
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([\w.-]+)):([0-9]+)", address)
@@ -155,17 +181,14 @@ class LeaseConfig:
 
     def __post_init__(self) -> None:
         _require(self.max_workers >= 1, f"--max-workers must be at least 1, got {self.max_workers}")
-        _require(
-            self.heartbeat_interval_s > 0, f"heartbeat interval must be above 0 s, got {self.heartbeat_interval_s:g}"
-        )
+        _require_some_seconds("--heartbeat-expiration", self.time_to_live_s)
+        _require_some_seconds("heartbeat interval", self.heartbeat_interval_s)
         _require(
             self.time_to_live_s > self.heartbeat_interval_s,
             f"heartbeat expiration ({self.time_to_live_s:g} s) must exceed the heartbeat interval "
             f"({self.heartbeat_interval_s:g} s)",
         )
-        _require(
-            self.max_heartbeats_per_s > 0, f"max heartbeats must be above 0 per s, got {self.max_heartbeats_per_s:g}"
-        )
+        _require_above("max heartbeats", self.max_heartbeats_per_s, 0, 1e9, " per s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,15 +204,11 @@ class BreakerConfig:
     max_cooldown_s: float = 30.0
 
     def __post_init__(self) -> None:
-        _require(self.window_s > 0, f"breaker window must be above 0 s, got {self.window_s:g}")
+        _require_some_seconds("breaker window", self.window_s)
         _require(self.min_failures >= 1, f"breaker failures must be at least 1, got {self.min_failures}")
-        _require(
-            0 < self.failure_ratio <= 1, f"breaker ratio must be above 0 and at most 1, got {self.failure_ratio:g}"
-        )
-        _require(
-            0 < self.cooldown_s <= self.max_cooldown_s,
-            f"breaker cooldown must be above 0 s and at most {self.max_cooldown_s:g} s, got {self.cooldown_s:g}",
-        )
+        _require_above("breaker ratio", self.failure_ratio, 0, 1)
+        _require_some_seconds("longest breaker cooldown", self.max_cooldown_s)
+        _require_above("breaker cooldown", self.cooldown_s, 0, self.max_cooldown_s, " s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,11 +232,9 @@ class FailoverConfig:
         _require(self.max_attempts >= 1, f"--max-attempts must be at least 1, got {self.max_attempts}")
         _require(self.max_resumes >= 0, f"--max-resumes must be at least 0, got {self.max_resumes}")
         _require(self.max_cached_tokens >= 0, f"max_cached_tokens must be at least 0, got {self.max_cached_tokens}")
-        _require(self.wait_s >= 0, f"--failover-wait must be at least 0 s, got {self.wait_s:g}")
-        _require(self.retry_ratio >= 0, f"retry_ratio must be at least 0, got {self.retry_ratio:g}")
-        _require(
-            self.retry_reserve_per_s >= 0, f"retry_reserve_per_s must be at least 0, got {self.retry_reserve_per_s:g}"
-        )
+        require_seconds("--failover-wait", self.wait_s)
+        _require_within("retry_ratio", self.retry_ratio, 0, 1e9)
+        _require_within("retry_reserve_per_s", self.retry_reserve_per_s, 0, 1e9)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,8 +322,8 @@ class ControllerConfig:
     """Keys that callers of generation, models and worker lists must show, directly or through a gateway."""
 
     def __post_init__(self) -> None:
-        _require(self.drain_timeout_s >= 0, f"--drain-timeout must be at least 0, got {self.drain_timeout_s:g}")
-        _require(self.send_timeout_s > 0, f"--send-timeout must be above 0 s, got {self.send_timeout_s:g}")
+        require_seconds("--drain-timeout", self.drain_timeout_s)
+        _require_some_seconds("--send-timeout", self.send_timeout_s)
         _require(self.join_token is None or bool(self.join_token), "--join-token must not be empty")
         _require(
             not self.api_keys.required or self.join_token is not None or self.insecure_join,
@@ -484,13 +501,12 @@ class WorkerConfig:
             split_address(address)
         _require_reachable(self.advertised_address, self.listen, self.controller_addresses)
         _require(len(self.worker_id) <= 128, f"--worker-id must have at most 128 characters, got {len(self.worker_id)}")
-        _require(self.weight > 0, f"--weight must be above 0, got {self.weight:g}")
-        _require(self.drain_timeout_s >= 0, f"--drain-timeout must be at least 0, got {self.drain_timeout_s:g}")
-        _require(self.send_timeout_s > 0, f"--send-timeout must be above 0 s, got {self.send_timeout_s:g}")
-        _require(
-            self.heartbeat_interval_s is None or self.heartbeat_interval_s > 0,
-            f"heartbeat interval must be above 0 s, got {self.heartbeat_interval_s}",
-        )
+        _require_above("--weight", self.weight, 0, MAX_WEIGHT)
+        require_seconds("--drain-timeout", self.drain_timeout_s)
+        _require_some_seconds("--stall-timeout", self.stall_timeout_s)
+        _require_some_seconds("--send-timeout", self.send_timeout_s)
+        if self.heartbeat_interval_s is not None:
+            _require_some_seconds("--heartbeat-interval", self.heartbeat_interval_s)
 
 
 class GatewayMode(Enum):
@@ -566,7 +582,7 @@ class GatewayConfig:
             ("--upload-timeout", self.upload_timeout_s),
             ("--pick-timeout", self.pick_timeout_s),
         ):
-            _require(value > 0, f"{flag} must be above 0 s, got {value:g}")
+            _require_some_seconds(flag, value)
         _require(
             not self.upstream_sans or (self.upstream_tls is not None and self.upstream_tls.ca is not None),
             "--upstream-san needs --upstream-ca",
@@ -577,7 +593,7 @@ class GatewayConfig:
             f"--concurrency must be at least 1, got {self.concurrency}",
         )
         _require(self.envoy is None or self.envoy.is_file(), f"--envoy not found: {self.envoy}")
-        _require(self.drain_timeout_s >= 0, f"--drain-timeout must be at least 0, got {self.drain_timeout_s:g}")
+        require_seconds("--drain-timeout", self.drain_timeout_s)
 
 
 def _require_reachable(advertised: str, listen: ListenConfig, controllers: tuple[str, ...]) -> None:

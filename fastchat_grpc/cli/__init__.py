@@ -15,6 +15,12 @@ USAGE_ERROR = 2
 """Exit status where trying again unchanged cannot help: a wrong flag, a missing model, a port in use."""
 
 
+NOBODY_THERE = (
+    " (nobody listens there: start a controller with workers by fastchat-grpc serve, or one alone by fastchat-grpc "
+    "controller; --controller-address says where to ask)"
+)
+
+
 class LazyGroup(click.Group):
     """Imports a command's module when the command is asked for."""
 
@@ -65,7 +71,8 @@ def main() -> None:
     except ConfigError as error:
         _fail(str(error))
     except FastChatError as error:
-        print(f"error: {error.message}", file=sys.stderr)
+        hint = NOBODY_THERE if "Connection refused" in error.message else ""
+        print(f"error: {error.message}{hint}", file=sys.stderr)
         sys.exit(1)
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)

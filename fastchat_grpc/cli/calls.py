@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from fastchat_grpc.cli.credentials import call_options, connect, member_options
+from fastchat_grpc.config import require_seconds
 from fastchat_grpc.rpc.printable import printable
 
 if TYPE_CHECKING:
@@ -125,6 +126,8 @@ def workers(model: str, **flags: Any) -> None:
 @click.option("--drain-timeout", type=float, help="Seconds for requests to end.  [default: the worker's own]")
 def drain(worker_id: str, drain_timeout: float | None, **flags: Any) -> None:
     """Let a worker finish what it runs, and leave. Ask each controller that is not to wait for its heartbeat."""
+    if drain_timeout is not None:
+        require_seconds("--drain-timeout", drain_timeout)
 
     async def run() -> int:
         async with connect(flags, timeout_s=10) as client:

@@ -101,7 +101,9 @@ def client_tls(flags: dict[str, Any], ca: Path | None, server_name: str = "") ->
 
 call_options = group(
     click.option(
+        "--controller-address",
         "--address",
+        "address",
         default=f"127.0.0.1:{CONTROLLER_PORT}",
         show_default=True,
         help="Controller or worker to ask; several with commas.",

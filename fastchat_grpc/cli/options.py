@@ -167,7 +167,7 @@ controller_options = group(
         type=float,
         default=FailoverConfig().wait_s,
         show_default=True,
-        help="Seconds that a request waits for a worker to come back.",
+        help="Seconds that a request waits, at each outage, for a worker to come back.",
     ),
     click.option(
         "--api-keys", default="", envvar="FASTCHAT_GRPC_API_KEYS", help="Keys that callers need, as [name=]key,..."

@@ -9,7 +9,7 @@ import ipaddress
 import math
 from collections.abc import Mapping, Sequence
 
-from fastchat_grpc.config import split_address
+from fastchat_grpc.config import MAX_WEIGHT, split_address
 from fastchat_grpc.controller.fleet import WorkerSpec
 from fastchat_grpc.core import Capability, ModelInfo
 from fastchat_grpc.errors import ConfigError, InvalidArgument
@@ -24,7 +24,6 @@ MAX_LABEL_LENGTH = 256
 MAX_CAPABILITIES = 64
 """Values of one list of capabilities: those of this version and many to come."""
 MAX_EXCLUDED = 1024
-MAX_WEIGHT = 1e6
 _IDENTITIES = ("fingerprint", "tokenizer_fingerprint")
 _NAMES = ("base_model", "backend", "revision", "quantization")
 _COUNTS = ("context_length", "embedding_size", "vocabulary_size", "max_output_length")

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 
+from fastchat_grpc.config import MAX_SECONDS
 from fastchat_grpc.controller.dispatch import Dispatcher, PickRequest
 from fastchat_grpc.controller.fleet import ChangeKind, LeaseTerms, WorkerSpec
 from fastchat_grpc.controller.history import History
@@ -137,8 +138,8 @@ class ControllerServicer(registry_pb2_grpc.ControllerServiceServicer):
 
     async def DrainWorker(self, request: pb.DrainWorkerRequest, context: Context) -> pb.DrainWorkerResponse:
         timeout_s = convert.seconds(request.timeout) if request.HasField("timeout") else None
-        if timeout_s is not None and timeout_s < 0:
-            raise InvalidArgument("timeout", f"must be at least 0 s, got {timeout_s:g}")
+        if timeout_s is not None and not 0 <= timeout_s <= MAX_SECONDS:
+            raise InvalidArgument("timeout", f"must be from 0 to {MAX_SECONDS:g} s, got {timeout_s:g}")
         worker = self._registry.drain(request.worker_id, timeout_s)
         return pb.DrainWorkerResponse(running_count=max(worker.load.running, worker.reserved_count))
 

@@ -84,7 +84,8 @@ async def test_generate_streams_to_the_terminal(worker: WorkerApp) -> None:
     status, out, err = await run_cli("generate", "Hello there", "--address", worker.address, "--stats")
     assert (status, out) == (0, "Hello there\n")
     assert "tokens/s, time to first token" in err
-    status, out, _ = await run_cli("generate", "-", "--plain", "--address", worker.address, stdin="from a pipe")
+    at = ("--controller-address", worker.address)
+    status, out, _ = await run_cli("generate", "-", "--plain", *at, stdin="from a pipe")
     assert (status, out) == (0, "from a pipe\n")
 
 
@@ -97,7 +98,7 @@ async def test_generate_says_errors_in_one_line(worker: WorkerApp) -> None:
     assert "sampling.temperature: must be from 0 to 100, got -1" in one_line(err)
     status, _, err = await run_cli("generate", "x", "--address", f"127.0.0.1:{free_port()}")
     assert status == 1
-    assert "onnect" in one_line(err)
+    assert "start a controller with workers by fastchat-grpc serve" in one_line(err)
 
 
 async def test_backends_are_listed_with_what_they_refuse() -> None:
