@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-from grpc._cython.cygrpc import ExecuteBatchError
+from grpc._cython.cygrpc import ExecuteBatchError  # type: ignore[import-not-found]
 
 logger = logging.getLogger(__name__)
 
