@@ -132,7 +132,7 @@ def test_the_border_asks_before_a_method_runs() -> None:
 
     found = border.service(Details())  # type: ignore[arg-type]
     assert found is not None
-    assert found.unary_unary.__name__ == "refuse"
+    assert found.stream_unary.__name__ == "refuse", "it waits for no message of a caller who is not let in"
 
 
 def test_several_tokens_are_accepted_while_one_is_changed() -> None:
