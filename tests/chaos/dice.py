@@ -99,7 +99,7 @@ class Dice(EchoBackend):
         able = {Capability.GENERATE, Capability.CHAT, Capability.EMBED, Capability.LOGPROBS, Capability.RESUME}
         able |= {Capability.STRUCTURED_OUTPUT, Capability.STATEFUL_RESUME}
         if self._counter:
-            able |= {Capability.SEEDED_RESUME}
+            able |= {Capability.SEED, Capability.SEEDED_RESUME}
         return [
             ModelInfo(name=info.name, context_length=info.context_length, capabilities=frozenset(able), backend="dice")
             for info in await super().start()
