@@ -120,7 +120,7 @@ class Candidates:
         request = request._replace(model=self._model, key=self._key, tried=self._tried)
         if request.prefers:
             with suppress(FastChatError):
-                return request.among(self._registry.pool(self._model)[1])
+                return request.among(*self._registry.pool(self._model))
         return request
 
     def _resolve(self, adapter: str) -> None:

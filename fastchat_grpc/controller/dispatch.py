@@ -67,25 +67,26 @@ class PickRequest(NamedTuple):
             needs=needs.capabilities, prefers=frozenset(), fingerprint=needs.fingerprint, backend=needs.backend
         )
 
-    def among(self, pool: Pool) -> PickRequest:
-        """The same for the workers of a pool: what it prefers is needed where one of them can do it.
+    def among(self, model: str, pool: Pool) -> PickRequest:
+        """The same for the workers of a model's pool: what it prefers is needed where one of them can do it.
 
         That one need not be free or well now: it is waited for, or comes back. Asking another would be in vain.
         """
-        if not self.prefers:
-            return self
-        able = self._replace(needs=self.needs | self.prefers, prefers=frozenset())
-        some = sum(map(able.suits, pool.replicas))
+        needs = self.needs | self.prefers
+        some = sum([self._suits(replicas, model, needs) for replicas in pool.replicas])
         # Where all can, as in most fleets, nothing need be looked at when one is picked.
-        return able if 0 < some < len(pool.replicas) else self._replace(prefers=frozenset())
+        return self._replace(model=model, needs=needs) if 0 < some < len(pool.replicas) else self
 
     def suits(self, replicas: Replicas) -> bool:
         """Whether workers with these models can take it, by what they serve."""
+        return self._suits(replicas, self.model, self.needs)
+
+    def _suits(self, replicas: Replicas, model: str, needs: frozenset[Capability]) -> bool:
         if self.adapter and self.adapter not in replicas.models:
             return False
-        if not replicas.serves(self.model, self.needs, self.fingerprint):
+        if not replicas.serves(model, needs, self.fingerprint):
             return False
-        return not self.backend or replicas.models[self.model].backend == self.backend
+        return not self.backend or replicas.models[model].backend == self.backend
 
     def accepts(self, worker: Worker) -> bool:
         """Whether it may go to a worker, who may have been tried but has come back since."""
@@ -174,7 +175,7 @@ class Dispatcher:
         """
         name, pool = self._with_adapter(request) if request.adapter else self.registry.pool(request.model)
         if request.prefers:
-            request = request._replace(model=name).among(pool)
+            request = request.among(name, pool)
         if not (request.needs or request.fingerprint or request.adapter or request.backend):
             suits = None
             if not (request.excluded or request.tried) and len(pool.replicas) == 1 and pool.replicas[0].ready.items:
