@@ -22,6 +22,7 @@ from fastchat_grpc.backends import driver
 from fastchat_grpc.backends.base import BackendLoad
 from fastchat_grpc.backends.capabilities import TRAITS, Feature
 from fastchat_grpc.backends.driver import Job, Piece
+from fastchat_grpc.backends.event_lines import lines
 from fastchat_grpc.backends.served import ModelFolder, Served, ServedBackend, refuse_settings, whole_number
 from fastchat_grpc.config import BackendConfig
 from fastchat_grpc.core import (
@@ -144,7 +145,7 @@ class LightllmBackend(ServedBackend):
                     raise _refusal(response.status_code, await response.aread())
                 job.started()
                 self._processed_tokens += len(job.prompt_ids)
-                async for line in response.aiter_lines():
+                async for line in lines(response.aiter_bytes()):
                     if line.startswith("data:"):
                         self._processed_tokens += 1
                         yield piece(self._served.tokenizer, job.request, json.loads(line[5:]))

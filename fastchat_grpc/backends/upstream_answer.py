@@ -116,8 +116,7 @@ class _Choice:
         self._ends(choice)
         delta = choice.get("delta")
         said = choice if delta is None else delta
-        text = (said.get("content") if delta is not None else said.get("text")) or ""
-        thought = said.get("reasoning_content") or said.get("reasoning") or ""
+        text, thought = _words(said) if delta is not None else (said.get("text") or "", "")
         calls = self._calls.text(said.get("tool_calls") or (), ended=self._finish is not None)
         self._pieces += bool(text or thought or said.get("tool_calls"))
         text += calls
@@ -164,11 +163,24 @@ class _Choice:
         )
 
 
+def _words(said: Mapping[str, Any]) -> tuple[str, str]:
+    """What a piece of a message says to the reader, an answer or a refusal, and what it thinks."""
+    content = said.get("content") or ""
+    thought = str(said.get("reasoning_content") or said.get("reasoning") or "")
+    refusal = str(said.get("refusal") or "")
+    if isinstance(content, str):
+        return content + refusal, thought
+    # Mistral's reasoning models: parts that are text, or thoughts made of parts.
+    thought += "".join(_words({"content": part.get("thinking")})[0] for part in content)
+    return "".join(str(part.get("text") or "") for part in content) + refusal, thought
+
+
 class _Calls:
     """Tool calls, which come in pieces, as text: each is `<tool_call>{"name": ..., "arguments": ...}</tool_call>`."""
 
     def __init__(self) -> None:
         self._open = False
+        self._arguments = False
 
     def text(self, pieces: Sequence[Mapping[str, Any]], *, ended: bool) -> str:
         """What these pieces add. `ended`: nothing follows."""
@@ -179,15 +191,17 @@ class _Calls:
             if function.get("name"):
                 parts += [self._close(), '<tool_call>{"name": ', json.dumps(function["name"]), ', "arguments": ']
                 self._open = True
-            if self._open:
-                parts.append(function.get("arguments") or "")
+            if self._open and (arguments := function.get("arguments")):
+                parts.append(arguments if isinstance(arguments, str) else json.dumps(arguments))
+                self._arguments = True
         if ended:
             parts.append(self._close())
         return "".join(parts)
 
     def _close(self) -> str:
         was_open, self._open = self._open, False
-        return "}</tool_call>" if was_open else ""
+        had_arguments, self._arguments = self._arguments, False
+        return ("" if had_arguments else "{}") + "}</tool_call>" if was_open else ""
 
 
 def _logprobs(found: Mapping[str, Any] | None) -> Iterator[TokenLogprob]:

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, suppress
 from email.utils import parsedate_to_datetime
 from typing import Any
 
+from fastchat_grpc.backends.event_lines import lines
 from fastchat_grpc.errors import (
     BackendFailed,
     FastChatError,
@@ -106,7 +107,7 @@ class UpstreamHttp:
             async with self._answer(self._url + path, body) as response:
                 if response.status_code != 200:
                     raise to_error(response.status_code, await response.aread(), response.headers)
-                async for data in _events(response.aiter_lines()):
+                async for data in _events(lines(response.aiter_bytes())):
                     if data == "[DONE]":
                         yield {}
                         return
@@ -148,10 +149,10 @@ class UpstreamHttp:
         return _parse(content.decode("utf-8", "replace"))
 
 
-async def _events(lines: AsyncIterator[str]) -> AsyncIterator[str]:
+async def _events(stream: AsyncIterator[str]) -> AsyncIterator[str]:
     """The data of server-sent events; comments and other fields are skipped."""
     data: list[str] = []
-    async for line in lines:
+    async for line in stream:
         if line.startswith("data:"):
             data.append(line[5:].removeprefix(" "))
         elif not line and data:
@@ -164,7 +165,8 @@ async def _events(lines: AsyncIterator[str]) -> AsyncIterator[str]:
 def to_error(status: int, content: bytes, headers: Mapping[str, str]) -> FastChatError:
     """The domain error for an answer of the server. Its message is for the caller, who caused it; it is not logged."""
     error = _error_object(content)
-    message = " ".join(str(error.get("message") or "").split())[:MAX_MESSAGE_LENGTH]
+    said_by_server = error.get("message") or error.get("detail") or ""  # the latter as FastAPI has it
+    message = " ".join(str(said_by_server).split())[:MAX_MESSAGE_LENGTH]
     said = f": {message}" if message else ""
     match status:
         case 400 | 413 | 422:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 DIALECTS = ("openai", "vllm")
 OPTIONS = frozenset({"url", "model", "dialect", "api_key_env", "timeout_s", "embeddings"})
+_THOUGHTS = re.compile(r"reasoning_content|messages.*\breasoning\b")
 DEFAULT_KEY_VARIABLE = "FASTCHAT_GRPC_UPSTREAM_API_KEY"
 
 
@@ -71,16 +73,24 @@ class Habits:
     """Whether usage may be asked for; without, tokens are counted by pieces of text."""
     n: bool = True
     """Whether one request may have several choices, whose prompt is then paid for once."""
+    reasoning: bool = True
+    """Whether messages may say what the assistant thought before them."""
 
     def learn(self, error: InvalidArgument, body: Mapping[str, Any]) -> bool:
-        """Whether a refusal was about one of these, and the request may be sent again in another way."""
+        """Whether a refusal was about one of these, and the request may be sent again in another way.
+
+        What counts is what this request had: others may have been refused meanwhile for the same.
+        """
         said = f"{error.field} {error.description}"
-        if self.limit_name in body and self.limit_name == "max_tokens" and "max_completion_tokens" in said:
+        messages = body.get("messages")
+        if messages is not None and "max_tokens" in body and "max_completion_tokens" in said:
             self.limit_name = "max_completion_tokens"
-        elif self.stream_options and "stream_options" in said:
+        elif "stream_options" in body and "stream_options" in said:
             self.stream_options = False
-        elif self.n and body.get("n", 1) > 1 and error.field == "output.n":
+        elif body.get("n", 1) > 1 and error.field == "output.n":
             self.n = False
+        elif _THOUGHTS.search(said) and any("reasoning_content" in message for message in messages or ()):
+            self.reasoning = False
         else:
             return False
         logger.info("the upstream server wants requests otherwise: %s", self)

@@ -42,7 +42,7 @@ def generation_body(
         "stream": True,
         **_stream_options(habits, vllm),
         **_limit(request, chat, context_length, habits),
-        **_prompt(request.prompt, vllm),
+        **_prompt(request.prompt, vllm, reasoning=habits.reasoning),
         **_tools(request),
         **_sampling(request, seed),
         **_logprobs(request, chat),
@@ -89,7 +89,10 @@ def tokenize_body(prompt: Prompt, model: str) -> dict[str, Any]:
     """Body of vLLM's /tokenize. Raises UnsupportedField for tokens, which are tokenized already."""
     if isinstance(prompt, TokenPrompt):
         raise UnsupportedField("prompt_token_ids", "are tokens already")
-    return {"model": model, **_prompt(prompt, vllm=True)}
+    body = {"model": model, **_prompt(prompt, vllm=True)}
+    if isinstance(prompt, ChatPrompt) and prompt.offered:
+        body["tools"] = [_tool(tool) for tool in prompt.tools]
+    return body
 
 
 def embedding_body(request: EmbedRequest, model: str) -> dict[str, Any]:
@@ -101,18 +104,18 @@ def embedding_body(request: EmbedRequest, model: str) -> dict[str, Any]:
     return {"model": model, "input": [item if isinstance(item, str) else list(item) for item in request.inputs]}
 
 
-def _prompt(prompt: Prompt, vllm: bool) -> dict[str, Any]:
+def _prompt(prompt: Prompt, vllm: bool, *, reasoning: bool = True) -> dict[str, Any]:
     match prompt:
         case TextPrompt(text):
             return {"prompt": text}
         case TokenPrompt(token_ids):
             return {"prompt": list(token_ids)}
         case ChatPrompt() as chat:
-            return _chat(chat, vllm)
+            return _chat(chat, vllm, reasoning)
 
 
-def _chat(chat: ChatPrompt, vllm: bool) -> dict[str, Any]:
-    body: dict[str, Any] = {"messages": [_message(message, vllm) for message in chat.messages]}
+def _chat(chat: ChatPrompt, vllm: bool, reasoning: bool) -> dict[str, Any]:
+    body: dict[str, Any] = {"messages": [_message(message, vllm, reasoning) for message in chat.messages]}
     if chat.continue_final_message:
         _need(vllm, "chat.continue_final_message")
         body |= {"continue_final_message": True, "add_generation_prompt": False}
@@ -146,11 +149,11 @@ def _tool(tool: Tool) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _message(message: ChatMessage, vllm: bool) -> dict[str, Any]:
+def _message(message: ChatMessage, vllm: bool, reasoning: bool) -> dict[str, Any]:
     result: dict[str, Any] = {"role": message.role, "content": _content(message)}
     if message.name:
         result["name"] = message.name
-    if message.reasoning:
+    if message.reasoning and reasoning:
         result["reasoning_content"] = message.reasoning
         if vllm:
             result["reasoning"] = message.reasoning  # its newer name of it
