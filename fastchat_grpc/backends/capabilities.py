@@ -168,6 +168,8 @@ def refuse_unsupported(request: GenerateRequest, traits: Traits) -> None:
         feature = GRAMMARS[request.grammar.kind]
         if feature in traits.refuses:
             raise UnsupportedField(f"structured_output.{request.grammar.kind.value}", traits.refuses[feature])
+        if request.stopping.ignore_eos:
+            raise UnsupportedField("stopping.ignore_eos", "cannot be combined with structured_output, which must end")
     alternatives = request.output.logprobs or 0
     if alternatives > traits.max_top_logprobs:
         raise UnsupportedField(

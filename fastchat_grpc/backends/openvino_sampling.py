@@ -10,6 +10,18 @@ from fastchat_grpc.text.tokenizer import Tokenizer
 
 _MASK32, _MASK64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 
+JSON_OBJECT = r"""
+root ::= object
+value ::= object | array | string | number | "true" | "false" | "null"
+object ::= "{" ws (pair (ws "," ws pair)* ws)? "}"
+pair ::= string ws ":" ws value
+array ::= "[" ws (value (ws "," ws value)* ws)? "]"
+string ::= "\"" ([^"\\\x00-\x1f] | "\\" (["\\/bfnrt] | "u" [0-9a-fA-F]{4}))* "\""
+number ::= "-"? ("0" | [1-9] [0-9]*) ("." [0-9]+)? ([eE] [+-]? [0-9]+)?
+ws ::= ("\r"? "\n")? [ \t]{0,32}
+"""
+"""An object by RFC 8259, with white space that ends: the library's own grammar of JSON allows any amount."""
+
 
 def generation_config(job: Job, index: int, seed: int, tokenizer: Tokenizer) -> dict[str, Any]:
     """Fields of the GenerationConfig of one choice."""
@@ -43,7 +55,7 @@ def grammar_field(grammar: Grammar | None) -> tuple[str, str] | None:
         return None
     match grammar.kind:
         case GrammarKind.JSON_OBJECT:
-            return "json_schema", '{"type": "object"}'
+            return "grammar", JSON_OBJECT
         case GrammarKind.JSON_SCHEMA:
             return "json_schema", grammar.source
         case GrammarKind.REGEX:

@@ -192,8 +192,6 @@ def _check(built: BuiltEngine, request: GenerateRequest) -> None:
         raise InvalidArgument("chat", "the model has no chat template; send a prompt, or set --conv-template")
     if built.loaded.kind.name == "ENCODER_DECODER" and request.output.prompt_logprobs is not None:
         raise UnsupportedField("output.prompt_logprobs", "an encoder-decoder has no probabilities of its input")
-    if request.grammar is not None and request.stopping.ignore_eos:
-        raise UnsupportedField("stopping.ignore_eos", "cannot be combined with structured_output, which must end")
 
 
 def _hand_out(deliveries: list[Delivery]) -> None:

@@ -109,11 +109,8 @@ class GrammarState:
 
     def __init__(self, matcher: Any, tokenizer: Tokenizer, field: str) -> None:
         self._matcher = matcher
-        self._ends = tokenizer.eos_token_ids
         self._field = field
         self._bits = np.zeros((1, (tokenizer.vocabulary_size + 31) // 32), dtype=np.int32)
-        self.ended = False
-        """Whether the output was ended by a token that the grammar allowed: nothing can follow."""
 
     def allowed(self) -> NDArray[np.bool_]:
         """Which tokens may come next, at least one. Raises InvalidArgument where there is none."""
@@ -138,7 +135,6 @@ class GrammarState:
         """Advance by a token that `mask` allowed."""
         self._matcher.consume_token(token)
         self._check("the output does not follow this grammar")
-        self.ended = self.ended or token in self._ends
 
     def _check(self, otherwise: str) -> None:
         if self._matcher.is_error():

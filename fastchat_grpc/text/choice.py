@@ -11,10 +11,12 @@ from fastchat_grpc.core import (
     Delta,
     FinishReason,
     GenerateRequest,
+    GrammarKind,
     Timings,
     TokenLogprob,
     Usage,
 )
+from fastchat_grpc.text.blanks import MAX_BLANKS, BlankRun
 from fastchat_grpc.text.detokenizer import make_detokenizer
 from fastchat_grpc.text.reasoning import Marks, parser_for
 from fastchat_grpc.text.stop import StopMatcher
@@ -54,11 +56,15 @@ def continues_text(request: GenerateRequest) -> bool:
     return prompt.continue_final_message if isinstance(prompt, ChatPrompt) else True
 
 
+_JSON = (GrammarKind.JSON_OBJECT, GrammarKind.JSON_SCHEMA)
+
+
 class Choice:
     """Feed it tokens with `push`; take what is ready with `delta`; it has ended when `finish_reason` is set.
 
     A resumed choice replays its tokens on construction, silently, and may have ended by that already.
-    A backend pushes nothing after the end.
+    A backend pushes nothing after the end. Under a grammar an end of sequence is the end, before min_new_tokens too:
+    the grammar allowed nothing else, and nothing can follow.
 
     Args:
         prompt_ids: the prompt, or at least its last tokens: the output's text may go on from its text, or begin in a
@@ -85,6 +91,8 @@ class Choice:
         self._max_tokens = min(stopping.max_new_tokens, limits.output_tokens)
         self._stop_token_ids = frozenset(stopping.stop_token_ids)
         self._eos_token_ids = frozenset() if stopping.ignore_eos else tokenizer.eos_token_ids
+        self._final_token_ids = frozenset() if request.grammar is None else tokenizer.eos_token_ids
+        self._blanks = BlankRun() if request.grammar is not None and request.grammar.kind in _JSON else None
         self._include_stop = stopping.include_stop
         self._detokenizer = make_detokenizer(
             tokenizer, request.output.keep_special_tokens, prompt_ids if continues_text(request) else ()
@@ -108,21 +116,20 @@ class Choice:
         if logprob is not None:
             self._logprobs.append(logprob)
         suppressed = self.token_count <= self._min_tokens
-        if not suppressed and (token_id in self._stop_token_ids or token_id in self._eos_token_ids):
+        ends = token_id in self._stop_token_ids or token_id in self._eos_token_ids
+        if (ends and not suppressed) or token_id in self._final_token_ids:
             self._stop_at(token_id)
             return
         inside = self._thought is not None and self._thought.inside
-        text = self._detokenizer.push(token_id) or self._mark(token_id)
-        if suppressed:
-            self._say(text)
-        elif text:
-            self._say(self._matcher.feed(text))
+        if text := self._detokenizer.push(token_id) or self._mark(token_id):
+            self._say(self._matcher.feed(text, too_early=suppressed))
             if self._matcher.matched is not None:
                 self.matched = self._matcher.matched
                 self._finish(FinishReason.STOP)
                 return
         self._reasoning_tokens += inside and self._thought is not None
-        if self.token_count >= self._max_tokens:
+        endless = self._blanks is not None and self._blanks.feed(text) > MAX_BLANKS
+        if endless or self.token_count >= self._max_tokens:
             self._end(FinishReason.LENGTH)
 
     def abort(self) -> None:
@@ -189,7 +196,8 @@ class Choice:
 
     def _end(self, reason: FinishReason) -> None:
         # The rest of the text may still complete a stop string, as when U+FFFD is one.
-        self._say(self._matcher.feed(self._detokenizer.flush()))
+        too_early = self.token_count <= self._min_tokens
+        self._say(self._matcher.feed(self._detokenizer.flush(), too_early=too_early))
         if self._matcher.matched is not None:
             self.matched, reason = self._matcher.matched, FinishReason.STOP
         self._say(self._matcher.flush())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
+from itertools import islice
 from typing import Protocol
 
 from fastchat_grpc.text.tokenizer import Tokenizer
@@ -99,7 +100,7 @@ class WindowDetokenizer:
 
     def _end_of(self, prompt_ids: Sequence[int]) -> list[int]:
         """The last tokens of a prompt that are text, from the start of a character on."""
-        shown = [token_id for token_id in prompt_ids[-MAX_PROMPT_TOKENS:] if token_id not in self._hidden]
+        shown = [*islice((i for i in reversed(prompt_ids) if i not in self._hidden), MAX_PROMPT_TOKENS)][::-1]
         for count in range(min(PROMPT_TOKENS, len(shown)), len(shown)):
             if not self._decode(shown[-count:]).startswith(REPLACEMENT):
                 return shown[-count:]

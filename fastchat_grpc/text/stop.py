@@ -30,6 +30,11 @@ class _Pattern:
         self.matched += char == self.text[self.matched]
         return self.matched == len(self.text)
 
+    def pass_by(self) -> None:
+        """Go on behind a whole string that is no stop; its end may begin another."""
+        if self.matched == len(self.text):
+            self.matched = self.failure[-1]
+
 
 class StopMatcher:
     """Splits text, piece by piece, into what may be sent and what might be the start of a stop string.
@@ -44,15 +49,22 @@ class StopMatcher:
         self._held = ""
         self.matched: str | None = None
 
-    def feed(self, text: str) -> str:
-        """Take new text and return what may be sent. After a match (see `matched`) nothing more is."""
+    def feed(self, text: str, *, too_early: bool = False) -> str:
+        """Take new text and return what may be sent. After a match (see `matched`) nothing more is.
+
+        Args:
+            too_early: a stop string that is complete in this text ends nothing yet; one that begins in it may.
+        """
         if not self._patterns:
             return text
         if self.matched is not None:
             return ""
         for i, char in enumerate(text):
             complete = [pattern.text for pattern in self._patterns if pattern.feed(char)]
-            if complete:
+            if complete and too_early:
+                for pattern in self._patterns:
+                    pattern.pass_by()
+            elif complete:
                 return self._end(self._held + text[: i + 1], max(complete, key=len))
         held = max(pattern.matched for pattern in self._patterns)
         everything = self._held + text

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 from collections.abc import Sequence
 
 import pytest
@@ -16,6 +18,8 @@ from fastchat_grpc.core import (
     Delta,
     FinishReason,
     GenerateRequest,
+    Grammar,
+    GrammarKind,
     OutputOptions,
     ResumedChoice,
     StopConditions,
@@ -26,6 +30,7 @@ from fastchat_grpc.core import (
 )
 from fastchat_grpc.errors import InvalidArgument, PromptTooLong
 from fastchat_grpc.text import prompt as prompts
+from fastchat_grpc.text.blanks import MAX_BLANKS, BlankRun
 from fastchat_grpc.text.choice import Choice, ChoiceLimits
 from fastchat_grpc.text.detokenizer import ByteDetokenizer, WindowDetokenizer, make_detokenizer
 from fastchat_grpc.text.events import EventQueue
@@ -192,6 +197,50 @@ def test_ends_are_ignored_before_min_new_tokens() -> None:
     choice = Choice(request(stopping), 0, TOKENIZER, limits())
     text, _ = run(choice, b"abababab")
     assert (text, choice.matched) == ("abab", ord("a"))
+
+
+def test_under_a_grammar_an_end_is_the_end_before_min_new_tokens_too() -> None:
+    grammar = Grammar(GrammarKind.REGEX, "ab")
+    choice = Choice(request(StopConditions(min_new_tokens=9), grammar=grammar), 0, TOKENIZER, limits())
+    text, sent = run(choice, [*b"ab", EOS, EOS, EOS])
+    assert (text, sent, choice.finish_reason) == ("ab", [*b"ab", EOS], FinishReason.STOP)
+
+
+@given(st.recursive(st.none() | st.text(' "\\a\n', max_size=6), lambda inner: st.lists(inner, max_size=3)))
+def test_blanks_of_json_are_those_outside_of_its_strings(value: object) -> None:
+    text = json.dumps(value, indent=3)
+    outside = re.sub(r'"(\\.|[^"\\])*"', "s", text)
+    longest = max(map(len, re.findall(r"\s+", outside)), default=0)
+    run_of = BlankRun()
+    assert max(run_of.feed(char) for char in text) == longest
+    assert BlankRun().feed(text) == longest
+
+
+@pytest.mark.parametrize("kind", [GrammarKind.JSON_OBJECT, GrammarKind.JSON_SCHEMA])
+def test_json_that_becomes_nothing_but_blanks_is_ended(kind: GrammarKind) -> None:
+    asked = request(StopConditions(max_new_tokens=5000), grammar=Grammar(kind, "{}"))
+    choice = Choice(asked, 0, TOKENIZER, limits())
+    text, _ = run(choice, b'{"a": "' + b" " * 1000 + b'",' + b"\n" * 1000)
+    assert (text.count("\n"), choice.finish_reason) == (MAX_BLANKS + 1, FinishReason.LENGTH)
+
+
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3), st.data())
+def test_a_stop_counts_where_it_ends_behind_min_new_tokens(text: str, stops: list[str], data: st.DataObject) -> None:
+    """As in vLLM: one that began before is still one, and is cut out as a whole."""
+    least = data.draw(st.integers(0, 12))
+    choice = Choice(request(StopConditions(min_new_tokens=least, stop=tuple(stops))), 0, TOKENIZER, limits())
+    seen, _ = run(choice, text.encode())
+    expected, matched = text, None
+    for end in range(least + 1, len(text) + 1):
+        if complete := [stop for stop in stops if text[:end].endswith(stop)]:
+            matched = max(complete, key=len)
+            expected = text[: end - len(matched)]
+            break
+    if matched is None:
+        choice.abort()
+        if (rest := choice.delta()) is not None:
+            seen += rest.text
+    assert (seen, choice.matched) == (expected, matched)
 
 
 def test_ignore_eos_goes_on_and_shows_nothing_of_it() -> None:
