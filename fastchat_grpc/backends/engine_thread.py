@@ -21,6 +21,7 @@ from typing import Protocol, TypeVar
 from fastchat_grpc.backends.driver import Job, as_domain_error
 from fastchat_grpc.core import FinishReason, TokenLogprob
 from fastchat_grpc.errors import WorkerUnavailable
+from fastchat_grpc.models.ending import end_process
 
 logger = logging.getLogger(__name__)
 
@@ -96,9 +97,16 @@ class BatchEngine(Protocol):
 class EngineThread:
     """Runs a BatchEngine; implements `driver.TokenEngine`. Make it on the event loop, then `await start()`."""
 
-    def __init__(self, name: str, make_engine: Callable[[], BatchEngine], seed_of: Callable[[Job, int], int]) -> None:
+    def __init__(
+        self,
+        name: str,
+        make_engine: Callable[[], BatchEngine],
+        seed_of: Callable[[Job, int], int],
+        die: Callable[[str], None] = end_process,
+    ) -> None:
         self._make_engine = make_engine
         self._seed_of = seed_of
+        self._die = die
         self._loop = asyncio.get_running_loop()
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._sequences: dict[tuple[Job, int], Running] = {}  # of the event loop
@@ -173,15 +181,17 @@ class EngineThread:
     async def close(self) -> None:
         """End every request and the thread. Safe to call twice."""
         if not self._closed:
-            self._closed = True
+            self._end("the worker closes")
             self._orders.put(None)
-            jobs = {sequence.job for sequence in self._sequences.values()}
-            for job in jobs:
-                job.fail(WorkerUnavailable("the worker closes"))
-            self._sequences.clear()
-            self._waiting.clear()
         if self._thread.ident is not None:
             await asyncio.to_thread(self._thread.join, JOIN_TIMEOUT_S)
+
+    def _end(self, reason: str) -> None:
+        self._closed = True
+        for job in {sequence.job for sequence in self._sequences.values()}:
+            job.fail(WorkerUnavailable(reason))
+        self._sequences.clear()
+        self._waiting.clear()
 
     def _add(self, sequences: Sequence[Running]) -> None:
         def add() -> None:
@@ -207,6 +217,11 @@ class EngineThread:
         try:
             while self._take_orders():
                 self._deliver(self._step())
+        except Exception as error:
+            # Nobody would answer any more, and the worker would look idle.
+            as_domain_error(error)  # says in the log what it was
+            self._tell(lambda: self._end("the engine of this worker has failed"))
+            self._die(f"the thread {self._thread.name} ended")
         finally:
             self._engine.close()
 
@@ -251,10 +266,13 @@ class EngineThread:
 
     def _deliver(self, outputs: Sequence[Output]) -> None:
         if outputs:
-            try:
-                self._loop.call_soon_threadsafe(self._receive, outputs)
-            except RuntimeError:  # the loop is closed: nobody is left to tell
-                logger.debug("the event loop is closed; dropping what the engine made")
+            self._tell(lambda: self._receive(outputs))
+
+    def _tell(self, what: Callable[[], None]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(what)
+        except RuntimeError:  # the loop is closed: nobody is left to tell
+            logger.debug("the event loop is closed; dropping what the engine made")
 
     # On the event loop.
 

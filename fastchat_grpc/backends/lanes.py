@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
-from fastchat_grpc.core import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from fastchat_grpc.core import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from fastchat_grpc.errors import QueueFull
 
 LONG_CHARACTERS = 20_000
@@ -69,11 +69,12 @@ def characters(prompt: Prompt) -> int:
         case TokenPrompt(token_ids):
             return len(token_ids) * CHARACTERS_PER_TOKEN
         case ChatPrompt() as chat:
-            texts = sum(_length(message.content) for message in chat.messages)
-            return texts + sum(len(str(tool)) for tool in chat.tools)
+            tools = sum(len(tool.description) + len(tool.parameters_json) for tool in chat.tools)
+            return sum(map(_length, chat.messages)) + tools + len(chat.template_arguments_json)
 
 
-def _length(content: str | tuple[object, ...]) -> int:
-    if isinstance(content, str):
-        return len(content)
-    return sum(len(part) if isinstance(part, str) else 1000 for part in content)
+def _length(message: ChatMessage) -> int:
+    content = message.content
+    parts = (content,) if isinstance(content, str) else content
+    said = sum(len(part) if isinstance(part, str) else 1000 for part in parts)
+    return said + len(message.reasoning) + sum(len(call.arguments_json) for call in message.tool_calls)

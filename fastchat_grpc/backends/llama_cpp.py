@@ -14,7 +14,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from fastchat_grpc.backends import driver
+from fastchat_grpc.backends import driver, lanes
 from fastchat_grpc.backends.base import BackendLoad
 from fastchat_grpc.backends.capabilities import TRAITS
 from fastchat_grpc.backends.driver import Job, Seeds
@@ -99,7 +99,7 @@ class LlamaCppBackend(ServedBackend):
         served.adapter(request)
         job = self._job(request, await served.prepare(request), arrival)
         if request.grammar is not None:
-            gbnf(request.grammar)  # so that a bad one is refused before the first event
+            await lanes.GRAMMARS.run(gbnf, request.grammar)  # so that a bad one is refused before the first event
         async with aclosing(driver.drive(job, self._running)) as events:
             async for event in events:
                 yield event

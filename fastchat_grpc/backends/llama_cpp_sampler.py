@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from functools import lru_cache
 from typing import Any
 
 from fastchat_grpc.backends.engine_thread import Running
@@ -162,8 +163,12 @@ def dead_end(kind: GrammarKind | None) -> InvalidArgument:
     return InvalidArgument(field, "allows nothing that the model could say next")
 
 
+@lru_cache(maxsize=64)
 def gbnf(grammar: Grammar) -> str:
-    """A grammar in llama.cpp's notation. Raises InvalidArgument."""
+    """A grammar in llama.cpp's notation: made once, off the event loop, for every choice that follows it.
+
+    Raises InvalidArgument.
+    """
     from llama_cpp import llama_grammar
 
     if grammar.kind is GrammarKind.JSON_OBJECT:

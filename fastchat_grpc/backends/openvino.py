@@ -10,7 +10,6 @@ import asyncio
 import importlib.util
 import json
 import logging
-import os
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -36,6 +35,7 @@ from fastchat_grpc.config import BackendConfig
 from fastchat_grpc.core import EmbedRequest, EmbedResult, Event, GenerateRequest, ModelInfo
 from fastchat_grpc.errors import ConfigError, NotSupported
 from fastchat_grpc.models.generation_config import default_sampling, generation_config
+from fastchat_grpc.models.machine import total_memory
 from fastchat_grpc.models.tokenizer import load_tokenizer
 from fastchat_grpc.text.tokenizer import Tokenizer
 
@@ -206,11 +206,7 @@ class OpenVinoBackend(ServedBackend):
 
 
 def _default_cache_gb(pipelines: int) -> int:
-    try:
-        memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    except (ValueError, OSError, AttributeError):
-        memory_gb = 8
-    return max(1, min(16, int(memory_gb / 4 / pipelines)))
+    return max(1, min(16, int(total_memory() / 2**30 / 4 / pipelines)))
 
 
 def _whole_number(options: Mapping[str, str], name: str) -> int | None:

@@ -1,9 +1,12 @@
-"""Tells whether a grammar compiles, before it reaches the engine.
+"""Compiles grammars before they reach the engine's pipeline.
 
-OpenVINO GenAI compiles a grammar in the middle of a step, and one that does not compile leaves the
-pipeline unusable for every request. So each grammar first runs through a pipeline of its own, over a
-model with the real vocabulary and next to no weights; when that one breaks, another takes its place. It runs in a
-process of its own (`openvino_grammar_process`), which also remembers what it was asked.
+OpenVINO GenAI compiles a grammar in the middle of a step, which every stream waits for, and one that does not
+compile leaves the pipeline unusable for every request. So each grammar first runs through a pipeline of its own,
+over a model with the real vocabulary and next to no weights; when that one breaks, another takes its place.
+
+It does so twice: in a process of its own (`openvino_grammar_process`), which may end or be ended; and, once it is
+known to compile, in a thread of the engine's process. What is compiled belongs to the tokenizer, which the small
+pipeline there shares with the large one, so that the latter finds it done.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ _HEAD_SIZE = 64  # the least that the attention kernel takes
 
 
 class GrammarCheck:
-    """Checks grammars for one tokenizer."""
+    """Compiles grammars for one tokenizer. Holds Python's lock for none of it. For one thread at a time."""
 
     def __init__(self, tokenizer: Any, model: str, vocabulary_size: int) -> None:
         self._tokenizer = tokenizer
@@ -39,10 +42,7 @@ class GrammarCheck:
         config = openvino_genai.GenerationConfig(max_new_tokens=1)
         config.structured_output_config = openvino_genai.StructuredOutputConfig(**{name: value})
         try:
-            handle = self._pipeline.add_request(0, openvino.Tensor(np.zeros((1, 1), np.int64)), config)
-            while self._pipeline.has_non_finished_requests():
-                self._pipeline.step()
-            handle.read()
+            self._pipeline.generate([openvino.Tensor(np.zeros((1, 1), np.int64))], [config])
         except RuntimeError as error:
             self._pipeline = None
             return _PLACE.sub("", " ".join(str(error).split())) or "it does not compile"

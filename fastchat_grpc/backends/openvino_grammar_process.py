@@ -1,8 +1,8 @@
 """Another process beside OpenVINO's, in which grammars are compiled first (`python -m` this module).
 
-Compiling holds Python's lock, so in the engine's process a heavy grammar would hold up every stream, and one that
-the compiler does not survive would end them all. Here it ends, or takes too long, alone. The process starts with the
-first grammar. Frames as in `openvino_messages`: a GrammarLoad once, then grammars, each answered by a text or None.
+One that the compiler does not survive would end every stream of the engine's process, and one that takes too long
+could not be stopped there. Here it ends alone. The process starts with the first grammar. Frames as in
+`openvino_messages`: a GrammarLoad once, then grammars, each answered by a text or None.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Any
@@ -43,16 +43,19 @@ class GrammarLoad:
 class GrammarProcess:
     """Asks the process, and starts it anew where it died or took too long. Remembers the last answers.
 
-    `check` belongs to the thread of the engine; answers are given in a thread of this class.
+    `check` belongs to the thread of the engine; answers are given in a thread of this class, once `prepare` has
+    made there what a grammar needs that compiles.
     """
 
     def __init__(
         self,
         load: GrammarLoad,
+        prepare: Callable[[Grammar], str | None],
         command: tuple[str, ...] = (sys.executable, "-m", MODULE),
         timeout_s: float = COMPILE_TIMEOUT_S,
     ) -> None:
         self._load = load
+        self._prepare = prepare
         self._timeout_s = timeout_s
         self._command = command
         self._known: OrderedDict[Grammar, str | None] = OrderedDict()
@@ -71,7 +74,7 @@ class GrammarProcess:
         while True:
             grammar, answer = self._asked.get()
             if grammar not in self._known:
-                self._known[grammar] = self._ask(grammar)
+                self._known[grammar] = self._ask(grammar) or self._prepare(grammar)
                 if len(self._known) > KNOWN_GRAMMARS:
                     self._known.popitem(last=False)
             self._known.move_to_end(grammar)
@@ -149,8 +152,21 @@ def main() -> None:
         check = GrammarCheck(openvino_genai.Tokenizer(load.vocabulary), load.model, load.vocabulary_size)
         check.problem(("regex", "a"))  # makes what every check needs
         write_frame(out, "ready")
-        for grammar in frames:
-            write_frame(out, check.problem(grammar))
+        answer_all(frames, out, check.problem)
+
+
+def answer_all(
+    frames: Iterable[Grammar],
+    out: IO[bytes],
+    problem: Callable[[Grammar], str | None],
+    timeout_s: int = int(COMPILE_TIMEOUT_S) + 2,
+) -> None:
+    """Answer each grammar. Ends the process at one that takes too long: whoever would have ended it may be gone."""
+    for grammar in frames:
+        signal.alarm(timeout_s)  # whose default, unlike a handler of ours, needs no interpreter
+        answer = problem(grammar)
+        signal.alarm(0)
+        write_frame(out, answer)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from fastchat_grpc.backends import openvino_cache, openvino_convert
 from fastchat_grpc.backends.openvino_gguf import ARCHITECTURES, exact_file, facts, graph_folder
 from fastchat_grpc.backends.openvino_graph import MODEL_FILE
 from fastchat_grpc.backends.openvino_lora import is_plain
-from fastchat_grpc.backends.served import ModelFolder
+from fastchat_grpc.backends.served import ModelFolder, stated_context
 from fastchat_grpc.config import BackendConfig, ModelConfig
 from fastchat_grpc.errors import ConfigError, ModelLoadError
 from fastchat_grpc.models.embedded import EMBEDDED_MODEL, embedded_gguf, embedded_model
@@ -179,5 +179,4 @@ def model_folder(found: OpenVinoModel, settings: ModelConfig) -> ModelFolder:
     """Configuration of a model that is a folder."""
     config: dict[str, Any] = read_json(found.folder / "config.json")
     text = config.get("text_config") or config
-    limit = text.get("max_position_embeddings") or text.get("n_positions") or found.context_length
-    return ModelFolder(path=found.folder, config=config, context_length=int(limit) if limit else None)
+    return ModelFolder(path=found.folder, config=config, context_length=stated_context(text) or found.context_length)

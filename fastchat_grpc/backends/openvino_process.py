@@ -19,6 +19,7 @@ from time import monotonic
 from typing import Any, BinaryIO
 
 from fastchat_grpc.backends import openvino_graph, openvino_lora
+from fastchat_grpc.backends.openvino_grammar import GrammarCheck
 from fastchat_grpc.backends.openvino_grammar_process import GrammarLoad, GrammarProcess
 from fastchat_grpc.backends.openvino_messages import Add, Failed, Load, Loaded, Output, Step, read_frames, write_frame
 from fastchat_grpc.backends.openvino_quiet import forbid_telemetry
@@ -115,8 +116,10 @@ class Engine:
                 self._lanes[name] = Lane(self._pipeline(load, tokenizer, adapter))
         self._grammars: GrammarProcess | None = None
         if tokenizer is not None:
+            here = GrammarCheck(tokenizer, load.model, load.vocabulary_size)
             self._grammars = GrammarProcess(
-                GrammarLoad(vocabulary=load.vocabulary, model=load.model, vocabulary_size=load.vocabulary_size)
+                GrammarLoad(vocabulary=load.vocabulary, model=load.model, vocabulary_size=load.vocabulary_size),
+                prepare=here.problem,
             )
         self._checking: set[int] = set()  # keys of choices whose grammar is being compiled
         self._processed_tokens = 0

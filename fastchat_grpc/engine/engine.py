@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from fastchat_grpc.core import Event, FinishReason, GenerateRequest, Timings, TokenLogprob
-from fastchat_grpc.engine.failures import end_process, is_broken, is_out_of_memory
+from fastchat_grpc.core import Event, GenerateRequest, Timings, TokenLogprob
+from fastchat_grpc.engine.failures import is_broken, is_out_of_memory
 from fastchat_grpc.engine.grammar import CompiledGrammar
 from fastchat_grpc.engine.logprobs import token_logprobs, unknown_logprob
 from fastchat_grpc.engine.model_runner import ModelRunner, StepLogits
@@ -30,6 +30,7 @@ from fastchat_grpc.engine.request import Batch, Request, Sequence
 from fastchat_grpc.engine.sampler import Sampler
 from fastchat_grpc.engine.scheduler import Scheduler
 from fastchat_grpc.errors import BackendFailed, FastChatError, OutOfMemory, WorkerUnavailable
+from fastchat_grpc.models.ending import end_process
 from fastchat_grpc.text import prompt as prompts
 from fastchat_grpc.text.choice import Choice, ChoiceLimits
 from fastchat_grpc.text.reasoning import Marks
@@ -246,9 +247,6 @@ class Engine:
         if sequence.grammar is not None:
             sequence.grammar.accept(token)
         sequence.choice.push(token, logprob)
-        if sequence.grammar is not None and sequence.grammar.ended and sequence.choice.finish_reason is None:
-            # Before min_new_tokens, where the grammar allowed nothing but the end.
-            sequence.choice.end(FinishReason.STOP)
         self._emit(sequence)
 
     def _emit(self, sequence: Sequence) -> None:

@@ -25,6 +25,18 @@ def available_memory(root: Path = ROOT) -> int:
     return max(free, 0)
 
 
+def total_memory(root: Path = ROOT) -> int:
+    """Bytes that this process could have at most: the machine's, or its container's limit."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        total = 8 * 1024**3
+    for group in _groups(root, "memory"):
+        limit = _number(group / "memory.max") or _number(group / "memory.limit_in_bytes")
+        total = min(total, limit or _UNLIMITED)
+    return total
+
+
 def cpu_count(root: Path = ROOT) -> int:
     """Processors that this process may keep busy, at least 1; a share of one counts as a whole one."""
     count: float = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

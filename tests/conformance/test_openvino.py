@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
+import threading
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -18,10 +22,12 @@ from fastchat_grpc.backends.driver import Job
 from fastchat_grpc.backends.echo import EchoTokenizer
 from fastchat_grpc.backends.openvino import OpenVinoBackend
 from fastchat_grpc.backends.openvino_gguf import facts
+from fastchat_grpc.backends.openvino_grammar import GrammarCheck
 from fastchat_grpc.backends.openvino_sampling import generation_config
 from fastchat_grpc.config import BackendConfig, ModelConfig
 from fastchat_grpc.core import Delta, Grammar, GrammarKind, PromptEcho
 from fastchat_grpc.errors import ConfigError, InvalidArgument, ModelLoadError, UnsupportedField
+from fastchat_grpc.models.embedded import EMBEDDED_MODEL
 from tests.conformance.harness import chat, request
 from tests.conformance.openvino_engine import kill_while
 
@@ -90,6 +96,15 @@ class TestOfTheRunningEngine:
         text, _, _ = await ask(gguf, grammar=Grammar(GrammarKind.REGEX, "yes|no"))
         assert text in ("yes", "no")
 
+    async def test_json_has_white_space_that_ends(self, gguf: OpenVinoBackend) -> None:
+        for seed in range(4):
+            grammar = Grammar(GrammarKind.JSON_OBJECT)
+            text, _, _ = await ask(
+                gguf, chat("Tell me a story."), grammar=grammar, temperature=1.0, seed=seed, max_new_tokens=60
+            )
+            outside = re.sub(r'"(\\.|[^"\\])*("|$)', "s", text)
+            assert max(map(len, re.findall(r"\s+", outside)), default=0) <= 2 * 34
+
     async def test_the_event_loop_runs_while_the_engine_computes(self, gguf: OpenVinoBackend) -> None:
         running = asyncio.create_task(ask(gguf, "word " * 450, max_new_tokens=2))
         ticks = 0
@@ -106,6 +121,37 @@ class TestOfTheRunningEngine:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_a_grammar_is_compiled_beside_the_engine_for_the_engine() -> None:
+    """What a small pipeline has compiled the large one finds done; and Python runs meanwhile."""
+    import openvino_genai
+
+    found = openvino_model.find(config(EMBEDDED_MODEL))
+    tokenizer = openvino_genai.Tokenizer(str(found.vocabulary))
+    beside, engine = (GrammarCheck(tokenizer, str(found.model), 49152) for _ in range(2))
+    assert beside.problem(("regex", "a")) is engine.problem(("regex", "b")) is None
+    properties = {f"p{i}": {"type": "string", "maxLength": 20 + i} for i in range(4)}
+    heavy = ("json_schema", json.dumps({"type": "object", "properties": properties}))
+    ticks, done = 0, threading.Event()
+
+    def tick() -> None:
+        nonlocal ticks
+        while not done.wait(0.001):
+            ticks += 1
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    began = monotonic()
+    assert beside.problem(heavy) is None
+    first = monotonic() - began
+    done.set()
+    ticker.join()
+    began = monotonic()
+    assert engine.problem(heavy) is None
+    assert monotonic() - began < first / 4
+    assert ticks > 20
+
+
 async def test_a_file_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "openvino_model.xml").write_text("<net/>")
     (tmp_path / "openvino_model.bin").write_bytes(b"")

@@ -400,7 +400,7 @@ def test_what_openvino_says_it_left_out_is_believed(
 
 
 def test_all_pipelines_together_get_a_quarter_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 2**12, "SC_PHYS_PAGES": 2**23}.__getitem__)  # 32 GiB
+    monkeypatch.setattr(openvino, "total_memory", lambda: 32 * 2**30)
     assert [openvino._default_cache_gb(pipelines) for pipelines in (1, 2, 4, 16)] == [8, 4, 2, 1]
 
 

@@ -156,6 +156,31 @@ async def test_an_engine_that_cannot_be_made_is_the_starters_error() -> None:
     await thread.close()
 
 
+@pytest.mark.parametrize("what", ["reset", "remove"])
+async def test_a_thread_that_cannot_go_on_fails_what_runs_and_ends_the_process(what: str) -> None:
+    """Else requests would wait for ever, and the worker would look idle."""
+
+    class Broken(CountingEngine):
+        def reset(self) -> None:
+            raise OSError("the device is lost")
+
+        def remove(self, running: Running) -> None:
+            raise OSError("the device is lost")
+
+    engine, ends = Broken(), []
+    thread = EngineThread("test", lambda: engine, lambda job, index: 0, die=ends.append)
+    await thread.start()
+    engine.fail_next_step = what == "reset"
+    with pytest.raises(WorkerUnavailable):
+        async with aclosing(driver.drive(job(max_new_tokens=30), thread)) as stopped:
+            async for _ in stopped:
+                await run(thread, job(stop=("a",)))  # is removed at its first letter
+                await run(thread, job())
+    await thread.close()
+    assert ends == ["the thread test ended"]
+    assert engine.closed
+
+
 async def test_a_call_runs_in_the_thread_and_brings_its_error_back(thread: EngineThread) -> None:
     assert await thread.call(lambda: threading.current_thread().name) == "test"
     with pytest.raises(ZeroDivisionError):

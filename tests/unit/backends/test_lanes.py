@@ -9,7 +9,7 @@ import pytest
 
 from fastchat_grpc.backends import driver, lanes
 from fastchat_grpc.backends.echo import EchoTokenizer
-from fastchat_grpc.core import ChatMessage, ChatPrompt, GenerateRequest, TextPrompt, TokenPrompt
+from fastchat_grpc.core import ChatMessage, ChatPrompt, GenerateRequest, TextPrompt, TokenPrompt, Tool, ToolCall
 from fastchat_grpc.errors import InvalidArgument, PromptTooLong, QueueFull
 from tests.conftest import eventually
 
@@ -65,6 +65,21 @@ async def test_a_lane_that_is_full_refuses(held, monkeypatch):
     held.release.set()
     assert len(await late) == 100
     await asyncio.gather(*waiting[:2])
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"reasoning": "x" * 500_000},
+        {"tool_calls": (ToolCall(id="1", name="f", arguments_json='"' + "x" * 500_000 + '"'),)},
+    ],
+    ids=lambda part: next(iter(part)),
+)
+async def test_all_that_a_message_holds_counts(part):
+    message = ChatMessage(role="assistant", **part)
+    tool = Tool(name="f", description="x" * 10, parameters_json='{"a": 1}')
+    chat = ChatPrompt(messages=(message,), tools=(tool,), template_arguments_json='{"b": 2}')
+    assert 500_026 <= lanes.characters(chat) <= 500_030
 
 
 async def test_errors_and_results_are_those_of_the_function():

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import queue
+import signal
+import subprocess
 import sys
 from typing import Any
 
 import pytest
 
 from fastchat_grpc.backends import openvino_process
-from fastchat_grpc.backends.openvino_grammar_process import GrammarLoad, GrammarProcess
+from fastchat_grpc.backends.openvino_grammar_process import MODULE, Grammar, GrammarLoad, GrammarProcess
 from fastchat_grpc.backends.openvino_messages import Add, Step
 
 STAND_IN = """
@@ -31,7 +33,11 @@ LOAD = GrammarLoad(vocabulary="v", model="m", vocabulary_size=9)
 
 @pytest.fixture
 def process() -> GrammarProcess:
-    return GrammarProcess(LOAD, (sys.executable, "-c", STAND_IN), timeout_s=5)
+    return GrammarProcess(LOAD, prepared, (sys.executable, "-c", STAND_IN), timeout_s=5)
+
+
+def prepared(grammar: Grammar) -> str | None:
+    return "not here" if grammar[1] == "b" else None
 
 
 def answer(process: GrammarProcess, value: str) -> str | None:
@@ -48,6 +54,17 @@ def test_the_compilers_answer_comes_back_and_is_remembered(process: GrammarProce
     assert answer(process, "(") == "wrong"
 
 
+def test_what_compiles_is_prepared_before_the_answer(process: GrammarProcess) -> None:
+    assert answer(process, "b") == "not here"
+
+
+def test_a_compiler_whose_engine_is_gone_ends_in_the_middle_of_a_grammar() -> None:
+    """Else it would take a processor for hours. It may be in a library that holds Python's lock."""
+    work = "lambda grammar: ctypes.PyDLL(None).sleep(60)"
+    code = f"import ctypes, io\nfrom {MODULE} import answer_all\nanswer_all([1], io.BytesIO(), {work}, 1)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=30, check=False).returncode == -signal.SIGALRM
+
+
 def test_a_grammar_that_ends_the_compiler_is_refused_and_the_next_is_compiled(process: GrammarProcess) -> None:
     assert answer(process, "crash") == "its compiler ended with status -6"
     assert answer(process, "a") is None
@@ -59,7 +76,7 @@ def test_a_grammar_that_takes_too_long_is_refused_and_the_next_is_compiled(proce
 
 
 def test_a_compiler_that_does_not_start_refuses_grammars_alone() -> None:
-    broken = GrammarProcess(LOAD, (sys.executable, "-c", "raise SystemExit(1)"))
+    broken = GrammarProcess(LOAD, prepared, (sys.executable, "-c", "raise SystemExit(1)"))
     assert answer(broken, "a") == "its compiler does not start"
 
 

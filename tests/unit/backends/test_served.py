@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fastchat_grpc.backends import openvino_model
 from fastchat_grpc.backends.driver import Job
 from fastchat_grpc.backends.echo import EchoTokenizer
+from fastchat_grpc.backends.openvino_model import OpenVinoModel
 from fastchat_grpc.backends.served import stated_context
+from fastchat_grpc.config import ModelConfig
 from tests.unit.backends.asking import request
 
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}
@@ -33,6 +38,14 @@ YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}
 )
 def test_the_context_is_as_long_as_the_scaling_of_positions_makes_it(config: dict[str, Any], expected: int) -> None:
     assert stated_context(config) == expected
+
+
+def test_a_model_exported_for_openvino_is_as_long_as_the_one_it_came_from(tmp_path: Path) -> None:
+    stated = {"max_position_embeddings": 32768, "rope_scaling": {"type": "yarn", **YARN}}
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    settings = ModelConfig(path=str(tmp_path))
+    exported = openvino_model.model_folder(OpenVinoModel(tmp_path, tmp_path, tmp_path), settings)
+    assert exported.context(settings) == 131072
 
 
 def test_a_job_holds_its_prompt_once_and_what_each_choice_has() -> None:

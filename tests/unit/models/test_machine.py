@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fastchat_grpc.models.machine import available_memory, cpu_count
+from fastchat_grpc.models.machine import available_memory, cpu_count, total_memory
 
 GIB = 1024**3
 MEMINFO = "MemTotal:       25276512 kB\nMemFree:         1048576 kB\nMemAvailable:    8388608 kB\nBuffers: 1 kB\n"
@@ -70,7 +70,9 @@ V1_MOUNTED_ALONE = {
 def test_a_containers_limits_count(files: dict[str, str], tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
     root = machine(tmp_path, files)
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 2**12, "SC_PHYS_PAGES": 2**24}.__getitem__)  # 64 GiB
     assert available_memory(root) == 3 * GIB
+    assert total_memory(root) == 4 * GIB
     assert cpu_count(root) == 2
 
 
@@ -85,7 +87,9 @@ def test_without_limits_the_machine_and_the_affinity_count(tmp_path: Path, monke
         "sys/fs/cgroup/cpu.max": "max 100000",
     }
     root = machine(tmp_path, files)
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 2**12, "SC_PHYS_PAGES": 2**24}.__getitem__)
     assert available_memory(root) == 8 * GIB
+    assert total_memory(root) == 64 * GIB
     assert cpu_count(root) == 3
 
 
