@@ -103,6 +103,9 @@ class Engine:
         self._outbox: dict[int, Delivery] = {}
         self._numbers = 0
         self._closing = False
+        self._closed = False
+        self._entrance = threading.Lock()
+        """Held to enter a command, and to close: each command is carried out, or refused."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # Called from any thread.
@@ -120,9 +123,13 @@ class Engine:
         arrival: float,
         grammar: CompiledGrammar | None = None,
     ) -> Request:
-        """Queue a request; its events are delivered to `sink`. The prompt fits the context."""
+        """Queue a request; its events are delivered to `sink`. The prompt fits the context.
+
+        Raises:
+            WorkerUnavailable: the engine was closed.
+        """
         request = Request(spec=spec, prompt=prompt, sink=sink, arrival=arrival, grammar=grammar)
-        self._commands.put(lambda: self._enter(request))
+        self._command(lambda: self._enter(request))
         return request
 
     def abort(self, request: Request) -> None:
@@ -130,8 +137,8 @@ class Engine:
         self._commands.put(lambda: self._leave(request))
 
     def run_job(self, pieces: Iterator[None], future: Future[Any]) -> None:
-        """Do other work on the model, piece by piece, between steps."""
-        self._commands.put(lambda: self._jobs.append(Job(pieces, future)))
+        """Do other work on the model, piece by piece, between steps. Raises WorkerUnavailable as `submit` does."""
+        self._command(lambda: self._jobs.append(Job(pieces, future)))
 
     def close(self) -> None:
         """Stop the thread, fail what runs, and free the cache. Safe to call twice, and before `start`."""
@@ -141,6 +148,12 @@ class Engine:
             self._thread.join(CLOSE_TIMEOUT_S)
         if self._thread.is_alive():
             log.error("the engine is still in a step after %.0f s and is left to end by itself", CLOSE_TIMEOUT_S)
+
+    def _command(self, command: Callable[[], None]) -> None:
+        with self._entrance:
+            if self._closed:
+                raise _was_closed()
+            self._commands.put(command)
 
     @property
     def request_count(self) -> int:
@@ -154,10 +167,7 @@ class Engine:
             with torch.inference_mode():
                 while not self._closing:
                     self._turn()
-            self._fail_all(WorkerUnavailable("the engine was closed"))
-            for job in self._jobs:
-                job.future.cancel()
-            self._flush()
+            self._end()
         except BaseException:
             # Nobody would answer any more, and the worker would look idle.
             log.exception("the engine thread ended")
@@ -178,6 +188,19 @@ class Engine:
             log.exception("events could not be delivered; all requests fail")
             self._fail_all(BackendFailed(f"events could not be delivered: {type(error).__name__}"))
             self._flush()
+
+    def _end(self) -> None:
+        """Answer everybody, those too who came while the last step ran."""
+        with self._entrance:
+            self._closed = True
+        while not self._commands.empty():
+            self._commands.get()()
+        self._fail_all(_was_closed())
+        for job in self._jobs:
+            if job.future.set_running_or_notify_cancel():
+                job.future.set_exception(_was_closed())
+        self._jobs.clear()
+        self._flush()
 
     def _take_commands(self) -> None:
         """Carry out what other threads want; wait for it where there is nothing else to do."""
@@ -456,3 +479,7 @@ class Engine:
 
 def _fail_with(error: Exception) -> None:
     raise error
+
+
+def _was_closed() -> WorkerUnavailable:
+    return WorkerUnavailable("the engine was closed")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -311,6 +312,34 @@ def test_closing_fails_what_runs_and_frees_everything(llama):
         assert isinstance(sink.wait().error, WorkerUnavailable)
         assert harness.pool.available == harness.pool.block_count
         harness.engine.close()
+
+
+def test_who_comes_while_the_engine_closes_is_answered_too(llama):
+    """A request that came in the last step was taken by nobody, and waited for ever."""
+    closing, entered = threading.Event(), threading.Event()
+    with Harness(llama) as harness:
+        run = harness.runner.run
+
+        def slow(batch):
+            entered.set()
+            closing.wait(60)
+            return run(batch)
+
+        harness.runner.run = slow
+        first = harness.submit(ask(prompt(20), 400))
+        assert entered.wait(60)
+        late, future = harness.submit(ask(prompt(10))), Future()
+        harness.engine.run_job(iter(()), future)
+        harness.engine._closing = True
+        closing.set()
+        harness.engine.close()
+        assert isinstance(late.wait().error, WorkerUnavailable)
+        assert isinstance(first.wait().error, WorkerUnavailable)
+        assert isinstance(future.exception(60), WorkerUnavailable)
+        with pytest.raises(WorkerUnavailable):
+            harness.submit(ask(prompt(10)))
+        with pytest.raises(WorkerUnavailable):
+            harness.engine.run_job(iter(()), Future())
 
 
 def test_nothing_is_left_after_many_requests_come_and_go(llama):
