@@ -17,9 +17,13 @@ from fastchat_grpc.errors import InvalidArgument, ModelLoadError
 class LoraAdapters:
     """The adapters of a loaded model. Owned by the thread that runs the model."""
 
-    def __init__(self, names: tuple[str, ...] = (), layers: tuple[Any, ...] = ()) -> None:
+    def __init__(
+        self, names: tuple[str, ...] = (), layers: tuple[Any, ...] = (), replaced: tuple[Any, ...] = ()
+    ) -> None:
         self.names = names
         self._layers = layers
+        self._replaced = replaced
+        """Parts of the model that adapters bring whole (`modules_to_save`), such as an output layer."""
         self._active: str | None = None
 
     def check(self, name: str) -> None:
@@ -36,7 +40,12 @@ class LoraAdapters:
             if name:
                 layer.set_adapter(name)
             layer.enable_adapters(bool(name))
-        for layer in self._layers:
+        for part in self._replaced:
+            own = name in part._adapters
+            if own:
+                part.set_adapter(name)
+            part.enable_adapters(own)
+        for layer in (*self._layers, *self._replaced):
             layer.requires_grad_(False)
         self._active = name
 
@@ -46,12 +55,14 @@ def load_adapters(model: Any, folders: Mapping[str, Path]) -> tuple[Any, LoraAda
     if not folders:
         return model, LoraAdapters()
     try:
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
         from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
     except ImportError as error:
         raise ModelLoadError("LoRA adapters need the package peft; install fastchat-grpc[transformers]") from error
     for name, folder in folders.items():
         try:
+            _check(PeftConfig.from_pretrained(str(folder)))
             if isinstance(model, PeftModel):
                 model.load_adapter(str(folder), adapter_name=name)
             else:
@@ -61,6 +72,18 @@ def load_adapters(model: Any, folders: Mapping[str, Path]) -> tuple[Any, LoraAda
             raise ModelLoadError(f"LoRA adapter {name} in {folder} cannot be loaded: {reason}") from error
     model.eval()
     layers = tuple(module for module in model.modules() if isinstance(module, BaseTunerLayer))
-    adapters = LoraAdapters(tuple(folders), layers)
+    replaced = tuple(module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper))
+    adapters = LoraAdapters(tuple(folders), layers, replaced)
     adapters.activate("")
     return model, adapters
+
+
+def _check(config: Any) -> None:
+    """Raise ValueError for an adapter that would change nothing here, or other requests than its own."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind != "LORA":
+        raise ValueError(f"it is of the kind {kind}, and LORA is served")
+    if config.bias != "none":
+        raise ValueError(f"it changes biases of the base model (bias={config.bias}), which others use: merge it")
+    if getattr(config, "alora_invocation_tokens", None):
+        raise ValueError("it is activated by tokens of the prompt (aLoRA), which is not supported")

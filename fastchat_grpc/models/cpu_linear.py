@@ -170,7 +170,7 @@ def replace_linears(model: nn.Module, make: MakeLinear) -> None:
             _fuse_siblings(parent, names, make)
         for name, layer in list(parent.named_children()):
             weight = _plain_weight(layer)
-            if weight is not None:
+            if weight is not None and not _reads_weights(parent):
                 bias: Any = layer.bias
                 setattr(parent, name, make(weight, bias))
 
@@ -180,6 +180,11 @@ def _of_adapters(layer: nn.Module) -> Iterator[nn.Module]:
     for name, child in layer.named_children():
         if name != "base_layer":
             yield from child.modules()
+
+
+def _reads_weights(parent: nn.Module) -> bool:
+    """Whether a LoRA layer is of a kind that computes with its base layer's weights, as DoRA with their norms."""
+    return bool(getattr(parent, "lora_variant", None))
 
 
 class FusedLinear:
