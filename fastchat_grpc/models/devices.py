@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastchat_grpc.config import ModelConfig
 from fastchat_grpc.errors import ModelLoadError
 from fastchat_grpc.models.machine import available_memory
+from fastchat_grpc.models.resolve import weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -151,7 +152,7 @@ def check_memory(source: Path, placement: Placement, dtype: torch.dtype, stored:
     """Raise ModelLoadError where the weights cannot fit into main memory; the system would kill the process."""
     if placement.device.type != "cpu":
         return
-    size = source.stat().st_size if source.is_file() else sum(file.stat().st_size for file in _weight_files(source))
+    size = source.stat().st_size if source.is_file() else sum(file.stat().st_size for file in weight_files(source))
     grows = dtype.itemsize / stored.itemsize if stored is not None and source.is_dir() else 1.0
     needed, free = int(size * grows), available_memory()
     if needed > free:
@@ -160,11 +161,6 @@ def check_memory(source: Path, placement: Placement, dtype: torch.dtype, stored:
             f"the model needs about {needed / 2**30:.1f} GiB of memory as {str(dtype).removeprefix('torch.')}, and "
             f"{free / 2**30:.1f} GiB are free: take a smaller one{hint}"
         )
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    files = list(folder.glob("*.safetensors"))
-    return files or list(folder.glob("*.bin"))
 
 
 def placement_arguments(placement: Placement) -> dict[str, Any]:

@@ -111,13 +111,19 @@ def load_model(settings: ModelConfig) -> LoadedModel:
     if settings.quantization == FASTEST and found.kind is not ModelKind.DECODER:
         settings = replace(settings, quantization=None)
     quantization = plan_quantization(settings, found.config, placement.device)
-    if quantization.chosen:
+    if quantization.method == INT8 and settings.dtype == "auto":
         settings = replace(settings, dtype="float32")
     dtype = choose_dtype(settings.dtype, placement.device, found.stored_dtype, full=found.prefers_full_precision)
     if quantization.method == INT8 and str(dtype) != "torch.float32":
         raise ModelLoadError(f"8-bit weights on a CPU compute in float32; leave out --dtype {settings.dtype}")
     if not quantization.stored and not quantization.arguments:
-        check_memory(source, placement, dtype, found.stored_dtype)
+        try:
+            check_memory(source, placement, dtype, found.stored_dtype)
+        except ModelLoadError as error:
+            if not quantization.chosen:
+                raise
+            log.info("no memory to make 8-bit weights of this model (%s); it runs as it is", error)
+            return load_model(replace(settings, quantization=None, dtype="auto"))
     tokenizer = _load_tokenizer(source, found, settings)
 
     def load_plain() -> tuple[Any, LoraAdapters]:

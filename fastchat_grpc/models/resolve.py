@@ -109,12 +109,22 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that a folder's weights are loaded from; it may hold the same weights in other files as well.
+
+    Raises:
+        ModelLoadError: some are missing.
+    """
+    for single, index in zip(_SINGLE_WEIGHTS, _WEIGHT_INDEXES, strict=True):  # in the order of transformers
+        if (folder / single).is_file():
+            return [folder / single]
+        if (folder / index).is_file():
+            return _shards(folder / index)
+    return []
+
+
 def _check_weights(folder: Path) -> None:
-    files = [folder / name for name in _SINGLE_WEIGHTS if (folder / name).is_file()]
-    for name in _WEIGHT_INDEXES if not files else ():
-        if (folder / name).is_file():
-            files = _shards(folder / name)
-            break
+    files = weight_files(folder)
     if not files:
         raise ModelLoadError(f"no weights in {folder}: expected {_SINGLE_WEIGHTS[0]} or {_WEIGHT_INDEXES[0]}")
     for file in files:
