@@ -68,8 +68,9 @@ def build_engine(
     """
     device = loaded.device.type
     torch.set_num_threads(settings.threads or cpu_count())
+    logprob_tokens = max(1, LOGPROB_BYTES // (4 * loaded.vocabulary_size))
     with torch.inference_mode():
-        runner = _runner(loaded)
+        runner = _runner(loaded, logprob_tokens)
     max_running = config.model.max_running or MAX_RUNNING.get(device, MAX_RUNNING_ELSEWHERE)
     block_count = _block_count(runner, loaded, settings, max_running)
     if isinstance(runner, PackedRunner):
@@ -82,7 +83,7 @@ def build_engine(
         prefill_tokens=settings.prefill_tokens or PREFILL_TOKENS.get(device, PREFILL_TOKENS_ELSEWHERE),
         reuse_prefixes=runner.reuses_prefixes and settings.prefix_cache,
         whole_prompts=runner.whole_prompts,
-        logprob_tokens=max(1, LOGPROB_BYTES // (4 * loaded.vocabulary_size)),
+        logprob_tokens=logprob_tokens,
     )
     log.info(
         "%s, %d requests at once, cache of %d tokens", type(runner).__name__, max_running, block_count * BLOCK_SIZE
@@ -114,13 +115,13 @@ def build_engine(
     )
 
 
-def _runner(loaded: LoadedModel) -> ModelRunner:
+def _runner(loaded: LoadedModel, logprob_tokens: int) -> ModelRunner:
     activate = loaded.adapters.activate
     if loaded.kind is ModelKind.DECODER:
         packed = make_packed_runner(loaded.base, activate, context_length=loaded.context_length)
         if packed is not None:
             return packed
-    return SequentialRunner(loaded.base, activate)
+    return SequentialRunner(loaded.base, activate, logprob_tokens=logprob_tokens)
 
 
 def _block_count(runner: ModelRunner, loaded: LoadedModel, settings: EngineConfig, max_running: int) -> int:

@@ -298,18 +298,20 @@ class Engine:
             self._post(request, [event])
 
     def _take_prompt_logprobs(self, result: StepLogits) -> None:
-        for chunk, first_row in result.prompts:
+        for chunk, slices in result.prompts:
             request = chunk.sequence.request
             known, prompt = request.prompt_logprobs, request.prompt
             if not known:
                 known[0] = unknown_logprob(prompt[0], self._tokenizer)
-            end = min(chunk.start + chunk.count, len(prompt) - 1)
-            following = prompt[chunk.start + 1 : end + 1]
-            if following:
-                logits = result.logits[first_row : first_row + len(following)]
+            position = chunk.start + 1  # of the token that the next row foretells
+            for logits in slices:
+                following = prompt[position : position + len(logits)]
+                if not following:
+                    break
                 counts = [request.spec.output.prompt_logprobs or 0] * len(following)
-                entries = token_logprobs(logits, following, counts, self._tokenizer)
-                known.update(zip(range(chunk.start + 1, end + 1), entries, strict=True))
+                entries = token_logprobs(logits[: len(following)], following, counts, self._tokenizer)
+                known.update(enumerate(entries, start=position))
+                position += len(following)
 
     # Requests coming and going.
 

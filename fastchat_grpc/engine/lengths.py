@@ -65,6 +65,25 @@ def turns_by_length(config: Any, context_length: int | None) -> bool:
     return False
 
 
+class DynamicRotary:
+    """Rotary embeddings of a model that remember the longest sequence of all, and compute with it from then on."""
+
+    def __init__(self, model: Any) -> None:
+        """`model` has computed nothing long yet."""
+        self._modules = [m for m in model.modules() if getattr(m, "rope_type", None) == "dynamic"]
+        self.fresh = self.state()
+
+    def state(self) -> list[dict[str, Any]]:
+        """What they remember now."""
+        return [{"max_seq_len_cached": m.max_seq_len_cached, "inv_freq": m.inv_freq} for m in self._modules]
+
+    def restore(self, state: list[dict[str, Any]]) -> None:
+        """Let them remember something else."""
+        for module, remembered in zip(self._modules, state, strict=True):
+            for name, value in remembered.items():
+                setattr(module, name, value)
+
+
 def limits_sight(mask_function: MaskFunction, context_length: int) -> bool:
     """Whether a mask hides any earlier token of a sequence, as windows and chunks do."""
     last = context_length - 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Rows
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -49,8 +49,9 @@ class StepLogits:
     """(rows, vocabulary)"""
     sampled: list[int]
     """The row of each of `Batch.sampled`."""
-    prompts: list[tuple[Chunk, int]]
-    """Chunks whose every token's logits are here, and the first one's row."""
+    prompts: Rows[tuple[Chunk, Iterable[torch.Tensor]]]
+    """Chunks whose every token's logits are wanted, and these: (some tokens, vocabulary) one after the other. To be
+    taken once, before the next step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +242,9 @@ class Wanted:
         """The parts' logits together."""
         sampled = [self._last[id(chunk.sequence)] for chunk in self._batch.chunks if chunk.samples]
         sampled += [self._last[id(parent)] for parent, _ in self._batch.forks]
-        return StepLogits(parts[0] if len(parts) == 1 else torch.cat(parts), sampled, self._prompts)
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts)
+        prompts = [(chunk, [logits[first : first + chunk.count]]) for chunk, first in self._prompts]
+        return StepLogits(logits, sampled, prompts)
 
 
 def wants_every(chunk: Chunk) -> bool:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from fastchat_grpc.core import GenerateRequest, TokenPrompt
-from fastchat_grpc.engine.model_runner import CacheSize, StepLogits, Wanted, by_adapter, wants_every
+from fastchat_grpc.engine.head import LogitsInSlices
+from fastchat_grpc.engine.lengths import DynamicRotary
+from fastchat_grpc.engine.model_runner import CacheSize, StepLogits, by_adapter, wants_every
 from fastchat_grpc.engine.request import Batch, Chunk, Request, Sequence
 
 CACHE_NAMES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
@@ -41,26 +43,34 @@ class SequentialRunner:
     whole_prompts = True
     reuses_prefixes = False
 
-    def __init__(self, model: Any, activate: Callable[[str], None]) -> None:
+    def __init__(self, model: Any, activate: Callable[[str], None], *, logprob_tokens: int = 2**31 - 1) -> None:
+        """`logprob_tokens`: of how many tokens of a prompt logits are made at once."""
         self._model = model
         self._activate = activate
+        self._logprob_tokens = logprob_tokens
         self.device: torch.device = model.get_input_embeddings().weight.device
         self._encoder_decoder = bool(model.config.is_encoder_decoder)
-        self._rotary = [m for m in model.modules() if getattr(m, "rope_type", None) == "dynamic"]
-        self._fresh_rotary = [_rotary_state(module) for module in self._rotary]
+        self._rotary = DynamicRotary(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def run(self, batch: Batch) -> StepLogits:
-        wanted = Wanted(batch)
-        parts = []
+        parts: list[torch.Tensor] = []
+        prompts: list[tuple[Chunk, Iterator[torch.Tensor]]] = []
+        rows: dict[int, int] = {}
         for adapter, chunks in by_adapter(batch).items():
             self._activate(adapter)
             for chunk in chunks:
-                parts.append(self._forward(chunk, every=wants_every(chunk)))
-                wanted.rows([chunk])
+                rows[id(chunk.sequence)] = len(parts)
+                if wants_every(chunk):
+                    logits, slices = self._forward_with_all(chunk, adapter)
+                    prompts.append((chunk, slices))
+                else:
+                    logits = self._forward(chunk)
+                parts.append(logits)
         for parent, child in batch.forks:
             child.runner_state = _fork(parent.runner_state)
-        return wanted.result(parts)
+        sampled = [chunk.sequence for chunk in batch.chunks if chunk.samples] + [parent for parent, _ in batch.forks]
+        return StepLogits(torch.cat(parts), [rows[id(sequence)] for sequence in sampled], prompts)
 
     def release(self, sequence: Sequence) -> None:
         sequence.runner_state = None
@@ -80,7 +90,7 @@ class SequentialRunner:
         request = Request(spec=GenerateRequest(prompt=TokenPrompt((1,))), prompt=tokens, sink=None, arrival=0.0)
         sequence = Sequence(request=request, index=0, tokens=tokens, seed=0)
         self._activate("")
-        self._forward(Chunk(sequence, 0, length, samples=True), every=False)
+        self._forward(Chunk(sequence, 0, length, samples=True))
         tensors: dict[int, torch.Tensor] = {}
         _collect(sequence.runner_state, tensors, set())
         sizes: dict[torch.device, int] = {}
@@ -88,12 +98,29 @@ class SequentialRunner:
             sizes[tensor.device] = sizes.get(tensor.device, 0) + tensor.untyped_storage().nbytes()
         return sizes
 
-    def _forward(self, chunk: Chunk, *, every: bool) -> torch.Tensor:
-        """Logits (1 or all tokens of the chunk, vocabulary) in float32."""
+    def _forward(self, chunk: Chunk) -> torch.Tensor:
+        """Logits (1, vocabulary) of a chunk's last token, in float32."""
+        inputs = self._inputs(chunk)
+        if self._keeps_logits:
+            inputs["logits_to_keep"] = 1
+        return self._moved_on(chunk.sequence, self._model(**inputs, return_dict=True))
+
+    def _forward_with_all(self, chunk: Chunk, adapter: str) -> tuple[torch.Tensor, Iterator[torch.Tensor]]:
+        """As `_forward`, and the logits of all of the chunk's tokens, made when they are asked for."""
+        forward = LogitsInSlices(self._model, self._inputs(chunk))
+
+        def slices() -> Iterator[torch.Tensor]:
+            self._activate(adapter)
+            yield from forward.slices(self._logprob_tokens)
+
+        return self._moved_on(chunk.sequence, forward.output), slices()
+
+    def _inputs(self, chunk: Chunk) -> dict[str, Any]:
+        """What the model is called with for a chunk."""
         sequence = chunk.sequence
         first = chunk.start == 0
         if first:
-            sequence.runner_state = _State(rotary=self._fresh_rotary)
+            sequence.runner_state = _State(rotary=self._rotary.fresh)
         state: _State = sequence.runner_state
         token_ids, fresh = sequence.tokens, chunk.count
         arguments: dict[str, Any] = {"use_cache": True, **state.cache}
@@ -112,16 +139,15 @@ class SequentialRunner:
             is_first_iteration=first,
             **arguments,
         )
-        if self._keeps_logits and not every:
-            inputs["logits_to_keep"] = 1
-        # They change with every call, and remember the longest sequence of all.
-        for module, lengths in zip(self._rotary, state.rotary, strict=True):
-            for name, value in lengths.items():
-                setattr(module, name, value)
-        output = self._model(**inputs, return_dict=True)
-        state.rotary = [_rotary_state(module) for module in self._rotary]
+        self._rotary.restore(state.rotary)
+        return dict(inputs)
+
+    def _moved_on(self, sequence: Sequence, output: Any) -> torch.Tensor:
+        """Keep what the next step needs; returns the last token's logits."""
+        state: _State = sequence.runner_state
+        state.rotary = self._rotary.state()
         state.cache = {RENAMED.get(n, n): output[n] for n in CACHE_NAMES if output.get(n) is not None}
-        logits: torch.Tensor = output.logits[0] if every else output.logits[0, -1:]
+        logits: torch.Tensor = output.logits[0, -1:]
         return logits.float()
 
     @property
@@ -140,10 +166,6 @@ class SequentialRunner:
 
 def _fork(state: _State) -> _State:
     return _State(copy.deepcopy(state.cache), state.encoder_outputs, state.rotary)
-
-
-def _rotary_state(module: Any) -> dict[str, Any]:
-    return {"max_seq_len_cached": module.max_seq_len_cached, "inv_freq": module.inv_freq}
 
 
 def _collect(value: Any, found: dict[int, torch.Tensor], seen: set[int]) -> None:

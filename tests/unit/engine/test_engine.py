@@ -19,6 +19,7 @@ from fastchat_grpc.core import (
     StopConditions,
     TokenPrompt,
 )
+from fastchat_grpc.engine.model_runner import StepLogits
 from fastchat_grpc.engine.output_rules import OutputRules
 from fastchat_grpc.errors import BackendFailed, OutOfMemory, WorkerUnavailable
 from tests.unit.engine.tiny import CONFIGS, Harness, greedy_by_generate, tiny, tiny_t5
@@ -500,6 +501,35 @@ def test_prompts_with_log_probabilities_are_computed_in_slices(llama):
         expected = llama(torch.tensor([tokens])).logits[0].log_softmax(-1)
         shown = [entry.logprob for entry in sink.prompt().logprobs]
         assert shown[1:] == pytest.approx([float(expected[i, t]) for i, t in enumerate(tokens[1:])], abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "bloom", "mamba"])
+def test_models_that_run_alone_make_the_logits_of_a_prompt_in_slices_too(name):
+    """Those of 8,000 tokens of a vocabulary of 256,000 took 8 GB, three times over."""
+    model = tiny(name)
+    tokens, seen = prompt(50), []
+    expected = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+    with Harness(model, packed=False, logprob_tokens=16) as harness:
+        run = harness.runner.run
+
+        def watched(batch):
+            result = run(batch)
+            rows = [(chunk, list(slices)) for chunk, slices in result.prompts]
+            seen.extend(len(logits) for _, slices in rows for logits in slices)
+            return StepLogits(result.logits, result.sampled, rows)
+
+        harness.runner.run = watched
+        sinks = harness.run(
+            ask(tokens, output=OutputOptions(prompt_logprobs=1, n=2)),
+            ask(tokens),
+            ask(prompt(1), output=OutputOptions(prompt_logprobs=0)),
+        )
+    assert seen == [16, 16, 16, 2, 1]
+    shown = [entry.logprob for entry in sinks[0].prompt().logprobs]
+    assert shown[1:] == pytest.approx([float(expected[i, t]) for i, t in enumerate(tokens[1:])], abs=1e-3)
+    output = greedy_by_generate(model, tokens, 12)
+    assert [sinks[0].tokens(0), sinks[0].tokens(1), sinks[1].tokens()] == [output] * 3
+    assert len(sinks[2].prompt().logprobs) == 1
 
 
 def test_an_encoder_decoders_prompt_takes_no_room_of_its_output():

@@ -131,7 +131,7 @@ class Harness:
         if packed:
             assert isinstance(runner, PackedRunner)
         if runner is None:
-            runner = SequentialRunner(model, activate)
+            runner = SequentialRunner(model, activate, logprob_tokens=logprob_tokens)
         else:
             runner.allocate(blocks)
         self.runner = runner
