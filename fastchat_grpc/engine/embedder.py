@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastchat_grpc.engine.attention import WholeStep, running
+from fastchat_grpc.engine.lengths import DynamicRotary
 from fastchat_grpc.errors import BackendFailed
 
 BATCH_TOKENS = 2048
@@ -42,6 +43,7 @@ class Embedder:
     def __init__(self, model: Any, pooling: str, activate: Callable[[str], None], *, packed: bool = False) -> None:
         self._encode = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model.base_model
         self._device: torch.device = model.get_input_embeddings().weight.device
+        self._rotary = DynamicRotary(model)
         self._pooling = pooling
         self._activate = activate
         self._hidden = self._hidden_packed if packed else self._hidden_padded
@@ -59,6 +61,7 @@ class Embedder:
             future.set_result(vectors)
 
     def _run(self, inputs: list[list[int]], normalize: bool) -> torch.Tensor:
+        self._rotary.restore(self._rotary.fresh)
         hidden, mask = self._hidden(inputs)
         vectors = pool(hidden.float(), mask.to(hidden.device), self._pooling)
         return torch.nn.functional.normalize(vectors, dim=-1) if normalize else vectors

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import Future
 
 import pytest
 import torch
 import transformers as hf
 
 from fastchat_grpc.core import GenerateRequest, SamplingParams, StopConditions, TokenPrompt
+from fastchat_grpc.engine.embedder import Embedder
 from fastchat_grpc.engine.lengths import limits_sight, short_windows, turns_by_length
 from fastchat_grpc.engine.model_runner import make_packed_runner
 from fastchat_grpc.models.quantization import quantize_int8
@@ -87,6 +89,32 @@ def test_a_model_that_only_seems_to_pack_is_run_one_at_a_time(name):
     with torch.inference_mode():
         assert make_packed_runner(model, lambda name: None) is None
     assert model.config._attn_implementation == implementation
+
+
+def test_an_embedding_does_not_depend_on_what_was_embedded_before():
+    """A dynamic rotary embedding remembers the longest text of all."""
+    model = model_of(ALONE["dynamic"]())
+    embedder = Embedder(model, "mean", lambda name: None)
+
+    def embed(length):
+        future = Future()
+        with torch.inference_mode():
+            list(embedder.pieces([prompt(length)], True, "", future))
+        return future.result(0)[0]
+
+    alone = embed(40)
+    embed(120)
+    assert embed(40) == pytest.approx(alone, abs=1e-6)
+
+
+def test_a_model_that_makes_all_logits_whichever_are_wanted_is_run_one_at_a_time():
+    """Their rows would be taken for others."""
+    model = model_of(PACKED["mistral"]())
+    forward, tokens = model.forward, prompt(20)
+    model.forward = lambda *args, logits_to_keep=0, **kwargs: forward(*args, **kwargs)
+    expected = greedy_by_generate(model, tokens, 12)
+    with Harness(model, packed=None) as harness:
+        assert harness.run(ask(tokens))[0].tokens() == expected
 
 
 def test_a_rotary_embedding_that_never_switches_in_the_context_is_packed():
