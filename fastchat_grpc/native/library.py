@@ -43,6 +43,13 @@ def load_library(load: Callable[[Path], T]) -> T:
     Raises:
         CannotCompile: it can be neither loaded nor made.
     """
+    try:
+        return _load_library(load)
+    except OSError as error:  # no room, or a folder that is ours and cannot be written to
+        raise CannotCompile(f"there is no place for it: {error}") from error
+
+
+def _load_library(load: Callable[[Path], T]) -> T:
     path = _folder() / f"{_name()}.so"
     if _is_ours(path):
         try:

@@ -129,6 +129,20 @@ def test_a_cache_that_cannot_be_written_does_without(cache, tmp_path, monkeypatc
     assert load_library(Kernels).parallel
 
 
+@pytest.mark.parametrize("fails", ["mkdtemp", "copy2"])
+def test_a_disk_without_room_leaves_the_kernels_out(cache, fails, monkeypatch):
+    """A worker did not start, for a speed-up that it can do without."""
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(library.tempfile if fails == "mkdtemp" else library.shutil, fails, full)
+    if fails == "mkdtemp":
+        monkeypatch.setattr(library, "_owned", lambda found: False)
+    with pytest.raises(CannotCompile, match="No space left"):
+        load_library(Kernels)
+
+
 def fake_compiler(path: Path, script: str) -> str:
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
