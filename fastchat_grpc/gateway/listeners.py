@@ -15,6 +15,7 @@ from fastchat_grpc.gateway.shape import Tree, extension, seconds, socket_address
 from fastchat_grpc.rpc.bridge import CLIENT_HEADER, CLUSTER_HEADER, MISSED_HEADER, STREAM_HEADER, TICKET_HEADER
 
 HTTP, HTTPS = "http", "https"
+COME_AGAIN = {"retry-after": "1"}
 MAX_STREAMS = 256
 """Requests at a time on one connection of HTTP/2; a client opens another connection for more."""
 HEALTH_PATHS = r"/(health|healthz|readyz|livez|ping)/?(\?.*)?"
@@ -92,7 +93,7 @@ def _manager(config: GatewayConfig, node_id: str, descriptors: str) -> Tree:
             )
         ],
         access_log=request_logs(config),
-        local_reply_config={"mappers": _early_refusals()},
+        local_reply_config={"mappers": [*_early_refusals(), _late_failure()]},
         route_config={"name": "all", "virtual_hosts": [virtual_host(config, node_id)]},
         http_filters=_filters(config, descriptors),
     )
@@ -101,15 +102,30 @@ def _manager(config: GatewayConfig, node_id: str, descriptors: str) -> Tree:
 def _early_refusals() -> list[Tree]:
     """What is answered before the filters have seen a request: in OpenAI's shape, too."""
     return [
-        _reply(["DPE"], "invalid_request_error", "this is not a valid HTTP request"),
-        _reply(["OM"], "server_error", "the gateway has too much to do; try again later", {"retry-after": "1"}),
+        _reply(_flagged("DPE"), "invalid_request_error", "this is not a valid HTTP request"),
+        _reply(_flagged("OM"), "server_error", "the gateway has too much to do; try again later", COME_AGAIN),
     ]
 
 
-def _reply(flags: list[str], kind: str, message: str, headers: Mapping[str, str] | None = None) -> Tree:
+def _late_failure() -> Tree:
+    """What is answered where a server is lost between the head and the body of its answer.
+
+    The filters hold such an answer already, so Envoy passes them by. Of HTTP callers only: what gRPC callers
+    hear has no body.
+    """
+    transcoded = {"header_filter": {"header": {"name": "x-envoy-original-path", "present_match": True}}}
+    lost = {"and_filter": {"filters": [_flagged("UC", "UR", "UF", "LR"), transcoded]}}
+    return _reply(lost, "server_error", http_lua.MESSAGES[503], COME_AGAIN)
+
+
+def _flagged(*flags: str) -> Tree:
+    return {"response_flag_filter": {"flags": list(flags)}}
+
+
+def _reply(what: Tree, kind: str, message: str, headers: Mapping[str, str] | None = None) -> Tree:
     error = {"error": {"message": message, "type": kind, "param": None, "code": None}}
     return {
-        "filter": {"response_flag_filter": {"flags": flags}},
+        "filter": what,
         "body_format_override": {
             "text_format_source": {"inline_string": json.dumps(error)},
             "content_type": "application/json",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -10,9 +11,12 @@ import httpx2
 import pytest
 
 from fastchat_grpc.config import BreakerConfig, LeaseConfig
+from fastchat_grpc.openai.servicer import OpenAIServicer
 from tests.conftest import eventually
 from tests.e2e.echo_worker import controller_process, worker_process
 from tests.e2e.gateway_site import Site, running_gateway, running_site
+from tests.e2e.processes import free_port
+from tests.integration.blackhole import through
 
 pytestmark = pytest.mark.slow
 FULL = {"max_running": 1, "max_waiting": 0, "options": {"delay_ms": "20"}}
@@ -57,6 +61,30 @@ async def test_a_model_whose_only_worker_is_dead_is_503_and_never_another_models
             assert int(reply.headers["retry-after"]) >= 1
         assert (await site.chat(model="nobody's")).status_code == 404
         assert (await site.chat(model="b")).status_code == 200
+
+
+async def test_a_worker_that_dies_between_head_and_body_of_its_answer_is_503_and_says_when_to_come_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun = asyncio.Event()
+
+    async def begin(self: OpenAIServicer, request: Any, context: Any) -> AsyncIterator[Any]:
+        await context.send_initial_metadata(())
+        begun.set()
+        await asyncio.Event().wait()
+        yield
+
+    monkeypatch.setattr(OpenAIServicer, "ChatCompletions", begin)
+    port = free_port()
+    async with running_site() as site, through(f"127.0.0.1:{port}") as path:
+        await site.add_worker("a", port=port, advertised_address=path.address)
+        asked = asyncio.create_task(site.chat(model="a"))
+        async with asyncio.timeout(20):
+            await begun.wait()
+            path.cut()
+            reply = await asked
+        assert await answered(reply) == (503, "1")
+        assert reply.json()["error"]["type"] == "server_error"
 
 
 async def test_another_worker_at_the_address_of_a_dead_one_is_no_news_of_the_model() -> None:
