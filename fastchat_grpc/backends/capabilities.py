@@ -113,6 +113,8 @@ class Traits:
             found.add(Capability.EMBED)
         if self.supports(Feature.LOGPROBS):
             found.add(Capability.LOGPROBS)
+        if self.supports(Feature.SEED):
+            found.add(Capability.SEED)
         if self.supports(Feature.RESUME):
             found.add(Capability.RESUME)
             if self.supports(Feature.RESUME_SEED):

@@ -73,6 +73,7 @@ class EchoBackend:
             Capability.CHAT,
             Capability.EMBED,
             Capability.LOGPROBS,
+            Capability.SEED,
             Capability.RESUME,
             Capability.SEEDED_RESUME,
             Capability.STATEFUL_RESUME,

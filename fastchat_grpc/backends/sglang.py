@@ -245,7 +245,7 @@ class SglangBackend(ServedBackend):
                 Capability.STRUCTURED_OUTPUT,
             }
             if self._seeded:  # SGLang then draws by a hash of the seed and the token's position
-                capabilities.add(Capability.SEEDED_RESUME)
+                capabilities |= {Capability.SEED, Capability.SEEDED_RESUME}
             if tokenizer.chat_template:
                 capabilities.add(Capability.CHAT)
         served = Served(

@@ -247,6 +247,7 @@ class VllmBackend(ServedBackend):
             capabilities = {
                 Capability.GENERATE,
                 Capability.LOGPROBS,
+                Capability.SEED,
                 Capability.RESUME,
                 Capability.STRUCTURED_OUTPUT,
             }

@@ -159,6 +159,7 @@ def _capabilities(loaded: LoadedModel) -> frozenset[Capability]:
     if Capability.GENERATE in can:
         can |= {
             Capability.LOGPROBS,
+            Capability.SEED,
             Capability.RESUME,
             Capability.SEEDED_RESUME,  # its random numbers go by the token's place (engine/rng.py)
             Capability.STATEFUL_RESUME,
