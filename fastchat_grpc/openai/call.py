@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
 
-from fastchat_grpc.core import GenerateRequest
+from fastchat_grpc.core import GenerateRequest, Tool
 
 
 class ToolMode(Enum):
@@ -25,6 +25,8 @@ class ToolOptions:
 
     mode: ToolMode = ToolMode.NONE
     names: tuple[str, ...] = ()
+    tools: tuple[Tool, ...] = ()
+    """Those of these names, with their schemas."""
     parallel: bool = True
 
     @property

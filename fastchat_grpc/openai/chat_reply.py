@@ -29,7 +29,7 @@ def _parser(reply: Reply) -> ToolCallParser | NamedCallParser | None:
         case ToolMode.NAMED:
             return NamedCallParser(tools.names[0])
         case _:
-            return ToolCallParser(tools.names, parallel=tools.parallel, forced=tools.forced)
+            return ToolCallParser(tools.names, parallel=tools.parallel, forced=tools.forced, tools=tools.tools)
 
 
 def _finish_reason(end: Completion | None, reply: Reply, *, called: bool) -> str:

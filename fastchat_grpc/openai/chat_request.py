@@ -110,6 +110,8 @@ def parse_conversation(fields: Fields) -> tuple[ChatPrompt, ToolOptions]:
     messages = parse_messages(fields.items("messages"))
     tools = parse_tools(fields.items("tools"))
     choice, options = _tool_choice(fields, tuple(tool.name for tool in tools))
+    if options.mode is ToolMode.AUTO:
+        options = replace(options, tools=tools)
     continues = bool(fields.flag("continue_final_message"))
     opens = fields.flag("add_generation_prompt")
     if continues and opens:

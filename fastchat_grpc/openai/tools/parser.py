@@ -3,10 +3,14 @@
 The common formats are told apart by how they begin:
 
 - Hermes, Qwen: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, any number of times
+- Qwen3-Coder: `<tool_call><function=name><parameter=city>Oslo</parameter></function></tool_call>`, also without the
+  `<tool_call>` around it
 - Mistral: `[TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]`, `[TOOL_CALLS]name[ARGS]{...}`, and
   `[TOOL_CALLS]name[CALL_ID]id[ARGS]{...}`
 - Llama 3: `<|python_tag|>{"name": ..., "parameters": {...}}; ...`
 - bare JSON (Llama 3.1 and 3.2; calls that a grammar forces): an object or a list of them at the very start
+- Llama 3.2 and 4: `[name(city='Oslo'), ...]` at the very start, and in `<|python_start|>...<|python_end|>`
+- DeepSeek V3, R1, V3.1: `<｜tool▁calls▁begin｜>`, calls, `<｜tool▁calls▁end｜>`
 
 What turns out to be no call is given back as content, character for character, and so are thoughts
 (`<think>...</think>`, `[THINK]...[/THINK]`): a call that is only considered is none.
@@ -15,23 +19,30 @@ What turns out to be no call is given back as content, character for character, 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
+from fastchat_grpc.core import Tool
+from fastchat_grpc.openai.tools import deepseek, xml
+from fastchat_grpc.openai.tools.deepseek import DeepSeekReader
 from fastchat_grpc.openai.tools.pieces import CallArguments, CallStart, Content, Piece
-from fastchat_grpc.openai.tools.scanner import CallScanner, Malformed, ValueScanner
+from fastchat_grpc.openai.tools.pythonic import PythonicReader
+from fastchat_grpc.openai.tools.reader import MAX_NAME, NAME, Malformed, Reader
+from fastchat_grpc.openai.tools.scanner import CallScanner, ValueScanner
+from fastchat_grpc.openai.tools.xml import FunctionReader, Kinds, kinds_of
 
-HERMES, MISTRAL, LLAMA = "<tool_call>", "[TOOL_CALLS]", "<|python_tag|>"
+HERMES, MISTRAL, LLAMA, LLAMA4 = "<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<|python_start|>"
+DEEPSEEK = "<｜tool▁calls▁begin｜>"
 _THOUGHTS = {"<think>": "</think>", "[THINK]": "[/THINK]"}
-_OPENERS = (HERMES, MISTRAL, LLAMA, *_THOUGHTS)
+_OPENERS = (HERMES, MISTRAL, LLAMA, LLAMA4, DEEPSEEK, xml.FUNCTION, *_THOUGHTS)
 _OPENER = re.compile("|".join(re.escape(opener) for opener in _OPENERS))
 _MARK_START = re.compile(r"[<\[]")
 """All marks begin with one of these."""
 _LONGEST_MARK = max(len(mark) for mark in (*_OPENERS, *_THOUGHTS.values())) - 1
-_CLOSER = "</tool_call>"
+_CLOSERS = ("</tool_call>", "<|python_end|>", "<｜tool▁calls▁end｜>")
+_CALLS = {HERMES: xml.FUNCTION, xml.FUNCTION: xml.FUNCTION, DEEPSEEK: deepseek.CALL}
+"""How a call begins inside a block, beside the brace of JSON."""
 _MISTRAL_ARGS = "[ARGS]"
 _MISTRAL_ID = "[CALL_ID]"
-_MAX_NAME = 160
-_NAME = re.compile(r"[\w.-]+")
 
 
 class ToolCallParser:
@@ -39,12 +50,16 @@ class ToolCallParser:
 
     Args:
         names: the tools of the request.
+        tools: the same, with their schemas: some formats write values whose types only those tell.
         parallel: whether all calls are wanted, or the first alone.
         forced: a grammar makes the output a list of calls: what is cut off before the first is known is no content.
     """
 
-    def __init__(self, names: Collection[str], *, parallel: bool = True, forced: bool = False) -> None:
+    def __init__(
+        self, names: Collection[str], *, parallel: bool = True, forced: bool = False, tools: Sequence[Tool] = ()
+    ) -> None:
         self._names = frozenset(names)
+        self._tools = tools
         self._parallel = parallel
         self._forced = forced
         self._text = ""
@@ -59,7 +74,7 @@ class ToolCallParser:
         self._thought_end = ""
         self._calls = 0
         self._announced = False
-        self._call = CallScanner()
+        self._call: Reader = CallScanner()
         self._value = ValueScanner()
 
     @property
@@ -139,20 +154,26 @@ class ToolCallParser:
         self._opener = as_it_stood
         self._announced = False
         self._step = self._between
+        if opener == xml.FUNCTION:
+            self._call, self._step = FunctionReader(self._kinds), self._object
+            self._call.feed(opener)
 
     def _between(self) -> bool:
         """Between the calls of one block: separators, the next call, or the end of the block."""
         head = self._text.lstrip(" \t\r\n,;[" if not self._announced else " \t\r\n,;")
-        if not head or _CLOSER.startswith(head):
+        if not head or any(mark.startswith(head) for mark in self._marks):
             return False
-        if head[0] == "{":
+        reader = self._reader(head)
+        if reader is not None:
             self._consume(len(self._text) - len(head))
-            self._call = CallScanner(strict=not self._format)
+            self._call = reader
             self._announced = False
             self._step = self._object
-        elif self._announced and head.startswith(("]", _CLOSER)):
-            self._consume(len(self._text) - len(head) + (1 if head[0] == "]" else len(_CLOSER)))
-            self._end_block()
+        elif self._announced and head.startswith(("]", *_CLOSERS)):
+            closer = next(mark for mark in ("]", *_CLOSERS) if head.startswith(mark))
+            self._consume(len(self._text) - len(head) + len(closer))
+            if closer != "]" or self._format != LLAMA4:  # whose own closer follows the bracket
+                self._end_block()
         elif self._format == MISTRAL and not self._announced and (head[0].isalpha() or head[0] == "_"):
             self._consume(len(self._text) - len(head))
             self._step = self._name
@@ -162,29 +183,47 @@ class ToolCallParser:
             self._give_back()
         return True
 
+    @property
+    def _marks(self) -> tuple[str, ...]:
+        """What may come between calls, and is waited for."""
+        return (*_CLOSERS, _CALLS.get(self._format, HERMES))
+
+    def _reader(self, head: str) -> Reader | None:
+        """What reads the call at the head of a text; None: there is none."""
+        if head[0] == "{":
+            return CallScanner(strict=not self._format)
+        if self._format in _CALLS and head.startswith(_CALLS[self._format]):
+            return DeepSeekReader() if self._format == DEEPSEEK else FunctionReader(self._kinds)
+        pythonic = not self._announced or isinstance(self._call, PythonicReader)
+        if self._format in ("", LLAMA4) and pythonic and (head[0].isalpha() or head[0] == "_"):
+            return PythonicReader(None if self._format else self._names)
+        return None
+
+    def _kinds(self, name: str) -> dict[str, Kinds]:
+        return next((kinds_of(tool.parameters()) for tool in self._tools if tool.name == name), {})
+
     def _object(self) -> bool:
-        """Inside a call that is one JSON object."""
+        """Inside a call that a reader reads."""
+        rest = None
         try:
-            end = self._call.feed(self._text)
-        except Malformed:
-            self._give_back()
-            return True
-        self._consume(end)
-        name = self._call.name
+            self._consume(self._call.feed(self._text))
+        except Malformed as failure:
+            rest = failure.rest
+        bare, name = not self._format, self._call.name
         # Bare JSON is a call only if it names a tool of the request and has arguments.
-        bare = not self._format
-        if name is not None and bare and name not in self._names:
+        strange = bare and name not in self._names
+        sure = not strange and (self._call.has_arguments or not bare or self._forced)
+        if name is not None and sure:
+            if not self._announced:
+                self._announce(name)
+            self._arguments(self._call.take_arguments())
+        if self._announced and rest is not None:
+            self._text = rest
+            self._end_block()
+        elif rest is not None or (name is not None and strange) or (self._call.done and not self._announced):
             self._give_back()
             return True
-        sure = self._call.has_arguments or not bare or self._forced
-        if name is not None and not self._announced and sure:
-            self._announce(name)
-        if self._announced:
-            self._arguments(self._call.take_arguments())
-        if self._call.done:
-            if not self._announced:
-                self._give_back()
-                return True
+        elif self._call.done:
             if not self._call.has_arguments:
                 self._arguments("{}")
             self._step = self._between
@@ -194,12 +233,12 @@ class ToolCallParser:
         """Mistral's newer format: the name, then the arguments."""
         at = self._text.find("{")
         if at < 0:
-            if len(self._text) > _MAX_NAME:
+            if len(self._text) > MAX_NAME:
                 self._give_back()
                 return True
             return False
         name = self._text[:at].strip().removesuffix(_MISTRAL_ARGS).partition(_MISTRAL_ID)[0].strip()
-        if _NAME.fullmatch(name) is None:
+        if NAME.fullmatch(name) is None:
             self._give_back()
             return True
         self._consume(at)
@@ -242,7 +281,7 @@ class ToolCallParser:
 
     def _give_back(self) -> None:
         """It was no call: its opener is content, and the rest is searched like any text."""
-        raw, self._raw = "" if self._announced else self._raw, ""
+        raw, self._raw = self._raw, ""
         if self._opener and raw.startswith(self._opener):
             self._content(self._opener)
             raw = raw.removeprefix(self._opener)

@@ -6,14 +6,12 @@ import json
 import re
 from enum import Enum, auto
 
+from fastchat_grpc.openai.tools.reader import Malformed
+
 _SPACE = " \t\r\n"
 # Everything up to the next character that can change depth or quoting.
 _DULL = re.compile(r'[^"{}\[\]]*')
 _DULL_IN_STRING = re.compile(r'[^"\\]*')
-
-
-class Malformed(Exception):
-    """The text is not the JSON that was expected."""
 
 
 class ValueScanner:
@@ -118,14 +116,19 @@ class CallScanner:
     def feed(self, text: str, start: int = 0) -> int:
         """Read on from `start`; returns the position after what belongs to the object."""
         position = start
-        while position < len(text) and not self.done:
-            if self._state in (_State.KEY, _State.VALUE) and (self._value or text[position] not in _SPACE):
-                position = self._read_value(text, position)
-            elif text[position] in _SPACE:
-                position += 1
-            else:
-                self._punctuation(text[position])
-                position += 1
+        try:
+            while position < len(text) and not self.done:
+                if self._state in (_State.KEY, _State.VALUE) and (self._value or text[position] not in _SPACE):
+                    position = self._read_value(text, position)
+                    self._end_value()
+                elif text[position] in _SPACE:
+                    position += 1
+                else:
+                    self._punctuation(text[position])
+                    position += 1
+        except Malformed as failure:
+            failure.rest = text[position:]
+            raise
         return position
 
     def _punctuation(self, character: str) -> None:
@@ -152,10 +155,6 @@ class CallScanner:
         if streamed:
             self._argument_text(piece)
         self._value += piece
-        if self._scanner.done:
-            self._scanner = ValueScanner()
-            self._end_value()
-            self._value = ""
         return end
 
     def _argument_text(self, piece: str) -> None:
@@ -166,17 +165,22 @@ class CallScanner:
             self._arguments += piece
 
     def _end_value(self) -> None:
+        if self._scanner.done:
+            value, self._value, self._scanner = self._value, "", ValueScanner()
+            self._take_value(value)
+
+    def _take_value(self, value: str) -> None:
         if self._state is _State.KEY:
-            self._key = _string(self._value)
+            self._key = _string(value)
             if self._strict and self._key not in (*self.NAME, *self.ARGUMENTS, *self.OTHERS):
                 raise Malformed
             self._state = _State.COLON
             return
         self._state = _State.COMMA
         if self._key in self.NAME and self.name is None:
-            self.name = _string(self._value)
+            self.name = _string(value)
         elif self._key in self.ARGUMENTS and self._held:
-            text = _string(self._value) if self._value.startswith('"') else self._value
+            text = _string(value) if value.startswith('"') else value
             self._arguments += "{}" if text.strip() in ("", "null") else text
 
 
