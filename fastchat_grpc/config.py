@@ -20,6 +20,9 @@ WORKER_PORT = 21002
 GATEWAY_PORT = 8000
 GATEWAY_TLS_PORT = 8443
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+SSE_PING_S = 15.0
+"""Well below the 60 s after which most proxies give up, and above the time in which refusals are known, failover
+included: with its first ping a stream has its status, 200, and no gateway tries it elsewhere."""
 REASONING_PARSERS = ("auto", "none", "qwen3", "deepseek_r1", "mistral", "seed_oss", "gemma4")
 """How a model may mark its reasoning; all but the first two are names of vLLM's."""
 
@@ -318,11 +321,14 @@ class ControllerConfig:
     parent_join_token: str | None = field(default=None, repr=False)
     strict_fields: bool = False
     """Members of OpenAI requests that nobody knows are refused; else they are ignored and named to the caller."""
+    sse_ping_s: float = SSE_PING_S
+    """Seconds of silence after which an OpenAI stream says that it lives; 0: never."""
     api_keys: ApiKeyConfig = ApiKeyConfig()
     """Keys that callers of generation, models and worker lists must show, directly or through a gateway."""
 
     def __post_init__(self) -> None:
         require_seconds("--drain-timeout", self.drain_timeout_s)
+        require_seconds("--sse-ping-interval", self.sse_ping_s)
         _require_some_seconds("--send-timeout", self.send_timeout_s)
         _require(self.join_token is None or bool(self.join_token), "--join-token must not be empty")
         _require(
@@ -492,6 +498,8 @@ class WorkerConfig:
     """Seconds that what was generated may stay unread by its caller before the request loses its slot."""
     strict_fields: bool = False
     """Members of OpenAI requests that nobody knows are refused; else they are ignored and named to the caller."""
+    sse_ping_s: float = SSE_PING_S
+    """Seconds of silence after which an OpenAI stream says that it lives; 0: never."""
     controller_tls: TlsConfig | None = None
     join_token: str | None = field(default=None, repr=False)
     """Shared secret that the controllers ask for at registration (authorization: Bearer)."""
@@ -503,6 +511,7 @@ class WorkerConfig:
         _require(len(self.worker_id) <= 128, f"--worker-id must have at most 128 characters, got {len(self.worker_id)}")
         _require_above("--weight", self.weight, 0, MAX_WEIGHT)
         require_seconds("--drain-timeout", self.drain_timeout_s)
+        require_seconds("--sse-ping-interval", self.sse_ping_s)
         _require_some_seconds("--stall-timeout", self.stall_timeout_s)
         _require_some_seconds("--send-timeout", self.send_timeout_s)
         if self.heartbeat_interval_s is not None:

@@ -25,6 +25,7 @@ from fastchat_grpc.config import (
     GATEWAY_PORT,
     GATEWAY_TLS_PORT,
     REASONING_PARSERS,
+    SSE_PING_S,
     AdmissionConfig,
     ApiKeyConfig,
     BackendConfig,
@@ -77,6 +78,13 @@ log_level_option = click.option(
 )
 strict_option = click.option(
     "--strict-fields", is_flag=True, help="Refuse unknown members of OpenAI requests; else they are ignored and named."
+)
+ping_option = click.option(
+    "--sse-ping-interval",
+    type=float,
+    default=SSE_PING_S,
+    show_default=True,
+    help="Seconds of silence after which an OpenAI stream says that it lives; 0 for never.",
 )
 drain_option = click.option(
     "--drain-timeout",
@@ -193,6 +201,7 @@ controller_options = group(
     click.option("--worker-address", help="host:port that parents are told.  [default: where it listens]"),
     click.option("--worker-id", default="", help="Identity towards parents.  [default: its address]"),
     strict_option,
+    ping_option,
     drain_option,
     send_option,
 )
@@ -223,6 +232,7 @@ def controller_config(flags: dict[str, Any]) -> ControllerConfig:
         parent_tls=client_tls(flags, flags["parent_ca"]),
         parent_join_token=join_token(flags, "parent_"),
         strict_fields=flags["strict_fields"],
+        sse_ping_s=flags["sse_ping_interval"],
         api_keys=ApiKeyConfig.parse(flags["api_keys"], flags["api_key_file"]),
         insecure_join=flags["insecure_join"],
     )
@@ -361,6 +371,7 @@ worker_options = group(
     join_token_options,
     click.option("--no-heartbeat", is_flag=True, help="Register without heartbeats; the worker never expires."),
     strict_option,
+    ping_option,
     drain_option,
     click.option("--controller-ca", type=FILE, help="PEM authority of the controllers' TLS certificates."),
     click.option("--controller-name", default="", help="Name in their certificates.  [default: their addresses]"),
@@ -385,6 +396,7 @@ def worker_config(flags: dict[str, Any]) -> WorkerConfig:
         stall_timeout_s=flags["stall_timeout"],
         send_timeout_s=flags["send_timeout"],
         strict_fields=flags["strict_fields"],
+        sse_ping_s=flags["sse_ping_interval"],
         controller_tls=client_tls(flags, flags["controller_ca"], flags["controller_name"]),
         join_token=join_token(flags),
     )

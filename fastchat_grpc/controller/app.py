@@ -147,7 +147,9 @@ class ControllerApp:
                 "fastchat_grpc.v1.OpenAIService",
                 lambda server: openai_pb2_grpc.add_OpenAIServiceServicer_to_server(
                     OnBehalf(
-                        OpenAIServicer(self.generation, strict_fields=self._config.strict_fields),
+                        OpenAIServicer(
+                            self.generation, strict_fields=self._config.strict_fields, ping_s=self._config.sse_ping_s
+                        ),
                         self.registry,
                         self._config.failover.wait_s,
                     ),

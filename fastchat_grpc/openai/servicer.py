@@ -13,7 +13,7 @@ from google.api.httpbody_pb2 import HttpBody
 
 from fastchat_grpc.core import Completion, Event, GenerateRequest, ModelInfo
 from fastchat_grpc.errors import InvalidArgument, ModelNotFound
-from fastchat_grpc.openai import sse
+from fastchat_grpc.openai import pings, sse
 from fastchat_grpc.openai.beside import Beside
 from fastchat_grpc.openai.call import Call
 from fastchat_grpc.openai.chat_reply import ChatBody, ChatStream
@@ -67,15 +67,17 @@ class BodyReply(Protocol):
 class OpenAIServicer(openai_pb2_grpc.OpenAIServiceServicer):
     """Answers in the OpenAI schema for whatever generates behind `port`.
 
-    Nothing is sent before the first event: until then a failure is a status, and a bridge may retry elsewhere.
+    Nothing is sent before the first event, or ping: until then a failure is a status, and a bridge may retry elsewhere.
 
     Args:
         strict_fields: members of requests that nobody knows are refused; else they are ignored and named to the caller.
+        ping_s: seconds of silence after which a stream says that it lives; 0: never.
     """
 
-    def __init__(self, port: GenerationPort, *, strict_fields: bool = False) -> None:
+    def __init__(self, port: GenerationPort, *, strict_fields: bool = False, ping_s: float = 0.0) -> None:
         self._port = port
         self._strict = strict_fields
+        self._ping_s = ping_s
         self._ignored = Ignored()
         self._beside = Beside()
         self._catalog: Sequence[ModelInfo] = ()
@@ -192,13 +194,20 @@ class OpenAIServicer(openai_pb2_grpc.OpenAIServiceServicer):
 
     async def _stream(self, call: Call, reply: StreamReply) -> AsyncGenerator[HttpBody, None]:
         """One body per event of the generation that says something new; a failure midway ends the stream in band."""
-        begun = False
+        begun, said = False, 0.0
         try:
-            async with aclosing(self._events(call)) as events:
-                async for base, event in events:
-                    if chunk := reply.feed(event, base):
+            async with (
+                aclosing(self._events(call)) as events,
+                aclosing(pings.with_pings(events, self._ping_s)) as items,
+            ):
+                async for item in items:
+                    chunk = reply.feed(item[1], item[0]) if item is not None else sse.PING
+                    now = time.monotonic()
+                    if not chunk and begun and 0 < self._ping_s < now - said:
+                        chunk = sse.PING  # text is held back, such as a long argument of a call
+                    if chunk:
                         yield HttpBody(data=chunk) if begun else HttpBody(content_type=sse.CONTENT_TYPE, data=chunk)
-                        begun = True
+                        begun, said = True, now
             yield HttpBody(data=reply.end())
         except Exception as failure:
             if not begun or isinstance(failure, grpc.aio.AbortError):

@@ -11,6 +11,8 @@ JSON_TYPE = "application/json"
 START = b"data: "
 END = b"\n\n"
 DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
+"""A comment: readers skip it."""
 
 
 def event(data: bytes) -> bytes:

@@ -100,6 +100,7 @@ class LocalGeneration:
                         self.output_tokens += len(event.token_ids)
                     active.sent()
                     yield event
+                    active.task = _running()  # whoever asks for the next event may be another task
                     active.read()
             finally:
                 await active.end()
@@ -173,19 +174,23 @@ class LocalGeneration:
     @asynccontextmanager
     async def _evictable(self) -> AsyncIterator[Active]:
         """Run the body as something that `evict` may end; its cancel becomes Draining."""
-        task = asyncio.current_task()
-        assert task is not None
-        active = Active(task)
+        active = Active(_running())
         self._active.add(active)
         try:
             yield active
         except asyncio.CancelledError:
             if not active.evicted:
                 raise
-            task.uncancel()
+            _running().uncancel()
             raise evicted() from None
         finally:
             self._active.discard(active)
+
+
+def _running() -> asyncio.Task[object]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
 
 
 def _sequences(request: GenerateRequest) -> int:

@@ -49,6 +49,20 @@ async def test_a_stream_whose_worker_says_nothing_ends() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
+async def test_a_stream_that_is_long_silent_before_its_first_token_pings_and_is_not_cut(mode: str) -> None:
+    worker = {"options": {"first_delay_ms": "1600"}, "sse_ping_s": 0.1}
+    async with running_site(mode, [worker], controller={"sse_ping_s": 0.1}, idle_timeout_s=1.0) as site:
+        body = {"model": "echo", "stream": True, "messages": [{"role": "user", "content": "hello"}]}
+        async with site.http.stream("POST", "/v1/chat/completions", json=body) as response:
+            assert response.status_code == 200
+            assert response.headers["content-type"] == "text/event-stream"
+            lines = [line async for line in response.aiter_lines() if line]
+        assert lines[0] == ": ping"
+        assert lines[-1] == "data: [DONE]"
+        assert content([json.loads(line[6:]) for line in lines if line.startswith("data: {")]) == "hello"
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/generate"])
 async def test_full_is_429_and_says_when_to_come_back(mode: str, path: str) -> None:
     full = {"max_running": 1, "max_waiting": 0, "options": {"delay_ms": "20"}}

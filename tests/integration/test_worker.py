@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from contextlib import aclosing
 
 import grpc
 import pytest
+from google.api.httpbody_pb2 import HttpBody
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fastchat_grpc import errors
@@ -16,6 +18,7 @@ from fastchat_grpc.core import ChatMessage, Completion, Delta, FinishReason, Pro
 from fastchat_grpc.rpc import convert
 from fastchat_grpc.rpc.channels import open_channel
 from fastchat_grpc.v1 import generation_pb2, generation_pb2_grpc
+from fastchat_grpc.v1.openai_pb2_grpc import OpenAIServiceStub
 from fastchat_grpc.worker import generation
 from fastchat_grpc.worker.app import WorkerApp
 from tests.conftest import StartWorker, echo_config, eventually, running_worker
@@ -272,6 +275,25 @@ async def test_what_does_not_end_in_time_is_evicted_as_unavailable(start_worker:
         with pytest.raises(errors.Draining):
             async for _ in events:
                 pass
+        await stopping
+
+
+@pytest.mark.parametrize("options", [{"hang_after": "3"}, {"first_delay_ms": "60000"}], ids=["midway", "silent"])
+async def test_so_is_a_stream_of_the_openai_api_that_has_begun_with_a_ping(
+    start_worker: StartWorker, options: dict[str, str]
+) -> None:
+    app = await start_worker(options=options, drain_timeout_s=0.2, sse_ping_s=0.01)
+    async with open_channel(app.address) as channel:
+        data = {"model": "echo", "stream": True, "messages": [{"role": "user", "content": "abcdef"}]}
+        request = HttpBody(content_type="application/json", data=json.dumps(data).encode())
+        chunks = aiter(OpenAIServiceStub(channel).ChatCompletions(request))
+        said = (await anext(chunks)).data
+        stopping = asyncio.create_task(app.stop())
+        with pytest.raises(grpc.aio.AioRpcError) as broken:
+            async for chunk in chunks:
+                said = chunk.data
+        assert broken.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert b'"error"' in said
         await stopping
 
 
