@@ -42,8 +42,8 @@ def free_ports(count: int) -> list[int]:
 
 @contextmanager
 def fleet(ports: Ports) -> Iterator[subprocess.Popen[bytes]]:
-    """`fastchat-grpc serve`, stopped on exit."""
-    command = [sys.executable, "-m", "fastchat_grpc", "serve", "--log-level", "warning"]
+    """`fastchat-grpc serve`, stopped on exit. Its log on stderr tells what there is to wait for."""
+    command = [sys.executable, "-m", "fastchat_grpc", "serve", "--log-level", "info"]
     command += ["--controller-port", str(ports.controller), "--port", str(ports.worker)]
     command += ["--gateway", "--gateway-port", str(ports.gateway)]
     process = subprocess.Popen(command)

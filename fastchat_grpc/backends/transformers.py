@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -39,6 +40,8 @@ from fastchat_grpc.text.events import EventQueue
 if TYPE_CHECKING:
     from fastchat_grpc.engine.build import BuiltEngine
     from fastchat_grpc.engine.engine import Delivery
+
+logger = logging.getLogger(__name__)
 
 OPTIONS = frozenset({"kv_cache_tokens", "prefill_tokens", "prefix_cache", "threads"})
 
@@ -147,6 +150,7 @@ class TransformersBackend:
             await asyncio.to_thread(built.engine.close)
 
     def _build(self, deliver: Callable[[list[Delivery]], None]) -> BuiltEngine:
+        logger.info("starting torch and transformers")
         from fastchat_grpc.engine.build import build_engine
         from fastchat_grpc.models.loading import load_model
 

@@ -261,6 +261,7 @@ def make_packed_runner(
         fast: allow the kernels and layers that are made for CPUs; they are kept only if they change nothing either.
         context_length: longest sequence that will come; None: any.
     """
+    log.info("checking that requests can share a step without a change of their outputs")
     before = model.config._attn_implementation
     rough = any(isinstance(module, Int8Linear) for module in model.modules())
     tolerance = INT8_TOLERANCE if rough else PROBE_TOLERANCE

@@ -37,6 +37,7 @@ def speed_up(model: Any, kind: ModelKind, *, int8: bool, avoid: frozenset[int]) 
     from fastchat_grpc.models.quantization import quantize_int8
     from fastchat_grpc.native.kernels import kernels
 
+    log.info("trying %s layers against the model's own", "8-bit" if int8 else "faster")
     inputs = _trial_inputs(model, kind, avoid)
     with torch.inference_mode():
         before = _run(model, inputs)

@@ -58,6 +58,7 @@ def embedded_model() -> Path:
 
         kept = _gguf_path()
         gguf = kept if kept.is_file() else _fetch_gguf(work)
+        log.info("unpacking %s (once)", EMBEDDED_MODEL)
         convert_llama_gguf(gguf, work / "model")
 
     return _once(_models_folder() / _FOLDER, build, made="model")

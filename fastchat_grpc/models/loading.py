@@ -189,6 +189,7 @@ def _load_weights(
 ) -> Any:
     arguments: dict[str, Any] = {"dtype": dtype, "trust_remote_code": settings.trust_remote_code}
     arguments |= found.file_arguments | quantization.arguments | placement_arguments(placement)
+    log.info("loading the weights of %s", source.name)
     try:
         with loading_bars():
             model, report = found.auto_class.from_pretrained(found.folder, output_loading_info=True, **arguments)
