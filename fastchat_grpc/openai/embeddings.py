@@ -13,7 +13,7 @@ from fastchat_grpc.core import MAX_EMBED_INPUTS, EmbedRequest, EmbedResult, Mode
 from fastchat_grpc.errors import InvalidArgument
 from fastchat_grpc.openai.fields import Fields, integers
 from fastchat_grpc.openai.jsonio import dumps, type_name
-from fastchat_grpc.openai.settings import check_harmless, find_model, model_name
+from fastchat_grpc.openai.settings import find_model, ignore_harmless, model_name
 
 RENAMES = {"inputs": "input"}
 
@@ -44,7 +44,7 @@ def parse_embeddings(values: Mapping[str, Any], models: Sequence[ModelInfo], *, 
         truncate=fields.flag("truncate"),
         normalize=fields.flag("normalize") is not False,
     )
-    check_harmless(fields)
+    ignore_harmless(fields)
     fields.unsupported("truncate_prompt_tokens", hint="use truncate: true")
     fields.unsupported("output_dimension", hint="use dimensions")
     fields.unsupported("output_dtype", "float")

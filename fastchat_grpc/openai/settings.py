@@ -147,17 +147,9 @@ def _or(value: int | None, default: int) -> int:
     return default if value is None else value
 
 
-def check_harmless(fields: Fields) -> None:
-    """Members that are accepted and change nothing; their types are those of the API."""
-    for name in ("user", "safety_identifier", "prompt_cache_retention"):
-        fields.text(name)
-    fields.flag("store")
-    fields.one_of("service_tier", ("auto", "default", "flex", "scale", "priority"))
-    for key, value in (fields.table("metadata") or {}).items():
-        if not isinstance(value, str):
-            raise InvalidArgument(
-                f"metadata[{shorten(key, quotes=False)}]", f"must be a string, got {type_name(value)}"
-            )
+def ignore_harmless(fields: Fields) -> None:
+    """Members that are accepted and change nothing, whatever they hold: gateways put data of their own there."""
+    fields.ignore("user", "safety_identifier", "prompt_cache_retention", "store", "service_tier", "metadata")
 
 
 def limit(fields: Fields, name: str, low: int) -> tuple[int | None, bool]:
@@ -184,7 +176,7 @@ def refuse_rest(fields: Fields, choices: int, *, strict: bool) -> tuple[str, ...
 
     `choices`: how many are asked for of a prompt.
     """
-    check_harmless(fields)
+    ignore_harmless(fields)
     fields.unsupported("best_of", choices)
     fields.unsupported("spaces_between_special_tokens", True)
     fields.unsupported("return_tokens_as_token_ids", False)

@@ -99,6 +99,8 @@ def test_null_means_unset_for_every_optional_field() -> None:
 def test_ignored_fields_change_nothing() -> None:
     plain = one_chat()
     assert one_chat(user="u", metadata={"a": "b"}, store=True, service_tier="auto", safety_identifier="x") == plain
+    # Whatever they hold: LiteLLM and the like attach objects of their own.
+    assert one_chat(user=5, metadata={"a": {"b": [1]}}, store="yes", service_tier="standard_only") == plain
 
 
 def test_text_parts_become_text_and_images_stay_parts() -> None:
@@ -236,9 +238,6 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"seed": 2**63}, "seed"),
     ({"logit_bias": {"bad1": 1}}, "logit_bias[bad1]"),
     ({"reasoning_effort": "bogus"}, "reasoning_effort"),
-    ({"user": 5}, "user"),
-    ({"metadata": {"a": 1}}, "metadata[a]"),
-    ({"service_tier": "bogus"}, "service_tier"),
     ({"max_new_tokens": 5}, "max_new_tokens"),
     ({"repeat_penalty": 1.5}, "repeat_penalty"),
     ({"logit_bias": {"5": 101}}, "logit_bias[5]"),
@@ -316,7 +315,6 @@ def test_a_bad_text_completion_is_refused_by_the_name_of_its_field(values: dict[
         ({"input": ["a"] * 2049}, "input"),
         ({"input": "a", "dimensions": 3}, "dimensions"),
         ({"input": "a", "encoding_format": "hex"}, "encoding_format"),
-        ({"input": "a", "user": 1}, "user"),
     ],
     ids=lambda value: str(value)[:40],
 )
