@@ -281,7 +281,7 @@ async def test_an_answer_that_is_larger_than_a_message_is_no_reason_to_come_agai
     body = json.dumps({"model": "org/echo", "prompt": "x" * 6_000_000}).encode()
     answer = await http.ask("POST", "/tokenize", body, content_type=JSON)
     assert answer.status == 400  # which no client sends again, as they do 500
-    assert "larger" in answer.error["message"]
+    assert "ask for less" in answer.error["message"]
     assert "retry-after" not in answer.headers
 
 
