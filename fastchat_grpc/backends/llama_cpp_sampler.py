@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -102,7 +103,7 @@ class Sampler:
         if sampling.logit_bias:
             self._add(self._bias(dict(sampling.logit_bias)))
         if request.grammar is not None:
-            self._add(self._grammar(request.grammar), made)
+            self._add_grammar(request.grammar, made)
         self._add_penalties(running, prompt, made)
         if GREEDY_TEMPERATURE <= sampling.temperature != 1.0:
             self._add(llama.llama_sampler_init_temp(sampling.temperature))
@@ -115,6 +116,22 @@ class Sampler:
             self._add(llama.llama_sampler_init_top_k(min(sampling.top_k, self._size)))
         if sampling.min_p > 0:
             self._add(llama.llama_sampler_init_min_p(sampling.min_p, 1))
+
+    def _add_grammar(self, grammar: Grammar, made: Sequence[int]) -> None:
+        """Raises InvalidArgument where the output that is to be continued is none that the grammar allows.
+
+        It is asked before each token: a forbidden one that it is given ends the process.
+        """
+        llama = self._llama
+        sampler = self._grammar(grammar)
+        self._add(sampler)  # the chain frees it
+        for token_id in made:
+            row = (llama.llama_token_data * 1)(llama.llama_token_data(id=token_id, logit=0.0, p=0.0))
+            candidate = llama.llama_token_data_array(data=row, size=1, selected=-1, sorted=False)
+            llama.llama_sampler_apply(sampler, ctypes.byref(candidate))
+            if not math.isfinite(row[0].logit):
+                raise InvalidArgument("resume.choices.output_token_ids", "are not what the grammar allows")
+            llama.llama_sampler_accept(sampler, token_id)
 
     def _add_penalties(self, running: Running, prompt: Any, made: Any) -> None:
         llama, sampling = self._llama, running.job.request.sampling

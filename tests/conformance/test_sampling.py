@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
@@ -322,6 +323,18 @@ async def test_a_seeded_sample_goes_on_with_the_random_numbers_it_would_have_had
             resume=(ResumedChoice(index=0, output_token_ids=tuple(known), text_length=len(prefix)),), **fields
         )
         assert known + resumed.token_ids == whole.token_ids
+
+
+async def test_a_grammar_that_the_resumed_output_does_not_follow_harms_nobody_else(harness: Harness) -> None:
+    if not harness.supports(Feature.RESUME, Feature.RESUME_STATE, Feature.JSON_OBJECT):
+        pytest.skip("refuses what is resumed with a grammar")
+    known = ResumedChoice(index=0, output_token_ids=tuple(await harness.tokens_of("} no JSON")))
+    asked = grammar_request(Grammar(GrammarKind.JSON_OBJECT), resume=(known,), max_new_tokens=24)
+    alone = await harness.ask("one two three", max_new_tokens=8)
+    beside = asyncio.create_task(harness.ask("one two three", max_new_tokens=8))
+    with pytest.raises(InvalidArgument):
+        await harness.run(asked)
+    assert (await beside).text == alone.text
 
 
 async def test_a_finished_choice_is_not_resumed(harness: Harness) -> None:
