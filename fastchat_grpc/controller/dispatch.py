@@ -44,6 +44,7 @@ class PickRequest(NamedTuple):
         excluded: worker ids or instance ids not to pick.
         tried: instance ids at which this request has failed, and when, by the registry's clock. One of them
             is picked only where nobody else is left, and if it has shown a sign of life since.
+        reaches: whether whoever connects to the worker can; None: it is not asked.
     """
 
     model: str = ""
@@ -55,6 +56,7 @@ class PickRequest(NamedTuple):
     backend: str = ""
     excluded: Collection[str] = ()
     tried: Mapping[str, float] = _NONE
+    reaches: Fits | None = None
 
     @property
     def pool(self) -> str:
@@ -96,11 +98,14 @@ class PickRequest(NamedTuple):
     def filters(self) -> list[Fits | None]:
         """What candidates must meet: at first, and where nobody does, then."""
         if not self.tried:
-            return [self._not_excluded if self.excluded else None]
-        return [self._untried, lambda worker: self._not_excluded(worker) and self._not_failed_since(worker)]
+            return [self._may_go_to if self.excluded or self.reaches else None]
+        return [self._untried, lambda worker: self._may_go_to(worker) and self._not_failed_since(worker)]
 
     def _untried(self, worker: Worker) -> bool:
-        return worker.spec.instance_id not in self.tried and self._not_excluded(worker)
+        return worker.spec.instance_id not in self.tried and self._may_go_to(worker)
+
+    def _may_go_to(self, worker: Worker) -> bool:
+        return self._not_excluded(worker) and (self.reaches is None or self.reaches(worker))
 
     def _not_excluded(self, worker: Worker) -> bool:
         return worker.spec.instance_id not in self.excluded and worker.spec.worker_id not in self.excluded
@@ -178,7 +183,8 @@ class Dispatcher:
             request = request.among(name, pool)
         if not (request.needs or request.fingerprint or request.adapter or request.backend):
             suits = None
-            if not (request.excluded or request.tried) and len(pool.replicas) == 1 and pool.replicas[0].ready.items:
+            plain = not (request.excluded or request.tried or request.reaches)
+            if plain and len(pool.replicas) == 1 and pool.replicas[0].ready.items:
                 worker = self._policy(pool.replicas[0].candidates, request.key, self._rng)  # the usual
                 assert worker is not None
                 return name, worker

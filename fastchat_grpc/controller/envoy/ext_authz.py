@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -144,19 +144,24 @@ class Picker(external_auth_pb2_grpc.AuthorizationServicer):  # type: ignore[misc
 
     def _pick(self, asked: Asked, gateway: str) -> tuple[Reservation, str] | None:
         """A worker that the gateway knows, reserved; None where there are only workers that it does not know yet."""
-        excluded: set[str] = set()
-        while True:
-            try:
-                reservation = self._dispatcher.pick(_pick_request(asked, excluded))
-            except NoLiveWorker:
-                if not excluded:
-                    raise
-                return None
-            place = self._endpoints.location(reservation.worker, gateway)
-            if place is not None:
-                return reservation, place
-            excluded.add(reservation.instance_id)
-            reservation.release()
+        request = _pick_request(asked)
+        reservation = self._dispatcher.pick(request)
+        place = self._endpoints.location(reservation.worker, gateway)
+        if place is not None:
+            return reservation, place
+        reservation.release()
+        if not self._endpoints.cluster(gateway):
+            return None  # it is not connected here, and so has nobody
+        try:
+            reservation = self._dispatcher.pick(request._replace(reaches=self._known_to(gateway)))
+        except NoLiveWorker:
+            return None
+        place = self._endpoints.location(reservation.worker, gateway)
+        assert place is not None, "it was picked by this"
+        return reservation, place
+
+    def _known_to(self, gateway: str) -> Callable[[Worker], bool]:
+        return lambda worker: self._endpoints.location(worker, gateway) is not None
 
     def _admit(
         self, asked: Asked, terms: _Terms, client: str, reservation: Reservation, place: str
@@ -195,22 +200,20 @@ class Picker(external_auth_pb2_grpc.AuthorizationServicer):  # type: ignore[misc
     def _further(self, asked: Asked, terms: _Terms, excluded: set[str]) -> dict[str, Worker]:
         """Workers to go to when the first one fails or refuses, by their places."""
         found: dict[str, Worker] = {}
+        request = _pick_request(asked)._replace(excluded=excluded, reaches=self._known_to(terms.gateway))
         while len(found) < terms.choices - 1:
             try:
-                _, worker = self._dispatcher.choose(_pick_request(asked, excluded))
+                _, worker = self._dispatcher.choose(request)
             except NoLiveWorker:
                 break
             excluded.add(worker.spec.instance_id)
-            place = self._endpoints.location(worker, terms.gateway)
-            if place is not None:
+            if (place := self._endpoints.location(worker, terms.gateway)) is not None:
                 found[place] = worker
         return found
 
 
-def _pick_request(asked: Asked, excluded: set[str]) -> PickRequest:
-    request = PickRequest(
-        model=asked.model, adapter=asked.adapter, key=asked.key, prefers=asked.prefers, excluded=excluded
-    )
+def _pick_request(asked: Asked) -> PickRequest:
+    request = PickRequest(model=asked.model, adapter=asked.adapter, key=asked.key, prefers=asked.prefers)
     return request.going_on(asked.resumed) if asked.resumed is not None else request
 
 

@@ -11,7 +11,9 @@ import pytest
 from google.api.httpbody_pb2 import HttpBody
 
 from fastchat_grpc.config import ApiKeyConfig, DispatchMethod
+from fastchat_grpc.controller.dispatch import PickRequest
 from fastchat_grpc.controller.envoy import ext_authz
+from fastchat_grpc.controller.fleet import Worker
 from fastchat_grpc.core import Capability
 from fastchat_grpc.rpc.bridge import (
     CHOICES_KEY,
@@ -49,6 +51,27 @@ async def test_the_first_place_is_reserved_and_others_follow(site: Site) -> None
     reserved = [worker for worker in workers if worker.reserved_count]
     assert [worker.spec.address for worker in reserved] == found[:1]
     assert len(site.bridge.tickets) == 1
+
+
+@pytest.mark.parametrize("method", list(DispatchMethod))
+async def test_a_gateway_that_knows_few_of_many_workers_costs_few_picks(
+    method: DispatchMethod, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = Site(method=method)
+    for number in range(300):
+        site.add(number)
+    picks = 0
+    choose = site.dispatcher.choose
+
+    def counted(request: PickRequest) -> tuple[str, Worker]:
+        nonlocal picks
+        picks += 1
+        return choose(request)
+
+    monkeypatch.setattr(site.dispatcher, "choose", counted)
+    site.known = {"127.0.0.1:5007", "127.0.0.1:5299"}
+    assert set(places(await site.chat())) == site.known
+    assert picks <= 4, "each is a walk over the fleet at worst"
 
 
 async def test_only_workers_of_the_model_are_named(site: Site) -> None:
