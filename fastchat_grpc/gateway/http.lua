@@ -172,6 +172,7 @@ function envoy_on_request(handle)
     return refuse(handle, 403, MESSAGES.rebound, "origin")
   end
   if not slim(headers, is_grpc) then
+    if is_grpc then return handle:respond({[":status"] = "431"}, MESSAGES[431]) end
     return refuse(handle, 431, MESSAGES[431], nil)
   end
   if is_grpc then
@@ -203,8 +204,17 @@ local function misled(reason, picked)
   return picked and reason == "MODEL_NOT_FOUND"
 end
 
+-- Envoy calls UNKNOWN what it refuses for its size; gRPC calls that RESOURCE_EXHAUSTED.
+local TOO_LARGE = {["Payload Too Large"] = MESSAGES[413], [MESSAGES[431]] = MESSAGES[431]}
+
 local function answer_grpc(headers, picked)
-  if headers:get("grpc-status") ~= "5" then return end
+  local status = headers:get("grpc-status")
+  local too_large = status == "2" and TOO_LARGE[headers:get("grpc-message") or ""]
+  if too_large then
+    headers:replace("grpc-status", "8")
+    headers:replace("grpc-message", too_large)
+  end
+  if status ~= "5" then return end
   local details = base64_decode(headers:get("grpc-status-details-bin") or "")
   if not misled(details:match("MODEL_NOT_FOUND"), picked) then return end
   headers:replace("grpc-status", "14")
@@ -225,9 +235,7 @@ local function read_error(status, text, picked)
   end
   if misled(reason, picked) then return 503, MESSAGES.misled, nil, "no_live_worker" end
   if status == 429 and reason == nil and message and message:find("larger than max", 1, true) then
-    -- Not load but size, which gRPC gives the same code; a second try would end alike.
-    -- An answer that is too large is the caller's wish, too.
-    if message:find("Received", 1, true) then status = 413 else status, message = 400, MESSAGES.large_answer end
+    status = 413  -- not load but size, which gRPC gives the same code; a second try would end alike
   end
   if status == 501 then status = 400 end  -- which clients do not send again
   if OURS[status] then message = MESSAGES[status] end

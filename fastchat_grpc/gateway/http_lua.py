@@ -28,7 +28,6 @@ MESSAGES: Mapping[int | str, str] = {
     503: "no controller or worker can be reached now; try again later",
     504: "the server gave no sign of life in time",
     "misled": "no worker of the model can take a request now; try again",
-    "large_answer": "the answer is larger than a message may be; ask for less at a time",
     "rebound": "origin: pages under this name may not call a gateway of one machine unless --allowed-origin names them",
     "gzip": " (as unpacked from gzip, which must be of one piece and unpack to at most a hundred times its size)",
 }

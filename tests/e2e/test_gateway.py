@@ -11,6 +11,7 @@ import socket
 import struct
 from typing import Any
 
+import grpc
 import pytest
 
 from fastchat_grpc.client import AsyncClient
@@ -19,7 +20,7 @@ from fastchat_grpc.errors import ConfigError, InvalidArgument, ModelNotFound
 from fastchat_grpc.gateway.app import GatewayApp
 from fastchat_grpc.rpc.channels import open_channel
 from fastchat_grpc.v1 import generation_pb2 as pb
-from fastchat_grpc.v1 import registry_pb2, registry_pb2_grpc
+from fastchat_grpc.v1 import generation_pb2_grpc, registry_pb2, registry_pb2_grpc
 from tests.conftest import eventually
 from tests.e2e.gateway_site import Site, content, running_site, sse
 
@@ -314,13 +315,23 @@ async def test_paths_and_methods_that_do_not_exist_are_answered_in_openais_shape
         assert set(body["error"]) == {"message", "type", "param", "code"}
 
 
-async def test_a_body_that_is_too_large_is_refused_with_413() -> None:
+async def test_what_is_too_large_is_refused_over_http_and_grpc() -> None:
     async with running_site(max_body_bytes=100_000) as site:
         reply = await site.chat("x" * 200_000)
         assert reply.status_code == 413
         assert reply.json()["error"]["message"] == "body: must have at most 100000 bytes"
         assert reply.json()["error"]["param"] == "body"
         assert (await site.chat("x" * 2000)).status_code == 200
+        async with open_channel(site.gateway.address) as channel:
+            generate = generation_pb2_grpc.GenerationServiceStub(channel).Generate
+            for text, header, message in (
+                ("x" * 2_000_000, "", "body: must have at most 100000 bytes"),
+                ("x", "x" * 15_000, "the headers are too large"),
+            ):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await generate(pb.GenerateRequest(prompt=text), metadata=[("x-more", header)]).read()
+                assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED, "as gRPC itself calls it"
+                assert caught.value.details() == message
 
 
 @pytest.mark.parametrize("mode", ["direct", "relay"])

@@ -280,8 +280,9 @@ async def test_a_large_answer_of_a_picked_worker_passes(http: Connection) -> Non
 async def test_an_answer_that_is_larger_than_a_message_is_no_reason_to_come_again(http: Connection) -> None:
     body = json.dumps({"model": "org/echo", "prompt": "x" * 6_000_000}).encode()
     answer = await http.ask("POST", "/tokenize", body, content_type=JSON)
-    assert answer.status == 400  # which no client sends again, as they do 500
-    assert "ask for less" in answer.error["message"]
+    assert answer.status == 400
+    assert "a message has at most 16777216; ask for less at a time" in answer.error["message"]
+    assert answer.error["code"] == "answer_too_large"
     assert "retry-after" not in answer.headers
 
 
