@@ -25,6 +25,9 @@ from fastchat_grpc.rpc.bridge import (
     PLACES_KEY,
 )
 
+FRAMING_BYTES = 1024
+"""More than the transcoder adds to a body when it makes a message of it."""
+MIN_PICK_BYTES = 512 * 1024
 KEY_CHECK = f"{EXT_AUTHZ}.key"
 _TYPE = "envoy.extensions.filters.http.ext_authz.v3"
 # The rest of a request's headers, such as its cookies, is none of the controller's business.
@@ -44,7 +47,7 @@ def picks(config: GatewayConfig) -> list[Tree]:
     """The filters that choose a request's worker, after the transcoder: JSON and gRPC look alike to them."""
     if config.mode is not GatewayMode.DIRECT:
         return []
-    body = {"with_request_body": {"max_request_bytes": config.max_body_bytes, "pack_as_bytes": True}}
+    body = {"with_request_body": {"max_request_bytes": pick_bytes(config), "pack_as_bytes": True}}
     names = _names(config)
     if len(names) == 1:
         return [_filter(config, EXT_AUTHZ, controller_cluster(0), clear_route_cache=True, **body)]
@@ -62,6 +65,15 @@ def picks(config: GatewayConfig) -> list[Tree]:
         settings = {**body, **({} if first else unpicked), **({} if last else {"failure_mode_allow": True})}
         found.append(_filter(config, name, cluster, clear_route_cache=True, **settings))
     return found
+
+
+def pick_bytes(config: GatewayConfig) -> int:
+    """The largest message that is picked for. JSON bodies are bounded by the transcoder, which knows them unframed.
+
+    More than twice of what comes of a body while its key is asked for: Envoy stops reading then, and goes on only
+    when it holds less than half of what it may. So small bounds are for JSON alone.
+    """
+    return max(config.max_body_bytes, MIN_PICK_BYTES) + FRAMING_BYTES
 
 
 def pick_settings(config: GatewayConfig, node_id: str) -> Tree:

@@ -176,7 +176,7 @@ function envoy_on_request(handle)
     return refuse(handle, 431, MESSAGES[431], nil)
   end
   if is_grpc then
-    if KEY_FIRST and headers:get(":path"):sub(1, 15) == "/fastchat_grpc." then metadata:set(SPACE, "large", true) end
+    if KEY_FIRST[headers:get(":path"):match("^[^?]*")] then metadata:set(SPACE, "large", true) end
     return
   end
   local method, path = headers:get(":method"), headers:get(":path")

@@ -12,6 +12,7 @@ from typing import Any
 
 from fastchat_grpc import __version__
 from fastchat_grpc.config import GatewayConfig, GatewayMode, is_loopback
+from fastchat_grpc.gateway.routes import PICKED
 from fastchat_grpc.rpc.http_errors import CODE_BY_REASON, PARAM_BY_REASON, TYPE_BY_STATUS
 
 MESSAGES: Mapping[int | str, str] = {
@@ -47,7 +48,8 @@ def source(config: GatewayConfig) -> str:
     lines.append(f"local VERSION = {_text(__version__)}")
     lines.append(f"local WATCHED = {'false' if config.mode is GatewayMode.SIDECAR else 'true'}")
     # Where picks take whole bodies of gRPC requests, too, their keys are asked for first.
-    lines.append(f"local KEY_FIRST = {'true' if config.mode is GatewayMode.DIRECT else 'false'}")
+    first = dict.fromkeys(PICKED, "yes") if config.mode is GatewayMode.DIRECT else {}
+    lines.append(f"local KEY_FIRST = {_table(first)}")
     lines.append(f"local LOOPBACK = {'true' if is_loopback(config.host) else 'false'}")
     lines.append(
         f"local ORIGINS = {{{', '.join(_text(_origin_pattern(origin)) for origin in config.allowed_origins)}}}"

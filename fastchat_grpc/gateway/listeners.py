@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from fastchat_grpc.config import GatewayConfig, GatewayMode
 from fastchat_grpc.gateway import http_lua
 from fastchat_grpc.gateway.access_logs import attempt_logs, request_logs
-from fastchat_grpc.gateway.checks import key_checks, picks
+from fastchat_grpc.gateway.checks import key_checks, pick_bytes, picks
 from fastchat_grpc.gateway.clusters import API
 from fastchat_grpc.gateway.routes import ANSWER_BYTES, virtual_host
 from fastchat_grpc.gateway.shape import Tree, extension, seconds, socket_address, tls_context, typed
@@ -57,9 +57,12 @@ def listeners(config: GatewayConfig, node_id: str, descriptors: str) -> list[Tre
 
 
 def _listener(config: GatewayConfig, name: str, port: int, chain: Tree) -> Tree:
+    address = socket_address(config.host, port)
+    if config.host == "::":
+        address["socket_address"]["ipv4_compat"] = True  # as the services' own servers take it: all addresses
     return {
         "name": name,
-        "address": socket_address(config.host, port),
+        "address": address,
         # What one read may take. How much of a request is held, the routes say.
         "per_connection_buffer_limit_bytes": 256 * 1024,
         "filter_chains": [chain],
@@ -84,7 +87,12 @@ def _manager(config: GatewayConfig, node_id: str, descriptors: str) -> Tree:
         common_http_protocol_options={"idle_timeout": "3600s", "headers_with_underscores_action": "DROP_HEADER"},
         # Old probes and proxies speak HTTP/1.0, some of them without a host.
         http_protocol_options={"accept_http_10": True, "default_host_for_http_10": "localhost"},
-        http2_protocol_options={"max_concurrent_streams": MAX_STREAMS, "initial_stream_window_size": 1_048_576},
+        http2_protocol_options={
+            "max_concurrent_streams": MAX_STREAMS,
+            # With BEFORE_KEY_BYTES, what comes of a body while its key is asked for: less than half of what is
+            # picked for.
+            "initial_stream_window_size": min(1_048_576, pick_bytes(config) // 4),
+        },
         early_header_mutation_extensions=[
             extension(
                 "envoy.http.early_header_mutation.header_mutation",

@@ -92,19 +92,24 @@ def _picked(config: GatewayConfig, path: str, node_id: str) -> list[Tree]:
     action: Tree = {"cluster_header": CLUSTER_HEADER, **_unbounded()}
     if config.retries:
         action["retry_policy"] = retry
-    settings: Tree = {
-        "typed_per_filter_config": pick_settings(config, node_id),
-        # A route that is looked up anew, as after a pick, bounds what is held of the answer, too, whatever the
-        # transcoder asked for before. The body has been bounded by then.
-        "request_body_buffer_limit": ANSWER_BYTES,
-    }
+    settings: Tree = {"typed_per_filter_config": pick_settings(config, node_id)}
     idle = seconds(config.idle_timeout_s)
-    if not path.startswith(SILENT):
-        return [{"match": {"path": path}, "route": {**action, "idle_timeout": idle}, **settings}]
-    streamed = {"path": path, "headers": [{"name": STREAM_HEADER, "present_match": True}]}
+    # A route that is looked up anew, as after a pick, bounds what is held of the answer, too, whatever the transcoder
+    # asked for before. The body has been bounded by then.
+    after = {**settings, "request_body_buffer_limit": ANSWER_BYTES}
+    picked = {"name": CLUSTER_HEADER, "present_match": True}
+    streamed = {"name": STREAM_HEADER, "present_match": True}
+    whole = {**action, "idle_timeout": "0s" if path.startswith(SILENT) else idle}
     return [
-        {"match": streamed, "route": {**action, "idle_timeout": idle}, **settings},
-        {"match": {"path": path}, "route": {**action, "idle_timeout": "0s"}, **settings},
+        {"match": {"path": path, "headers": [picked, streamed]}, "route": {**action, "idle_timeout": idle}, **after},
+        {"match": {"path": path, "headers": [picked]}, "route": whole, **after},
+        # What a gRPC request meets first.
+        {
+            "match": {"path": path},
+            "route": whole,
+            **settings,
+            "request_body_buffer_limit": BEFORE_KEY_BYTES,
+        },
     ]
 
 

@@ -324,14 +324,20 @@ async def test_what_is_too_large_is_refused_over_http_and_grpc() -> None:
         assert (await site.chat("x" * 2000)).status_code == 200
         async with open_channel(site.gateway.address) as channel:
             generate = generation_pb2_grpc.GenerationServiceStub(channel).Generate
-            for text, header, message in (
-                ("x" * 2_000_000, "", "body: must have at most 100000 bytes"),
-                ("x", "x" * 15_000, "the headers are too large"),
-            ):
+            # Of some of them most has come before the key is known, of others it has not.
+            wrong = [(n * 100_000, "", "body: must have at most 100000 bytes") for n in (7, 9, 11, 20, 60)]
+            for size, header, message in [*wrong, (1, "x" * 15_000, "the headers are too large")]:
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
-                    await generate(pb.GenerateRequest(prompt=text), metadata=[("x-more", header)]).read()
+                    await generate(pb.GenerateRequest(prompt="x" * size), metadata=[("x-more", header)]).read()
                 assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED, "as gRPC itself calls it"
                 assert caught.value.details() == message
+
+
+async def test_all_addresses_are_those_of_both_families() -> None:
+    async with running_site("relay", host="::") as site:
+        port = site.gateway.address.rpartition(":")[2]
+        for host in ("127.0.0.1", "[::1]"):
+            assert (await site.http.get(f"http://{host}:{port}/health")).status_code == 200
 
 
 @pytest.mark.parametrize("mode", ["direct", "relay"])

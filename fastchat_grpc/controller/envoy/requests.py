@@ -113,11 +113,8 @@ def unframe(body: bytes, encoding: str) -> bytes:
     """The first gRPC message of a body. Raises InvalidArgument."""
     length = int.from_bytes(body[1:_FRAME], "big")
     message = body[_FRAME : _FRAME + length]
-    if len(body) < _FRAME:
-        raise InvalidArgument("body", "is not a gRPC message")
-    if len(message) < length:  # as Envoy does where a body that is too large comes in one piece
-        came = f"{len(message)} of {length} bytes came"
-        raise InvalidArgument("body", f"is cut short: {came}; the gateway may take no larger ones (--max-body-bytes)")
+    if len(body) < _FRAME or len(message) < length:
+        raise InvalidArgument("body", "is cut short or is not a gRPC message")
     if not body[0]:
         return message
     if encoding not in ("gzip", "deflate"):

@@ -16,8 +16,9 @@ from fastchat_grpc.errors import ConfigError
 from fastchat_grpc.gateway import http_lua
 from fastchat_grpc.gateway.binary import find_envoy
 from fastchat_grpc.gateway.render import bootstrap, render_config
-from fastchat_grpc.gateway.routes import PICKED
+from fastchat_grpc.gateway.routes import BEFORE_KEY_BYTES, PICKED
 from fastchat_grpc.gateway.shape import origin_regex
+from fastchat_grpc.rpc.bridge import CLUSTER_HEADER
 from fastchat_grpc.rpc.http_errors import HTTP_STATUS
 
 DIRECT = GatewayConfig(node_id="n")
@@ -64,6 +65,17 @@ def test_in_direct_mode_nothing_reaches_a_worker_without_the_picker() -> None:
         assert leads_to_workers == (path in PICKED)
         assert leads_to_workers != check.get("disabled", False)
         assert check["@type"].endswith("ExtAuthzPerRoute"), "the generic FilterConfig{disabled} would open all routes"
+
+
+def test_little_of_a_body_that_a_pick_takes_is_held_before_its_key_is_known() -> None:
+    """A caller's own headers, which are all that there is by then, choose these routes; the picker's choose others."""
+    for path in (*PICKED, "/"):
+        assert routes(DIRECT)[path]["request_body_buffer_limit"] == BEFORE_KEY_BYTES == 65_536
+    for route in find(bootstrap(DIRECT), "routes")[0]:
+        if route.get("request_body_buffer_limit", 0) > BEFORE_KEY_BYTES:
+            names = [header["name"] for header in route["match"]["headers"]]
+            assert names[0] == CLUSTER_HEADER
+    assert {"remove": CLUSTER_HEADER} in find(bootstrap(DIRECT), "mutations")[0], "nobody's own"
 
 
 def test_nobody_registers_or_drains_through_the_gateway() -> None:
