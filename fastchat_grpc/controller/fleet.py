@@ -125,7 +125,7 @@ class Worker:
         return self.health.recovered_at
 
     def model(self, name: str) -> ModelInfo | None:
-        """The model of that name, if it is served here."""
+        """The model of that name, if it is served here; its sizes may be those of another replica."""
         return self.replicas.models.get(name) if self.replicas is not None else None
 
     def can(self, model: str, capability: Capability) -> bool:
@@ -134,15 +134,27 @@ class Worker:
         return info is not None and capability in info.capabilities
 
 
+Served = tuple[str, frozenset[Capability], str, str, str]
+"""What tells a model from another for dispatch: name, capabilities, fingerprint, backend and base model."""
+
+
+def served(model: ModelInfo) -> Served:
+    """What dispatch goes by. Sizes and the like are none of it: a context length may differ from worker to worker."""
+    return model.name, model.capabilities, model.fingerprint, model.backend, model.base_model
+
+
 class Replicas:
-    """Workers that serve exactly the same models. What one of them can do, all can."""
+    """Workers that serve the same models, as far as dispatch goes. What one of them can do, all can."""
 
-    __slots__ = ("candidates", "degraded", "key", "listed", "members", "models", "ready")
+    __slots__ = ("_others", "_variants", "candidates", "degraded", "key", "listed", "members", "models", "ready")
 
-    def __init__(self, key: frozenset[ModelInfo], models: Sequence[ModelInfo]) -> None:
+    def __init__(self, key: frozenset[Served], models: Sequence[ModelInfo]) -> None:
         self.key = key
         self.listed = tuple(models)
         self.models = {model.name: model for model in models}
+        """As the first member serves them."""
+        self._others: dict[tuple[ModelInfo, ...], tuple[ModelInfo, ...]] = {}  # ways to serve them but `listed`
+        self._variants: dict[int, tuple[tuple[ModelInfo, ...], int]] = {}  # by id: a way, and how many serve so
         self.members: dict[Worker, None] = {}
         self.ready: ScoreIndex[Worker] = ScoreIndex()
         self.degraded: ScoreIndex[Worker] = ScoreIndex()
@@ -155,17 +167,39 @@ class Replicas:
 
     def share(self, spec: WorkerSpec) -> WorkerSpec:
         """The same with what equals others held once: ten thousand workers serve fifty models."""
-        models = tuple([self.models[model.name] for model in spec.models])
+        models = tuple([shared if (shared := self.models[model.name]) == model else model for model in spec.models])
         return WorkerSpec(
             worker_id=spec.worker_id,
             instance_id=spec.instance_id,
             address=spec.address,
-            models=self.listed if models == self.listed else models,
+            models=self.listed if models == self.listed else self._others.setdefault(models, models),
             weight=spec.weight,
             labels={sys.intern(key): sys.intern(value) for key, value in spec.labels.items()},
             check_heartbeat=spec.check_heartbeat,
             version=sys.intern(spec.version),
         )
+
+    def join(self, worker: Worker) -> bool:
+        """Take a worker in whose spec `share` gave. True: nobody else serves the models just like it."""
+        self.members[worker] = None
+        models = worker.spec.models
+        _, count = self._variants.get(id(models), (models, 0))
+        self._variants[id(models)] = models, count + 1
+        return not count
+
+    def leave(self, worker: Worker) -> bool:
+        """Take a member out. True: nobody else serves the models just like it."""
+        del self.members[worker]
+        models, count = self._variants.pop(id(worker.spec.models))
+        if count > 1:
+            self._variants[id(models)] = models, count - 1
+            return False
+        self._others.pop(models, None)
+        return True
+
+    def described(self, name: str) -> list[ModelInfo]:
+        """A model as the members serve it, each way once."""
+        return [model for models, _ in self._variants.values() for model in models if model.name == name]
 
     def serves(self, model: str, needs: frozenset[Capability], fingerprint: str = "") -> bool:
         """Whether a model is served here with all capabilities that are needed, and not with other weights."""

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from fastchat_grpc.controller.fleet import Replicas, Worker
+from fastchat_grpc.controller.fleet import Replicas, Served, Worker, served
 from fastchat_grpc.controller.health import Tier
 from fastchat_grpc.controller.index import ScoreIndex
 from fastchat_grpc.core import ModelInfo
@@ -48,7 +48,7 @@ class Pool:
     def info(self) -> ModelInfo:
         """The model as any of the workers serves it."""
         if self._info is None:
-            self._info = merge_models([replicas.models[self.name] for replicas in self.replicas])
+            self._info = merge_models([info for replicas in self.replicas for info in replicas.described(self.name)])
         return self._info
 
     def describe(self) -> FleetModel:
@@ -56,10 +56,12 @@ class Pool:
         self.entry = FleetModel(self.info, self.count)
         return self.entry
 
-    def resize(self, by: int) -> None:
-        """So many workers more, or fewer."""
+    def resize(self, by: int, *, anew: bool) -> None:
+        """So many workers more, or fewer. `anew`: none served the models just like this, or none does any more."""
         self.count += by
         self.entry = None
+        if anew:
+            self._info = None
 
     @property
     def pickable(self) -> bool:
@@ -122,14 +124,14 @@ class Pools:
     def __init__(self) -> None:
         self.by_name: dict[str, Pool] = {}
         """The models that live workers serve. Not to be changed."""
-        self._replicas: dict[frozenset[ModelInfo], Replicas] = {}
+        self._replicas: dict[frozenset[Served], Replicas] = {}
         self._gone = Recent()
         self._names: list[str] | None = None
         self._catalogue: Sequence[FleetModel] | None = None
 
     def replicas(self, models: Sequence[ModelInfo]) -> Replicas:
-        """Those that serve exactly these models; with no members, if there were none. To be joined at once."""
-        key = frozenset(models)
+        """Those that serve these models; with no members, if there were none. To be joined at once."""
+        key = frozenset(map(served, models))
         replicas = self._replicas.get(key)
         if replicas is None:
             replicas = self._replicas[key] = Replicas(key, models)
@@ -139,10 +141,10 @@ class Pools:
 
     def join(self, worker: Worker, replicas: Replicas) -> None:
         """Put a worker beside its replicas, by its tier."""
+        anew = replicas.join(worker)
         for name in replicas.models:
-            self.by_name[name].resize(1)
+            self.by_name[name].resize(1, anew=anew)
         self._catalogue = None
-        replicas.members[worker] = None
         worker.replicas = replicas
         self.place(worker)
 
@@ -163,9 +165,9 @@ class Pools:
         assert replicas is not None
         if worker.index is not None:
             worker.index.discard(worker)
-        del replicas.members[worker]
+        anew = replicas.leave(worker)
         for name in replicas.models:
-            self.by_name[name].resize(-1)
+            self.by_name[name].resize(-1, anew=anew)
         self._catalogue = None
         if not replicas.members:
             self._end(replicas)

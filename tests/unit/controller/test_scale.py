@@ -140,3 +140,24 @@ def test_a_full_registry_says_so_and_lets_those_in_that_it_knows() -> None:
     found.deregister(found.worker("w1").lease_id)
     found.register(spec, Load())
     assert len(found) == 3
+
+
+@pytest.mark.parametrize("method", list(DispatchMethod))
+def test_a_pick_costs_the_same_where_each_worker_has_a_context_of_its_own(method: DispatchMethod) -> None:
+    def cost(distinct: bool) -> int:
+        found = Registry()
+        found.settle()
+        for i in range(500):
+            info = ModelInfo(name="m", context_length=1000 + i * distinct)
+            spec = WorkerSpec(worker_id=f"w{i}", instance_id=f"i{i}", address="10.0.0.1:1", models=(info,))
+            found.register(spec, Load(running=i % 7))
+        assert [model.context_length for model, _ in found.catalogue()] == [1000], "what any of them takes"
+        assert found.worker("w7").spec.models[0].context_length == 1000 + 7 * distinct
+        if distinct:
+            found.deregister(found.worker("w0").lease_id)
+            assert [model.context_length for model, _ in found.catalogue()] == [1001]
+        dispatcher = Dispatcher(found, method, random.Random(1))
+        dispatcher.choose(PickRequest(model="m", key="k"))
+        return sum(steps(lambda: dispatcher.choose(PickRequest(model="m", key="k"))) for _ in range(10))
+
+    assert cost(distinct=True) < 1.3 * cost(distinct=False)
