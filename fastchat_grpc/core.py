@@ -41,6 +41,7 @@ class FinishReason(enum.Enum):
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    CONTENT_FILTER = "content_filter"
 
 
 class WorkerState(enum.Enum):

@@ -14,6 +14,7 @@ from fastchat_grpc.errors import WorkerUnavailable
 NO_TOKEN_ID = -1
 """The API names tokens by their text alone."""
 _LENGTH = frozenset({"length", "max_tokens", "max_length", "model_length"})
+_FILTERED = frozenset({"content_filter", "content_filtered", "safety", "sensitive"})
 _ABORT = frozenset({"abort", "aborted", "cancelled", "canceled", "error", "insufficient_system_resource"})
 
 
@@ -21,6 +22,8 @@ def finish_reason(name: str) -> FinishReason:
     """A server's word for why it ended. An answer that is whole has many: stop, eos_token, end_turn, tool_calls..."""
     if name in _LENGTH:
         return FinishReason.LENGTH
+    if name in _FILTERED:
+        return FinishReason.CONTENT_FILTER
     return FinishReason.ABORT if name in _ABORT else FinishReason.STOP
 
 

@@ -54,6 +54,7 @@ _FINISH_TO_PB = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
     FinishReason.ABORT: pb.FINISH_REASON_ABORT,
+    FinishReason.CONTENT_FILTER: pb.FINISH_REASON_CONTENT_FILTER,
 }
 _FINISH_FROM_PB = {number: reason for reason, number in _FINISH_TO_PB.items()}
 _CHOICE_TO_PB: dict[ToolChoice, Any] = {c: pb.ToolChoiceMode.Value(f"TOOL_CHOICE_MODE_{c.name}") for c in ToolChoice}

@@ -224,7 +224,7 @@ async def test_what_the_assistant_thought_goes_back_to_the_server(
     ("said", "meant"),
     [
         *[(name, FinishReason.STOP) for name in ("stop", "eos_token", "stop_sequence", "end_turn", "function_call")],
-        ("content_filter", FinishReason.STOP),
+        *[(name, FinishReason.CONTENT_FILTER) for name in ("content_filter", "sensitive")],
         ("length", FinishReason.LENGTH),
         ("max_tokens", FinishReason.LENGTH),
         ("abort", FinishReason.ABORT),

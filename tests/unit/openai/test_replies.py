@@ -69,6 +69,17 @@ async def test_usage_can_come_with_every_chunk() -> None:
     assert counts[-1] == 2
 
 
+async def test_an_answer_that_a_filter_cut_short_says_so() -> None:
+    port = FakePort(finish=FinishReason.CONTENT_FILTER)
+    whole, text = await ask_chat(port), await ask_text(port)
+    ChatCompletion.model_validate(whole, strict=True)
+    SdkCompletion.model_validate(text, strict=True)
+    streamed = (await stream_chat(port))[-2]
+    ChatCompletionChunk.model_validate(streamed, strict=True)
+    found = [reply["choices"][0]["finish_reason"] for reply in (whole, text, streamed)]
+    assert found == ["content_filter"] * 3
+
+
 async def test_a_whole_chat_has_message_finish_and_usage() -> None:
     reply = await ask_chat(FakePort(finish=FinishReason.LENGTH))
     ChatCompletion.model_validate(reply, strict=True)
