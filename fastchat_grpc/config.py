@@ -181,8 +181,11 @@ class LeaseConfig:
     """Above this rate, interval and time to live grow with the fleet, in proportion."""
     max_workers: int = 100_000
     """More are refused: whoever may register must not be able to fill the controller's memory."""
+    expect_workers: int = 0
+    """Workers with which the fleet is whole, so that what they do not serve does not exist; 0: not known."""
 
     def __post_init__(self) -> None:
+        _require(self.expect_workers >= 0, f"--expect-workers must be at least 0, got {self.expect_workers}")
         _require(self.max_workers >= 1, f"--max-workers must be at least 1, got {self.max_workers}")
         _require_some_seconds("--heartbeat-expiration", self.time_to_live_s)
         _require_some_seconds("heartbeat interval", self.heartbeat_interval_s)

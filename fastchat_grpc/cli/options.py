@@ -156,6 +156,13 @@ controller_options = group(
         help="Workers that the controller holds; more are refused.",
     ),
     click.option(
+        "--expect-workers",
+        type=int,
+        default=0,
+        help="Workers with which the fleet is whole: from then on a model that none of them serves is unknown (404), "
+        "not merely away (503).  [default: not known; a minute after the start]",
+    ),
+    click.option(
         "--max-attempts",
         type=int,
         default=FailoverConfig().max_attempts,
@@ -214,7 +221,12 @@ def controller_config(flags: dict[str, Any]) -> ControllerConfig:
     return ControllerConfig(
         listen=listen_config(flags),
         dispatch=DispatchMethod(flags["dispatch_method"]),
-        lease=LeaseConfig(time_to_live_s=expiration, heartbeat_interval_s=interval, max_workers=flags["max_workers"]),
+        lease=LeaseConfig(
+            time_to_live_s=expiration,
+            heartbeat_interval_s=interval,
+            max_workers=flags["max_workers"],
+            expect_workers=flags["expect_workers"],
+        ),
         failover=FailoverConfig(
             max_attempts=flags["max_attempts"],
             max_resumes=0 if flags["no_resume"] else flags["max_resumes"],

@@ -73,9 +73,12 @@ def serve(ctx: click.Context, /, **flags: Any) -> None:
     _check(flags, workers)
     grace_s = flags["drain_timeout"] + STOP_GRACE_S
     at_controller = ["--controller-address", flags["controller_address"][0]]
+    own = ["--port", str(flags["controller_port"])]
+    if not flags["expect_workers"]:
+        own += ["--expect-workers", str(len(workers))]
     passed = {name: [name, *_passed(ctx, name), *_trust(flags, name)] for name in COMMANDS}
     parts = [
-        Part("controller", [*passed["controller"], "--port", str(flags["controller_port"])], grace_s, stop_order=2),
+        Part("controller", [*passed["controller"], *own], grace_s, stop_order=2),
         *(
             Part(f"worker-{i}", [*passed["worker"], *at_controller, *place], grace_s, stop_order=1)
             for i, place in enumerate(workers)

@@ -248,6 +248,8 @@ class Registry(Accounts):
             self._set_lease_timer(worker, now)
         self._notify(Change(ChangeKind.ADDED, worker))
         self.room.freed(worker)
+        if not self._sure and 0 < self._config.expect_workers <= len(self):
+            self.settle()
         return worker
 
     def _renew(self, worker: Worker, spec: WorkerSpec, load: Load) -> Worker:

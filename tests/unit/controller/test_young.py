@@ -59,6 +59,16 @@ def test_what_is_not_there_after_ten_leases_does_not_exist(fleet: Fleet) -> None
         fleet.registry.pool("m")
 
 
+def test_a_fleet_that_is_whole_waits_for_nobody() -> None:
+    fleet = Fleet(LeaseConfig(expect_workers=2), young=True)
+    fleet.join("a")
+    with pytest.raises(Starting):
+        fleet.registry.pool("unknown")
+    fleet.join("b")
+    with pytest.raises(ModelNotFound):
+        fleet.registry.pool("unknown")
+
+
 def test_a_registry_without_workers_says_of_no_model_that_it_does_not_exist(fleet: Fleet) -> None:
     fleet.wait(1000)
     with pytest.raises(NoLiveWorker):
