@@ -153,6 +153,11 @@ class SamplingParams:
         missing = {name: value for name, value in defaults.stated.items() if name not in self.given}
         return replace(self, **missing) if missing else self
 
+    def plain(self) -> SamplingParams:
+        """The same without a trace of what was unset: in numbers that any engine can send to its processes."""
+        numbers = {name: getattr(self, name) for name in SAMPLING_NUMBERS}
+        return replace(self, **{name: int(x) if isinstance(x, int) else float(x) for name, x in numbers.items()})  # type: ignore[arg-type]
+
     def seeded(self, *, counter_based: bool) -> SamplingParams:
         """The same with its fallback seed in the place of an unset seed, or without it.
 

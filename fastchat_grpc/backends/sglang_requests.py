@@ -139,7 +139,7 @@ def check_limits(request: GenerateRequest, seeded: bool) -> None:
 
 def sampling_parameters(job: Job, index: int, tokenizer: Tokenizer, seed: int | None) -> dict[str, Any]:
     """SGLang's sampling_params for one choice. SGLang ends it at stop tokens and its length; stop strings are ours."""
-    sampling, stopping = job.request.sampling, job.request.stopping
+    sampling, stopping = job.request.sampling.plain(), job.request.stopping
     stops = set(stopping.stop_token_ids)
     if not stopping.ignore_eos:
         stops |= tokenizer.eos_token_ids

@@ -29,7 +29,7 @@ def sampling_parameters(
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    sampling, stopping = job.request.sampling, job.request.stopping
+    sampling, stopping = job.request.sampling.plain(), job.request.stopping
     try:
         return SamplingParams(
             temperature=0.0 if sampling.greedy else sampling.temperature,

@@ -11,6 +11,7 @@ import pytest
 
 from fastchat_grpc.backends.capabilities import Feature, Traits, supported_defaults
 from fastchat_grpc.core import (
+    SAMPLING_NUMBERS,
     Completion,
     Event,
     FinishReason,
@@ -165,3 +166,10 @@ async def test_what_nobody_asked_for_makes_no_request_fail(
     own = GenerateRequest(prompt=TextPrompt("x"), sampling=SamplingParams(repetition_penalty=2.5))
     with pytest.raises(UnsupportedField):
         [event async for event in generation.generate(own)]
+
+
+def test_plain_numbers_are_what_any_encoder_knows() -> None:
+    plain = SamplingParams(temperature=0.5, top_k=3, seed=1).plain()
+    assert plain == SamplingParams(temperature=0.5, top_k=3, seed=1)
+    assert {type(value) for value in SamplingParams().plain().given.values()} == {float, int}
+    assert SamplingParams().plain().given.keys() == set(SAMPLING_NUMBERS)

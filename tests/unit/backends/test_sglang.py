@@ -133,6 +133,7 @@ async def test_choices_have_seeds_of_their_own(start: Start) -> None:
     backend = await start({"enable_deterministic_inference": "true"})
     await ask(backend, request(temperature=1.0, seed=5, n=3))
     seeds = [r["sampling_params"]["sampling_seed"] for r in engine().requests]
+    assert {type(value) for value in engine().requests[0]["sampling_params"].values()} <= {bool, int, float, list}
     assert len(set(seeds)) == 3
     assert 5 in seeds
 
