@@ -55,7 +55,7 @@ class OpenAIServer:
         """Listen; returns the address of the API."""
         models = await self._backend.start()
         self._generation.open(models, Admission(256, 256))
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, backlog=4096)
         host, port = self._server.sockets[0].getsockname()[:2]
         return f"http://{host}:{port}/v1"
 
