@@ -50,6 +50,7 @@ from fastchat_grpc.core import (
 from fastchat_grpc.errors import InvalidArgument
 from fastchat_grpc.rpc import convert
 from fastchat_grpc.rpc.addresses import AddressBook, Addresses
+from fastchat_grpc.rpc.events import event_from_pb
 from fastchat_grpc.rpc.failover import Call, Failover
 from fastchat_grpc.rpc.resume import PARSED, fallback_seed, resume_request
 from fastchat_grpc.rpc.security import bearer
@@ -218,7 +219,7 @@ class AsyncClient:
         generation = self._failover.generate(message, servers, PARSED, self._deadline())
         async with aclosing(generation) as events:
             async for event in events:
-                yield convert.event_from_pb(event)
+                yield await event_from_pb(event)
 
     def generate(
         self, prompt: PromptLike, *, model: str = "", **options: Unpack[GenerateOptions]

@@ -28,6 +28,7 @@ from fastchat_grpc.core import (
 from fastchat_grpc.errors import Draining
 from fastchat_grpc.rpc import convert
 from fastchat_grpc.rpc.border import parse_request
+from fastchat_grpc.rpc.events import event_from_pb
 from fastchat_grpc.rpc.request_ids import request_id, told
 from fastchat_grpc.rpc.resume import EMBEDS, ResumeState
 from fastchat_grpc.v1 import generation_pb2 as pb
@@ -68,7 +69,7 @@ class RelayedGeneration:
         message = convert.generate_request_to_pb(request)
         async with aclosing(self._relay.generate(message, CALLER.get())) as items:
             async for item in items:
-                yield convert.event_from_pb(pb.GenerateResponse.FromString(item))
+                yield await event_from_pb(pb.GenerateResponse.FromString(item))
 
     async def embed(self, request: EmbedRequest) -> EmbedResult:
         """Embed each input."""

@@ -36,8 +36,17 @@ class Beside:
         name = "big" if size < HUGE_BYTES else "huge"
         if self._waiting[name] >= MAX_WAITING:
             raise QueueFull("too many big requests are being read; try again later", retry_after_s=1.0)
+        return await self._enter(name, lambda: function(*args, **kwargs))
+
+    async def write(self, size: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The same for an answer, which is there already: however many wait, it is not thrown away."""
+        if size < BIG_BYTES:
+            return function(*args, **kwargs)
+        return await self._enter("big" if size < HUGE_BYTES else "huge", lambda: function(*args, **kwargs))
+
+    async def _enter(self, name: str, function: Callable[[], T]) -> T:
         self._waiting[name] += 1
-        call = asyncio.get_running_loop().run_in_executor(self._lanes[name], lambda: function(*args, **kwargs))
+        call = asyncio.get_running_loop().run_in_executor(self._lanes[name], function)
 
         def leave(_: object) -> None:
             self._waiting[name] -= 1

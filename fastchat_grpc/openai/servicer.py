@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import grpc
 from google.api.httpbody_pb2 import HttpBody
 
-from fastchat_grpc.core import Completion, Event, GenerateRequest, ModelInfo
+from fastchat_grpc.core import Completion, Event, GenerateRequest, ModelInfo, PromptEcho
 from fastchat_grpc.errors import InvalidArgument, ModelNotFound
 from fastchat_grpc.openai import pings, sse
 from fastchat_grpc.openai.beside import Beside
@@ -201,7 +201,10 @@ class OpenAIServicer(openai_pb2_grpc.OpenAIServiceServicer):
                 aclosing(pings.with_pings(events, self._ping_s)) as items,
             ):
                 async for item in items:
-                    chunk = reply.feed(item[1], item[0]) if item is not None else sse.PING
+                    chunk = sse.PING
+                    if item is not None:
+                        base, event = item
+                        chunk = await self._beside.write(_weight(event, call), reply.feed, event, base)
                     now = time.monotonic()
                     if not chunk and begun and 0 < self._ping_s < now - said:
                         chunk = sse.PING  # text is held back, such as a long argument of a call
@@ -222,8 +225,8 @@ class OpenAIServicer(openai_pb2_grpc.OpenAIServiceServicer):
         async with aclosing(self._events(call)) as events:
             async for base, event in events:
                 reply.feed(event, base)
-                size += _weight(event)
-        yield _json(await self._beside.run(size, reply.end))
+                size += _weight(event, call)
+        yield _json(await self._beside.write(size, reply.end))
 
     async def _events(self, call: Call) -> AsyncGenerator[tuple[int, Event], None]:
         """Events of all prompts, each with the index of the first choice of its prompt."""
@@ -245,11 +248,13 @@ class OpenAIServicer(openai_pb2_grpc.OpenAIServiceServicer):
             raise rename(error, renames) from None
 
 
-def _weight(event: Event) -> int:
-    """Bytes that an event adds to a body, roughly."""
+def _weight(event: Event, call: Call) -> int:
+    """Bytes that an event adds to an answer, roughly."""
     if isinstance(event, Completion):
         return 0
-    return len(event.text) + len(getattr(event, "reasoning", "")) + 100 * len(event.logprobs)
+    tokens = len(event.logprobs) * (1 + len(event.logprobs[-1].top)) if event.logprobs else 0
+    size = len(event.text) + len(getattr(event, "reasoning", "")) + 100 * tokens
+    return size * call.choices_per_prompt if isinstance(event, PromptEcho) else size
 
 
 def _json(body: bytes) -> HttpBody:

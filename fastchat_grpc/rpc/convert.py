@@ -6,6 +6,7 @@ what the wire allows and the domain does not, and raises InvalidArgument with th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -363,7 +364,7 @@ def event_to_pb(event: Event) -> pb.GenerateResponse:
                     index=event.index,
                     text=event.text,
                     token_ids=event.token_ids,
-                    logprobs=[_logprob_to_pb(entry) for entry in event.logprobs],
+                    logprobs=[logprob_to_pb(entry) for entry in event.logprobs],
                     usage=_usage_to_pb(event.usage),
                     cumulative_text=event.cumulative_text,
                     reasoning=event.reasoning,
@@ -376,13 +377,17 @@ def event_to_pb(event: Event) -> pb.GenerateResponse:
                 prompt=pb.Prompt(
                     text=event.text,
                     token_ids=event.token_ids,
-                    logprobs=[_logprob_to_pb(entry) for entry in event.logprobs],
+                    logprobs=[logprob_to_pb(entry) for entry in event.logprobs],
                 )
             )
 
 
-def event_from_pb(message: pb.GenerateResponse) -> Event:
-    """Convert an event of a generation back. Raises ValueError on an event of a newer contract."""
+def event_from_pb(message: pb.GenerateResponse, logprobs: tuple[TokenLogprob, ...] | None = None) -> Event:
+    """Convert an event of a generation back. Raises ValueError on an event of a newer contract.
+
+    Args:
+        logprobs: those of the event, where they have been converted already.
+    """
     match message.WhichOneof("event"):
         case "delta":
             delta = message.delta
@@ -390,7 +395,7 @@ def event_from_pb(message: pb.GenerateResponse) -> Event:
                 index=delta.index,
                 text=delta.text,
                 token_ids=tuple(delta.token_ids),
-                logprobs=tuple(_logprob_from_pb(entry) for entry in delta.logprobs),
+                logprobs=_logprobs(delta.logprobs) if logprobs is None else logprobs,
                 usage=_usage_from_pb(delta.usage),
                 cumulative_text=delta.cumulative_text,
                 reasoning=delta.reasoning,
@@ -402,9 +407,13 @@ def event_from_pb(message: pb.GenerateResponse) -> Event:
             return PromptEcho(
                 text=prompt.text,
                 token_ids=tuple(prompt.token_ids),
-                logprobs=tuple(_logprob_from_pb(entry) for entry in prompt.logprobs),
+                logprobs=_logprobs(prompt.logprobs) if logprobs is None else logprobs,
             )
     raise ValueError("GenerateResponse without a known event")
+
+
+def _logprobs(messages: Iterable[pb.TokenLogprob]) -> tuple[TokenLogprob, ...]:
+    return tuple(map(logprob_from_pb, messages))
 
 
 def _completion_to_pb(event: Completion) -> pb.Completion:
@@ -481,7 +490,8 @@ def _usage_from_pb(message: pb.Usage) -> Usage:
     )
 
 
-def _logprob_to_pb(entry: TokenLogprob) -> pb.TokenLogprob:
+def logprob_to_pb(entry: TokenLogprob) -> pb.TokenLogprob:
+    """Convert the log probability of a token."""
     return pb.TokenLogprob(
         token_id=entry.token_id,
         token=entry.token,
@@ -494,7 +504,8 @@ def _logprob_to_pb(entry: TokenLogprob) -> pb.TokenLogprob:
     )
 
 
-def _logprob_from_pb(message: pb.TokenLogprob) -> TokenLogprob:
+def logprob_from_pb(message: pb.TokenLogprob) -> TokenLogprob:
+    """Convert the log probability of a token back."""
     return TokenLogprob(
         token_id=message.token_id,
         token=message.token,

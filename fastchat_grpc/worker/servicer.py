@@ -15,6 +15,7 @@ from fastchat_grpc import __version__
 from fastchat_grpc.core import Completion, GenerateRequest, Load, ModelInfo, Origin
 from fastchat_grpc.errors import ModelDiffers
 from fastchat_grpc.rpc import convert
+from fastchat_grpc.rpc.events import event_to_pb
 from fastchat_grpc.rpc.request_ids import request_id, told
 from fastchat_grpc.v1 import generation_pb2 as pb
 from fastchat_grpc.v1 import generation_pb2_grpc
@@ -55,7 +56,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                     await context.send_initial_metadata(told(request_id=domain.request_id, **who))
                 if isinstance(event, Completion):
                     event = replace(event, origin=origin)
-                yield convert.event_to_pb(event)
+                yield await event_to_pb(event)
 
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
         return convert.embed_result_to_pb(await self._generation.embed(convert.embed_request_from_pb(request)))
