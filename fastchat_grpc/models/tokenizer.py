@@ -13,6 +13,9 @@ from fastchat_grpc.errors import InvalidArgument, ModelLoadError
 from fastchat_grpc.models.chat_template import ChatTemplate
 from fastchat_grpc.models.token_bytes import TokenBytes
 
+LONG = 20_000
+"""Characters, or tokens, from which on the Rust core is called in the way that lets other threads run meanwhile."""
+
 
 def load_tokenizer(
     source: Path,
@@ -75,7 +78,7 @@ class HuggingFaceTokenizer:
         vocabulary_size: int | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._core = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
+        self._core: Any = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
         if self._core is not None:
             self._core.no_truncation()
             self._core.no_padding()
@@ -129,7 +132,7 @@ class HuggingFaceTokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         token_ids: list[int]
         if self._core is not None:
-            token_ids = self._core.encode(text, add_special_tokens=add_special_tokens).ids
+            token_ids = self._encode(text, add_special_tokens)
         else:
             with self._lock:
                 token_ids = list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
@@ -147,7 +150,7 @@ class HuggingFaceTokenizer:
             return self._joined(token_ids, keep_special_tokens)
         known = [i for i in token_ids if i < self._size]
         if self._core is not None:
-            return str(self._core.decode(known, skip_special_tokens=not keep_special_tokens))
+            return self._decode(known, keep_special_tokens)
         if self._bytes.starts_with_space:
             # transformers' Python tokenizers leave byte tokens as <0x..>; the bytes say what they mean.
             return self._joined(known, keep_special_tokens).removeprefix(" ")
@@ -156,6 +159,18 @@ class HuggingFaceTokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         return self._bytes[token_id]
+
+    # The core's calls for one text keep the interpreter to themselves until they return, those for several do not.
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        if len(text) < LONG:
+            return list(self._core.encode(text, add_special_tokens=add_special_tokens).ids)
+        return list(self._core.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
+
+    def _decode(self, token_ids: list[int], keep_special_tokens: bool) -> str:
+        if len(token_ids) < LONG:
+            return str(self._core.decode(token_ids, skip_special_tokens=not keep_special_tokens))
+        return str(self._core.decode_batch([token_ids], skip_special_tokens=not keep_special_tokens)[0])
 
     def _joined(self, token_ids: Sequence[int], keep_special_tokens: bool) -> str:
         hidden = frozenset() if keep_special_tokens else self._special_token_ids

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -307,3 +308,59 @@ def test_unicode_that_is_normalized_counts_for_four() -> None:
     assert tokenizer.longest_token == 4 * plain
     accented = "e\u0301" * 400
     assert len(accented) <= tokenizer.longest_token * len(tokenizer.encode(accented))
+
+
+@pytest.fixture
+def no_switching() -> Iterator[None]:
+    """Threads run until they let others by themselves."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("no_switching")
+@pytest.mark.parametrize("kind", ["byte level", "wordpiece"])
+def test_a_long_text_is_tokenized_without_stopping_other_threads(kind: str) -> None:
+    tokenizer = wrapped(kind)
+    text = "the quick brown fox " * 50_000
+    assert _lets_run(lambda: tokenizer.encode(text))
+    if kind == "wordpiece":  # the texts of others are joined in Python
+        token_ids = tokenizer.encode(text)
+        assert _lets_run(lambda: tokenizer.decode(token_ids))
+
+
+def _lets_run(call: Callable[[], object]) -> bool:
+    """Whether another thread runs between the beginning and the end of a call."""
+    seen: list[str] = []
+    begun, over = threading.Event(), threading.Event()
+
+    def other() -> None:
+        begun.wait()
+        while not over.is_set():
+            seen.append("other")
+            over.wait(0.001)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    try:
+        begun.set()  # the other one wants to run from here on, and may not until this one waits
+        seen.append("begin")
+        call()
+        seen.append("end")
+    finally:
+        over.set()
+        thread.join()
+    return "other" in seen[seen.index("begin") : seen.index("end")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("special", [True, False])
+def test_a_long_text_is_read_as_a_short_one(kind: str, special: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = wrapped(kind)
+    text = "the quick brown fox </s> " * 20
+    expected = tokenizer.encode(text, add_special_tokens=special)
+    shown = [tokenizer.decode(expected, keep_special_tokens=keep) for keep in (True, False)]
+    monkeypatch.setattr("fastchat_grpc.models.tokenizer.LONG", 1)
+    assert tokenizer.encode(text, add_special_tokens=special) == expected
+    assert [tokenizer.decode(expected, keep_special_tokens=keep) for keep in (True, False)] == shown
