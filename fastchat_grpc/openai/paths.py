@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from fastchat_grpc.errors import InvalidArgument
 
 GRAMMAR = "structured_output"
+_NAME = re.compile(r"\b[a-z]+(?:_[a-z]+)+\b")
 _GROUPS = ("sampling.", "stopping.", "output.", "chat.")
 
 
 def rename(error: InvalidArgument, renames: Mapping[str, str]) -> InvalidArgument:
-    """The same error about the field of the caller's schema."""
+    """The same error about the field of the caller's schema, which it also names where it speaks of other fields."""
     field = to_caller(error.field, renames)
-    if field == error.field:
+    description = _in_callers_words(error.description, renames)
+    if (field, description) == (error.field, error.description):
         return error
     renamed = InvalidArgument.__new__(type(error))
-    InvalidArgument.__init__(renamed, field, error.description, metadata=error.metadata)
+    InvalidArgument.__init__(renamed, field, description, metadata=error.metadata)
     renamed.retry_after_s = error.retry_after_s
     return renamed
+
+
+def _in_callers_words(description: str, renames: Mapping[str, str]) -> str:
+    """Names of two words and more, that is: `prompt` or `input` may be meant as words."""
+    names = {path.rpartition(".")[2]: shown for path, shown in renames.items()}
+    return _NAME.sub(lambda found: names.get(found[0], found[0]), description)
 
 
 def to_caller(path: str, renames: Mapping[str, str]) -> str:

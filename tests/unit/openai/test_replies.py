@@ -15,7 +15,14 @@ from openai.types import Completion as SdkCompletion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from fastchat_grpc.core import FinishReason
-from fastchat_grpc.errors import BackendFailed, InvalidArgument, ModelNotFound, PromptTooLong, QueueFull
+from fastchat_grpc.errors import (
+    BackendFailed,
+    InvalidArgument,
+    ModelNotFound,
+    PromptTooLong,
+    QueueFull,
+    UnsupportedField,
+)
 from fastchat_grpc.openai.servicer import OpenAIServicer
 from fastchat_grpc.v1 import openai_pb2 as pb
 from tests.unit.openai.fakes import (
@@ -301,6 +308,24 @@ async def test_errors_of_a_backend_name_the_field_of_the_openai_schema(field: st
     with pytest.raises(InvalidArgument) as caught:
         await ask_chat(FakePort(pieces=(), error=InvalidArgument(field, "is wrong")))
     assert caught.value.field == shown
+
+
+@pytest.mark.parametrize("written", ["max_tokens", "max_completion_tokens"])
+async def test_errors_name_other_fields_as_the_caller_wrote_them(written: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        await ask_chat(FakePort(), min_tokens=6, **{written: 5})
+    assert caught.value.message == f"min_tokens: must be from 0 to {written} (5), got 6"
+
+
+async def test_errors_of_a_backend_name_other_fields_of_the_openai_schema() -> None:
+    refusal = UnsupportedField("stopping.ignore_eos", "cannot be combined with structured_output, which must end")
+    asked = {"response_format": {"type": "json_object"}, "ignore_eos": True}
+    with pytest.raises(UnsupportedField) as caught:
+        await ask_chat(FakePort(pieces=(), error=refusal), **asked)
+    assert caught.value.message == "ignore_eos: cannot be combined with response_format, which must end"
+    with pytest.raises(PromptTooLong) as too_long:
+        await ask_chat(FakePort(pieces=(), error=PromptTooLong("prompt", 200, 100)))
+    assert too_long.value.message.startswith("messages: the prompt has 200 tokens, but")
 
 
 async def test_the_failing_prompt_of_several_is_named() -> None:
