@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from fastchat_grpc.config import BackendConfig
 from fastchat_grpc.core import ModelInfo
+from fastchat_grpc.text.reasoning import AUTO, marks_of
 
 _ELSEWHERE = frozenset({"multi", "upstream"})
 """Backends whose model path is no model: a list of backends, which identify their own, or a server's name for it."""
 
 
-async def identified(models: Sequence[ModelInfo], config: BackendConfig) -> Sequence[ModelInfo]:
-    """The models with fingerprints where their files tell them; those that the backend knows better stay."""
+async def identified(
+    models: Sequence[ModelInfo], config: BackendConfig, chat_template: Callable[[str], str]
+) -> Sequence[ModelInfo]:
+    """The models with fingerprints where their files tell them; those that the backend knows better stay.
+
+    Args:
+        chat_template: of the model of a name.
+    """
+    return [_as_it_thinks(model, config, chat_template) for model in await _by_files(models, config)]
+
+
+def _as_it_thinks(model: ModelInfo, config: BackendConfig, chat_template: Callable[[str], str]) -> ModelInfo:
+    """With what a --reasoning-parser changes in the answers. What a template tells by itself its files tell, too."""
+    parser = config.model.reasoning_parser
+    if parser == AUTO or config.name in _ELSEWHERE or not model.fingerprint:
+        return model
+    template = chat_template(model.name)
+    marks = marks_of(parser, template)
+    if marks == marks_of(AUTO, template):
+        return model
+    from fastchat_grpc.models.fingerprint import thinking
+
+    return replace(model, fingerprint=thinking(model.fingerprint, marks))
+
+
+async def _by_files(models: Sequence[ModelInfo], config: BackendConfig) -> Sequence[ModelInfo]:
     if config.name in _ELSEWHERE or all(model.fingerprint for model in models):
         return models
     return await asyncio.to_thread(_identified, models, config)

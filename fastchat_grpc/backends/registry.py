@@ -54,7 +54,7 @@ def create(config: BackendConfig) -> Backend:
 
 async def start(backend: Backend, config: BackendConfig) -> Sequence[ModelInfo]:
     """Start a backend: its models, with fingerprints where their files tell them. Raises ModelLoadError."""
-    return await identified(await backend.start(), config)
+    return await identified(await backend.start(), config, backend.chat_template)
 
 
 def _create_own(config: BackendConfig) -> Backend:

@@ -18,6 +18,7 @@ from typing import Any
 from fastchat_grpc.config import ModelConfig
 from fastchat_grpc.models.embedded import EMBEDDED_MODEL, embedded_model
 from fastchat_grpc.models.resolve import TOKENIZER_FILES
+from fastchat_grpc.text.reasoning import Marks
 
 BLOCKS = 64
 BLOCK_BYTES = 16 * 1024
@@ -86,6 +87,15 @@ def identify_adapter(path: str, base: Identity) -> Identity:
     except OSError:
         return UNKNOWN
     return Identity(fingerprint, base.tokenizer, "", base.quantization)
+
+
+def thinking(fingerprint: str, marks: Marks | None) -> str:
+    """The fingerprint of a model whose reasoning is marked otherwise than its chat template tells.
+
+    Workers that part reasoning from text at other places can't go on with each other's streams.
+    """
+    how = "none" if marks is None else [marks.start, marks.end, marks.assumed]
+    return _digest([("model", fingerprint), ("reasoning", json.dumps(how))])
 
 
 def locate(path: str, revision: str | None) -> Path | None:

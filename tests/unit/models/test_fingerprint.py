@@ -105,7 +105,29 @@ async def test_models_of_any_backend_get_their_fingerprints(folder: Path) -> Non
 
     models = [ModelInfo(name="m", context_length=8), ModelInfo(name="a", context_length=8, base_model="m")]
     config = ModelConfig(path=str(folder), lora_adapters={"a": str(folder)})
-    base, adapter = await identified(models, BackendConfig(name="transformers", model=config))
+    base, adapter = await identified(models, BackendConfig(name="transformers", model=config), lambda name: "")
     assert base.fingerprint == fingerprint(folder)
     assert adapter.fingerprint not in ("", base.fingerprint)
-    assert list(await identified(models, BackendConfig(name="upstream", model=config))) == models
+    assert list(await identified(models, BackendConfig(name="upstream", model=config), lambda name: "")) == models
+
+
+@pytest.mark.parametrize("files", [True, False])
+async def test_workers_that_part_reasoning_from_text_otherwise_differ(folder: Path, files: bool) -> None:
+    template = "{% if enable_thinking %}<think>{% endif %}"
+
+    async def found(parser: str) -> str:
+        from fastchat_grpc.backends.identity import identified
+
+        config = ModelConfig(path=str(folder), reasoning_parser=parser)
+        # The files tell it, or the backend knows its own.
+        models = [ModelInfo(name="m", context_length=8, fingerprint="" if files else "own")]
+        backend = BackendConfig(name="transformers" if files else "echo", model=config)
+        (model,) = await identified(models, backend, lambda name: template)
+        return model.fingerprint
+
+    by_itself = await found("auto")
+    assert by_itself == (fingerprint(folder) if files else "own")
+    assert await found("qwen3") == by_itself  # the same marks, said aloud
+    others = [await found(name) for name in ("none", "deepseek_r1", "mistral")]
+    assert len({by_itself, *others}) == 4
+    assert others == [await found(name) for name in ("none", "deepseek_r1", "mistral")]
