@@ -130,6 +130,9 @@ class HuggingFaceTokenizer:
         return None if pad is None else int(pad)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        if not text.isascii():
+            # Half of a character of two halves, as escapes of JSON in a conversation can hold, is no text.
+            text = text.encode("utf-8", "replace").decode()
         token_ids: list[int]
         if self._core is not None:
             token_ids = self._encode(text, add_special_tokens)

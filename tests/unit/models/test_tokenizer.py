@@ -69,6 +69,13 @@ def test_byte_level_decoding_of_any_tokens_is_that_of_the_tokenizers_library(tok
     assert streamed(tokenizer, token_ids, keep=keep) == expected
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_a_surrogate_pair_is_a_question_mark(kind: str) -> None:
+    tokenizer = wrapped(kind)
+    assert tokenizer.encode("a \ud83d b \udfff") == tokenizer.encode("a ? b ?")
+    assert tokenizer.encode("é\ud83d") == tokenizer.encode("é?")
+
+
 @given(st.text(max_size=60).filter(lambda text: "▁" not in text and "<" not in text))
 def test_bytes_of_sentencepiece_tokens_join_to_the_text_after_a_space(text: str) -> None:
     tokenizer = wrapped("sentencepiece")
