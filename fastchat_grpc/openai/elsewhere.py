@@ -1,7 +1,8 @@
 """Members that other servers add to the API, and this one has not or calls otherwise.
 
 Ignored, each would be missed in the answer. So it is refused, with the name to use instead where there is one, unless
-its value is the one that changes nothing: clients of such servers send all of them.
+its value is the one that changes nothing: clients that talk to many servers send all of them, with the values that turn
+them off, and one setting under the name that each server has for it.
 """
 
 from __future__ import annotations
@@ -50,11 +51,11 @@ _HARMLESS: Mapping[str, object] = {
 def refuse_elsewhere(fields: Fields) -> None:
     """Raise UnsupportedField for the first of them that would change the answer."""
     for name, ours in _OURS.items():
-        fields.unsupported(name, hint=f"use {ours}")
+        fields.unsupported(name, "", [], fields.peek(ours), hint=f"use {ours}")
     for name, harmless in _HARMLESS.items():
         fields.unsupported(name, harmless)
-    fields.unsupported("repeat_penalty", 1, hint="use repetition_penalty")
-    fields.unsupported("do_sample", True, hint="use temperature: 0")
+    fields.unsupported("repeat_penalty", 1, fields.peek("repetition_penalty"), hint="use repetition_penalty")
+    fields.unsupported("do_sample", True, fields.peek("temperature") != 0, hint="use temperature: 0")
     fields.unsupported("no_stop_trim", False, hint="use include_stop_str_in_output")
     fields.unsupported("options", {}, hint="use the members of this API")
     for name in ("stop_regex", "thinking_token_budget", "custom_logit_processor"):

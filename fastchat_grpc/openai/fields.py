@@ -51,6 +51,10 @@ class Fields:
         self._known.add(name)
         return self._values.get(name)
 
+    def peek(self, name: str) -> Any:
+        """The member as it is; it does not count as read."""
+        return self._values.get(name)
+
     def text(self, name: str) -> str | None:
         value = self.raw(name)
         if value is not None and not isinstance(value, str):

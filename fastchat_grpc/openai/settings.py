@@ -114,7 +114,9 @@ def _sampling(fields: Fields) -> SamplingParams:
     }
     if (top_k := fields.integer("top_k")) is not None:
         given["top_k"] = top_k
-    return SamplingParams(seed=fields.long("seed"), logit_bias=_logit_bias(fields), **given)
+    seed = fields.long("seed")
+    # No seed of one's own is -1 in vLLM and llama.cpp, and so their clients send it.
+    return SamplingParams(seed=None if seed == -1 else seed, logit_bias=_logit_bias(fields), **given)
 
 
 def _logit_bias(fields: Fields) -> Mapping[int, float]:

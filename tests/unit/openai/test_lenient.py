@@ -148,6 +148,12 @@ def test_whole_numbers_may_be_written_as_floats(name: str, value: float, whole: 
             parse({**values, name: "512"}, [MODEL])
 
 
+def test_a_seed_of_minus_one_is_none() -> None:
+    for parse, values in ((parse_chat, chat()), (parse_completion, {"model": MODEL.name, "prompt": "x"})):
+        assert parse({**values, "seed": -1}, [MODEL]) == parse(values, [MODEL])
+        assert parse({**values, "seed": -2}, [MODEL]).generations[0].sampling.seed == -2
+
+
 def test_the_newer_name_of_max_tokens_wins() -> None:
     assert one_chat(max_tokens=5, max_completion_tokens=7).stopping.max_new_tokens == 7
     assert one_chat(max_tokens=5).stopping.max_new_tokens == 5
@@ -207,6 +213,32 @@ def test_what_other_servers_would_sample_by_is_refused_by_name_unless_it_is_off(
             parse({**values, name: value}, [MODEL])
         assert caught.value.field == name
         assert parse({**values, name: harmless}, [MODEL], strict=True) == parse(values, [MODEL])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"max_tokens": 7, "max_new_tokens": 7, "n_predict": 7, "num_predict": 7},
+        {"repetition_penalty": 1.2, "repeat_penalty": 1.2},
+        {"stop": ["\n"], "stop_sequences": ["\n"]},
+        {"min_tokens": 2, "min_new_tokens": 2},
+        {"seed": 3, "random_seed": 3},
+        {"temperature": 0, "do_sample": False},
+        {"temperature": 0.5, "do_sample": True, "grammar": "", "regex": "", "stop_sequences": []},
+    ],
+)
+def test_one_setting_under_the_names_of_several_servers_is_taken(values: dict[str, Any]) -> None:
+    ours = ("max_tokens", "repetition_penalty", "stop", "min_tokens", "seed", "temperature")
+    kept = {name: value for name, value in values.items() if name in ours}
+    for parse, least in ((parse_chat, chat()), (parse_completion, {"model": MODEL.name, "prompt": "x"})):
+        assert parse({**least, **values}, [MODEL], strict=True) == parse({**least, **kept}, [MODEL])
+
+
+def test_one_setting_under_two_names_must_be_one() -> None:
+    with pytest.raises(UnsupportedField, match="max_tokens"):
+        one_chat(max_tokens=7, n_predict=8)
+    with pytest.raises(UnsupportedField, match="temperature"):
+        one_chat(temperature=0.5, do_sample=False)
 
 
 @pytest.mark.parametrize("name", ["prompt", "input", "system"])
