@@ -39,17 +39,24 @@ class Simulation:
 
     Args:
         slowness: multiplies what each call costs the controller.
+        register_s: what it costs to register, before that.
         max_heartbeats_per_s: as LeaseConfig.
     """
 
     def __init__(
-        self, workers: int, slowness: float = 1.0, seed: int = 1, max_heartbeats_per_s: float = 1000.0
+        self,
+        workers: int,
+        slowness: float = 1.0,
+        seed: int = 1,
+        max_heartbeats_per_s: float = 1000.0,
+        register_s: float = REGISTER_S,
     ) -> None:
         from fastchat_grpc.config import LeaseConfig
         from fastchat_grpc.controller.registry import Registry
 
         self._count = workers
         self._slowness = slowness
+        self._register_s = register_s
         self._rng = Random(seed)
         self.now = 0.0
         self._registry = Registry(LeaseConfig(max_heartbeats_per_s=max_heartbeats_per_s), clock=lambda: self.now)
@@ -112,7 +119,7 @@ class Simulation:
         self._busy = True
         i, number, asked_at = self._queue.popleft()
         self.outcome.longest_queue_s = max(self.outcome.longest_queue_s, self.now - asked_at)
-        cost = (HEARTBEAT_S if i in self._leases else REGISTER_S) * self._slowness
+        cost = (HEARTBEAT_S if i in self._leases else self._register_s) * self._slowness
         self._at(self.now + cost, lambda: self._answer(i, number))
 
     def _answer(self, i: int, number: int) -> None:

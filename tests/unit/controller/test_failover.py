@@ -131,6 +131,8 @@ class Fleet:
         self.arriving: list[Server] = []
         self.used = 0
         self.waits = 0
+        self.waited_s = 0.0
+        """Time for which the last wait was allowed to last."""
         self.fallback_seed = fallback_seed(request, random.Random())
 
     def pick(self, call: Call[pb.GenerateResponse]) -> FakeAttempt:
@@ -150,6 +152,7 @@ class Fleet:
 
     async def wait(self, call: Call[pb.GenerateResponse], timeout_s: float) -> None:
         self.waits += 1
+        self.waited_s = timeout_s
         if self.arriving:
             self.servers.append(self.arriving.pop(0))
         else:
@@ -517,6 +520,8 @@ class TestWaiting:
         with pytest.raises(DeadlineExceeded):
             async for _ in failover.generate(fleet.request, fleet, PARSED, monotonic() + 0.05):
                 pass
+        assert fleet.waits > 0
+        assert fleet.waited_s <= 0.05
 
 
 class TestCalls:

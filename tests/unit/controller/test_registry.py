@@ -50,6 +50,17 @@ class TestLeases:
         fleet.wait(1000)
         assert fleet.ids() == ["a"]
 
+    def test_a_worker_may_change_its_mind_about_heartbeats(self, fleet: Fleet) -> None:
+        fleet.join()
+        fleet.join(check_heartbeat=False)
+        fleet.wait(100)
+        assert fleet.ids() == ["a"]
+        fleet.join()
+        fleet.wait(5.9)
+        assert fleet.ids() == ["a"]
+        fleet.wait(0.2)
+        assert fleet.ids() == []
+
     def test_a_new_instance_replaces_the_old_at_once(self, fleet: Fleet) -> None:
         old = fleet.join(instance="one")
         new = fleet.join(instance="two")

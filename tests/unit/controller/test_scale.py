@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -137,6 +138,7 @@ def test_a_full_registry_says_so_and_lets_those_in_that_it_knows() -> None:
         found.register(spec, Load())
     known = found.worker("w0").spec
     found.register(known, Load())
+    found.register(replace(known, instance_id="its next process"), Load())
     found.deregister(found.worker("w1").lease_id)
     found.register(spec, Load())
     assert len(found) == 3

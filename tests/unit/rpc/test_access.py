@@ -68,6 +68,31 @@ def test_every_method_is_in_the_table_and_nothing_else_is() -> None:
     assert set(served()) == set(METHODS)
 
 
+def asked_of(method: str) -> str:
+    """What callers must show, by whose it is to call the method. Not from the table: that is what is looked at."""
+    _, service, name = method.split("/")
+    match service:
+        case (
+            "grpc.health.v1.Health" | "grpc.reflection.v1.ServerReflection" | "grpc.reflection.v1alpha.ServerReflection"
+        ):
+            return "public"
+        case "fastchat_grpc.v1.GenerationService" | "fastchat_grpc.v1.OpenAIService":
+            return "key"
+        case "fastchat_grpc.v1.ControllerService" if name == "ListModels":
+            return "key"
+        case "fastchat_grpc.v1.ControllerService" if name in {"Register", "Heartbeat", "Deregister"}:
+            return "member"
+        case "fastchat_grpc.v1.ControllerService" | "grpc.channelz.v1.Channelz":
+            return "admin"
+    return "member" if service.startswith("envoy.") else "nobody may call it"
+
+
+def test_each_method_asks_for_what_its_callers_have() -> None:
+    assert {method: level.value for method, level in METHODS.items()} == {
+        method: asked_of(method) for method in served()
+    }
+
+
 def may(access: Access, level: Level, shown: str) -> bool:
     method = next(method for method, its_level in METHODS.items() if its_level is level)
     try:
