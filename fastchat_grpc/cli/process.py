@@ -10,6 +10,8 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable
 
+from fastchat_grpc.rpc.printable import escaped
+
 SUPERVISED = "FASTCHAT_GRPC_SUPERVISED"
 """Set for children of `serve`: their standard input is a pipe that closes when the supervisor is gone."""
 
@@ -19,11 +21,22 @@ EXIT_GRACE_S = 2.0
 Run = Callable[[asyncio.Event], Awaitable[None]]
 
 
+class LogLines(logging.Formatter):
+    """Records as lines of which nobody can forge one: what others say stands in them, ids, addresses and reasons.
+
+    Control characters are written out, and a record's further lines are indented.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See logging.Formatter."""
+        return "\n    ".join(map(escaped, super().format(record).split("\n")))
+
+
 def run_until_signalled(run: Run, log_level: str) -> None:
     """Run an app until SIGINT or SIGTERM asks it to stop; a second signal ends the process at once."""
-    logging.basicConfig(
-        level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogLines("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=log_level.upper(), handlers=[handler])
     asyncio.run(_main(run))
 
 

@@ -26,7 +26,6 @@ from fastchat_grpc.rpc import descriptors
 from fastchat_grpc.rpc.access import Access
 from fastchat_grpc.rpc.api_keys import ApiKeys
 from fastchat_grpc.rpc.pool import ChannelPool
-from fastchat_grpc.rpc.printable import printable
 from fastchat_grpc.rpc.security import AllowedNetworks, JoinToken
 from fastchat_grpc.rpc.server import RpcServer
 from fastchat_grpc.rpc.supervise import Supervisor
@@ -189,13 +188,13 @@ class ControllerApp:
     def _on_change(self, change: Change) -> None:
         worker = change.worker
         if change.kind is ChangeKind.ADDED:
-            logger.info("worker %s registered at %s", printable(worker.spec.worker_id), printable(worker.spec.address))
+            logger.info("worker %s registered at %s", worker.spec.worker_id, worker.spec.address)
             # Another process may have been there before: its channel may still wait to connect again.
             self.pool.forget(worker.spec.address)
             self._look_at_descriptors()
         elif change.kind is ChangeKind.REMOVED and change.removal is not None:
             level = logging.INFO if change.removal is Removal.DEREGISTERED else logging.WARNING
-            logger.log(level, "worker %s left: %s", printable(worker.spec.worker_id), change.removal.value)
+            logger.log(level, "worker %s left: %s", worker.spec.worker_id, change.removal.value)
             if change.removal is not Removal.REPLACED:
                 self.pool.forget(worker.spec.address)
 

@@ -244,8 +244,7 @@ class Registry(Accounts):
         spec = replicas.share(spec)
         worker = Worker(spec, self._new_id(), self.terms, health, Ledger(load, spec.weight, now), now)
         self._join(worker, replicas)
-        if spec.check_heartbeat:
-            self._set_lease_timer(worker, now)
+        self._set_lease_timer(worker, now)
         self._notify(Change(ChangeKind.ADDED, worker))
         self.room.freed(worker)
         if not self._sure and 0 < self._config.expect_workers <= len(self):
@@ -255,13 +254,17 @@ class Registry(Accounts):
     def _renew(self, worker: Worker, spec: WorkerSpec, load: Load) -> Worker:
         """The same process registers again: perhaps its models changed, perhaps an answer was lost."""
         self._leave(worker)
+        begins = spec.check_heartbeat and not worker.spec.check_heartbeat
         worker.lease_id = self._new_id()
         replicas = self._pools.replicas(spec.models)
         worker.spec, worker.weight = replicas.share(spec), spec.weight
         worker.ledger.reweigh(spec.weight)
         worker.score = worker.ledger.score
         self._join(worker, replicas)
-        self._report(worker, load, self._clock())
+        now = self._clock()
+        self._report(worker, load, now)
+        if begins:
+            self._set_lease_timer(worker, now)
         self._notify(Change(ChangeKind.STATE, worker))
         return worker
 

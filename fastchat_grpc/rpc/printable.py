@@ -13,6 +13,11 @@ def printable(text: str) -> str:
     """
     if len(text) > MAX_CHARACTERS:
         text = text[: MAX_CHARACTERS - 1] + "…"
+    return escaped(text)
+
+
+def escaped(text: str) -> str:
+    """As `printable`, at any length."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
