@@ -127,11 +127,12 @@ class TestRelay:
         self, controller: ControllerApp, client: AsyncClient, start_worker: StartWorker
     ) -> None:
         worker = await start_worker(controllers=(controller.address,))
-        await joined(controller, 1)
+        await start_worker("other", controllers=(controller.address,))
+        await joined(controller, 2)
         with pytest.raises(errors.ModelNotFound):
             await client.complete("a", model="never-seen")
         await worker.stop()
-        await joined(controller, 0)
+        await joined(controller, 1)
         with pytest.raises(errors.NoLiveWorker):
             await client.complete("a", model="echo")
 
@@ -482,6 +483,17 @@ class TestRegistryService:
         self, controller: ControllerApp, stub: registry_pb2_grpc.ControllerServiceStub
     ) -> None:
         await stub.Register(registration(worker_id="moves", instance_id="before", address="127.0.0.1:1"))
+        await stub.Register(registration(worker_id="moves", instance_id="after", address="127.0.0.1:9"))
+        assert controller.registry.worker("moves").spec.instance_id == "after"
+
+    async def test_nor_does_another_process_at_its_address_keep_it(
+        self,
+        controller: ControllerApp,
+        stub: registry_pb2_grpc.ControllerServiceStub,
+        start_worker: StartWorker,
+    ) -> None:
+        another = await start_worker()
+        await stub.Register(registration(worker_id="moves", instance_id="before", address=another.address))
         await stub.Register(registration(worker_id="moves", instance_id="after", address="127.0.0.1:9"))
         assert controller.registry.worker("moves").spec.instance_id == "after"
 

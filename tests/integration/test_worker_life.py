@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import aclosing
 from time import monotonic
 from typing import Any
 
@@ -159,12 +160,23 @@ async def test_a_controller_takes_its_order_to_drain_back(start_worker: StartWor
         await asyncio.gather(serving, return_exceptions=True)
 
 
-async def test_a_worker_that_a_signal_stops_does_not_open_again(start_worker: StartWorker) -> None:
-    worker = await start_worker(drain_timeout_s=30)
+@pytest.mark.parametrize("withdrawn_first", [True, False])
+async def test_a_worker_that_a_signal_stops_does_not_open_again(
+    start_worker: StartWorker, withdrawn_first: bool
+) -> None:
+    worker = await start_worker(drain_timeout_s=30, options={"delay_ms": "20"})
     serving = asyncio.create_task(worker.serve())
-    worker._stop.set()
-    worker._undrain_ordered()
-    await asyncio.wait_for(serving, 10)
+    async with AsyncClient(worker.address) as client, aclosing(client.generate("x" * 1000)) as stream:
+        await anext(stream)  # else it would have nothing to drain, and leave
+        worker._drain_ordered(None)
+        await eventually(lambda: worker._draining)
+        for act in (worker._undrain_ordered, worker._stop.set)[:: 1 if withdrawn_first else -1]:
+            act()
+        await asyncio.wait_for(serving, 10)
+        assert worker._draining
+        async with AsyncClient(worker.address, failover=ONCE) as late:
+            with pytest.raises(errors.Draining):
+                await late.complete("x")
 
 
 async def test_a_backend_that_cannot_say_its_load_for_a_while_ends_nothing(

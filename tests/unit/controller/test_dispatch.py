@@ -241,3 +241,15 @@ class TestDispatcher:
         assert worker.reserved_count == 1
         reservation.release()
         assert worker.reserved_count == 0
+
+
+@pytest.mark.parametrize(("fingerprint", "backend"), [("v1", ""), ("", "engine"), ("v1", "engine")])
+def test_what_goes_on_is_picked_for_by_the_weights_and_the_backend_that_began(fingerprint: str, backend: str) -> None:
+    fleet = Fleet()
+    fleet.join("a", given=(model(fingerprint="v1", backend="engine"),), load=Load(running=5))
+    fleet.join("b", given=(model(fingerprint="v2", backend="another"),))
+    wanted = PickRequest(model="m", fingerprint=fingerprint, backend=backend)
+    assert Dispatcher(fleet.registry).pick(wanted).worker.spec.worker_id == "a"
+    fleet.registry.deregister(fleet.registry.worker("a").lease_id)
+    with pytest.raises(NoLiveWorker):
+        Dispatcher(fleet.registry).pick(wanted)

@@ -187,6 +187,7 @@ class TestModels:
             fleet.registry.pool("other")
 
     def test_a_known_model_without_a_worker_is_unavailable(self, fleet: Fleet) -> None:
+        fleet.join("b", models="other")
         worker = fleet.join()
         fleet.registry.deregister(worker.lease_id)
         with pytest.raises(NoLiveWorker):

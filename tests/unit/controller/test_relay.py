@@ -15,6 +15,7 @@ from fastchat_grpc.config import BreakerConfig, FailoverConfig
 from fastchat_grpc.controller.breaker import BreakerState
 from fastchat_grpc.controller.dispatch import Dispatcher
 from fastchat_grpc.controller.fleet import Worker
+from fastchat_grpc.controller.health import Tier
 from fastchat_grpc.controller.relay import Relay
 from fastchat_grpc.rpc.failover import EOF
 from fastchat_grpc.rpc.pool import ChannelPool
@@ -32,11 +33,14 @@ class Site:
         self.fleet = Fleet(breaker=BreakerConfig(min_failures=2, cooldown_s=2))
         self.worker = self.fleet.join()
         self.script: list[Any] = []
+        self.asked: list[pb.GenerateRequest] = []
         channel = SimpleNamespace(calls=0, used_at=0.0, unary_stream=lambda method: self._call)
         pool = cast(ChannelPool, SimpleNamespace(get=lambda address: channel))
         self.relay = Relay(Dispatcher(self.fleet.registry), pool, FailoverConfig())
 
     def _call(self, request: bytes, **options: Any) -> Any:
+        self.asked.append(pb.GenerateRequest.FromString(request))
+
         async def read() -> Any:
             if not self.script:
                 await asyncio.Event().wait()
@@ -105,3 +109,26 @@ async def test_a_probe_that_fails_after_its_first_token_doubles_the_pause() -> N
     site.fleet.registry.heartbeat(site.worker.lease_id, site.worker.load)
     site.fleet.wait(3.5)
     assert breaker(site.worker) is BreakerState.OPEN
+
+
+async def test_all_attempts_of_a_request_without_a_seed_have_the_relays() -> None:
+    site = Site()
+    site.fleet.join("b")
+    site.script = [TOKEN, grpc.StatusCode.UNAVAILABLE, END, EOF]
+    async for _ in site.generate():
+        pass
+    seeds = [asked.sampling.fallback_seed for asked in site.asked if asked.sampling.HasField("fallback_seed")]
+    assert len(seeds) == 2
+    assert seeds[0] == seeds[1]
+
+
+async def test_a_worker_that_was_lost_gets_nothing_before_its_next_heartbeat() -> None:
+    site = Site()
+    site.fleet.join("b")
+    site.script = [grpc.StatusCode.UNAVAILABLE, END, EOF]
+    async for _ in site.generate():
+        pass
+    lost = [worker for worker in site.fleet.registry.workers() if worker.tier is Tier.NONE]
+    assert len(lost) == 1
+    site.fleet.registry.heartbeat(lost[0].lease_id, lost[0].load)
+    assert lost[0].tier is Tier.READY
