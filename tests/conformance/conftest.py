@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from fastchat_grpc.backends.openvino_quiet import forbid_telemetry
+from fastchat_grpc.backends.openvino.quiet import forbid_telemetry
 from tests.conformance.harness import Harness
 from tests.conformance.targets import Target, chosen
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fastchat_grpc.backends.openvino import OpenVinoBackend
+from fastchat_grpc.backends.openvino.backend import OpenVinoBackend
 from fastchat_grpc.errors import BackendFailed
 
 

@@ -17,13 +17,14 @@ import pytest_asyncio
 
 pytest.importorskip("openvino_genai")
 
-from fastchat_grpc.backends import openvino_model, registry
+from fastchat_grpc.backends import registry
 from fastchat_grpc.backends.driver import Job
 from fastchat_grpc.backends.echo import EchoTokenizer
-from fastchat_grpc.backends.openvino import OpenVinoBackend
-from fastchat_grpc.backends.openvino_gguf import facts
-from fastchat_grpc.backends.openvino_grammar import GrammarCheck
-from fastchat_grpc.backends.openvino_sampling import generation_config
+from fastchat_grpc.backends.openvino import model as openvino_model
+from fastchat_grpc.backends.openvino.backend import OpenVinoBackend
+from fastchat_grpc.backends.openvino.gguf import facts
+from fastchat_grpc.backends.openvino.grammar import GrammarCheck
+from fastchat_grpc.backends.openvino.sampling import generation_config
 from fastchat_grpc.config import BackendConfig, ModelConfig
 from fastchat_grpc.core import Delta, Grammar, GrammarKind, PromptEcho
 from fastchat_grpc.errors import ConfigError, InvalidArgument, ModelLoadError, UnsupportedField

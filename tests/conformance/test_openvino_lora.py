@@ -21,11 +21,15 @@ pytest.importorskip("peft")
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastchat_grpc.backends import openvino, openvino_graph, openvino_lora, openvino_model, registry
-from fastchat_grpc.backends.openvino import OpenVinoBackend
-from fastchat_grpc.backends.openvino_gguf import exact_file, facts, graph_folder
-from fastchat_grpc.backends.openvino_gguf_graph import linear_layers
-from fastchat_grpc.backends.openvino_graph import Place
+from fastchat_grpc.backends import registry
+from fastchat_grpc.backends.openvino import backend as openvino
+from fastchat_grpc.backends.openvino import graph as openvino_graph
+from fastchat_grpc.backends.openvino import lora as openvino_lora
+from fastchat_grpc.backends.openvino import model as openvino_model
+from fastchat_grpc.backends.openvino.backend import OpenVinoBackend
+from fastchat_grpc.backends.openvino.gguf import exact_file, facts, graph_folder
+from fastchat_grpc.backends.openvino.gguf_graph import linear_layers
+from fastchat_grpc.backends.openvino.graph import Place
 from fastchat_grpc.config import BackendConfig, ModelConfig
 from fastchat_grpc.core import Delta, PromptEcho
 from fastchat_grpc.errors import AdapterNotFound, ModelLoadError
@@ -289,7 +293,7 @@ def test_the_layers_of_a_gguf_file_are_named_as_their_weights_are(tiny: Any) -> 
 
 
 def test_a_graph_of_another_shape_is_not_guessed_at() -> None:
-    from fastchat_grpc.backends.openvino_grammar import smallest_model
+    from fastchat_grpc.backends.openvino.grammar import smallest_model
 
     with pytest.raises(ValueError, match="1 attentions and 0 activations"):
         linear_layers(smallest_model(8))

@@ -236,7 +236,7 @@ def test_wrong_options_are_one_line(options: dict[str, str], message: str) -> No
 def test_prompts_that_are_too_long_are_known_by_the_words_of_several_servers(
     message: str, tokens: int, context: int
 ) -> None:
-    from fastchat_grpc.backends.upstream_http import to_error
+    from fastchat_grpc.backends.upstream.http import to_error
     from fastchat_grpc.errors import PromptTooLong
 
     error = to_error(400, json.dumps({"error": {"message": message}}).encode(), {})

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from fastchat_grpc.backends.transformers import create
+from fastchat_grpc.backends.transformers.backend import create
 from fastchat_grpc.config import BackendConfig, ModelConfig
 from fastchat_grpc.core import (
     ChatMessage,

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastchat_grpc.backends.transformers import TransformersBackend, create
+from fastchat_grpc.backends.transformers.backend import TransformersBackend, create
 from fastchat_grpc.config import BackendConfig, ModelConfig
 from fastchat_grpc.core import (
     Capability,

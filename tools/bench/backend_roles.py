@@ -105,7 +105,7 @@ def raw_openvino(kind: str) -> Ask:
     import openvino
     import openvino_genai
 
-    from fastchat_grpc.backends import openvino_model
+    from fastchat_grpc.backends.openvino import model as openvino_model
 
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.cache_size, scheduler.max_num_seqs, scheduler.enable_prefix_caching = CACHE_GB, 64, True
@@ -159,7 +159,7 @@ def raw_llama_cpp(kind: str) -> Ask:
 
 def raw_mlx(kind: str) -> Ask:
     """mlx-lm's batch generator, with the BLAS library that ours takes; MLX's own is ten times slower."""
-    from fastchat_grpc.backends.mlx import use_fast_blas
+    from fastchat_grpc.backends.mlx.backend import use_fast_blas
 
     use_fast_blas("auto")
     import mlx_lm

@@ -13,14 +13,16 @@ from typing import Any
 
 import pytest
 
-from fastchat_grpc.backends import llama_cpp, llama_cpp_engine, openvino_process
 from fastchat_grpc.backends.driver import Job
 from fastchat_grpc.backends.echo import EchoTokenizer
 from fastchat_grpc.backends.engine_thread import Output, Running
-from fastchat_grpc.backends.llama_cpp_engine import EngineLimits, LlamaEngine
-from fastchat_grpc.backends.openvino_messages import Add, Step
+from fastchat_grpc.backends.llama_cpp import backend as llama_cpp
+from fastchat_grpc.backends.llama_cpp import engine as llama_cpp_engine
+from fastchat_grpc.backends.llama_cpp.engine import EngineLimits, LlamaEngine
+from fastchat_grpc.backends.openvino import process as openvino_process
+from fastchat_grpc.backends.openvino.messages import Add, Step
 from fastchat_grpc.backends.served import Served, ServedBackend
-from fastchat_grpc.backends.vllm_requests import sampling_parameters
+from fastchat_grpc.backends.vllm.requests import sampling_parameters
 from fastchat_grpc.config import BackendConfig, ModelConfig
 from fastchat_grpc.core import Grammar, GrammarKind, ResumedChoice
 from fastchat_grpc.errors import BackendFailed, InvalidArgument

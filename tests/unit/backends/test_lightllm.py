@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from fastchat_grpc.backends import lightllm
-from fastchat_grpc.backends.lightllm import LightllmBackend
+from fastchat_grpc.backends.lightllm import backend as lightllm
+from fastchat_grpc.backends.lightllm.backend import LightllmBackend
 from fastchat_grpc.config import BackendConfig, ModelConfig
 from fastchat_grpc.core import Capability, EmbedRequest, FinishReason, Grammar, GrammarKind, ResumedChoice
 from fastchat_grpc.errors import (

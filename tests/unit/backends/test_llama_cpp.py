@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from fastchat_grpc.backends import llama_cpp, llama_cpp_engine
 from fastchat_grpc.backends.driver import Job
 from fastchat_grpc.backends.echo import EchoTokenizer
 from fastchat_grpc.backends.engine_thread import Running
-from fastchat_grpc.backends.llama_cpp_engine import EngineLimits, LlamaEngine
-from fastchat_grpc.backends.llama_cpp_tokenizer import GgufTemplates
+from fastchat_grpc.backends.llama_cpp import backend as llama_cpp
+from fastchat_grpc.backends.llama_cpp import engine as llama_cpp_engine
+from fastchat_grpc.backends.llama_cpp.engine import EngineLimits, LlamaEngine
+from fastchat_grpc.backends.llama_cpp.tokenizer import GgufTemplates
 from fastchat_grpc.config import BackendConfig, ModelConfig
 from fastchat_grpc.core import ChatMessage, ChatPrompt
 from fastchat_grpc.errors import ConfigError, ModelLoadError, OutOfMemory

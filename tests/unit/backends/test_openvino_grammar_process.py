@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from fastchat_grpc.backends import openvino_process
-from fastchat_grpc.backends.openvino_grammar_process import MODULE, Grammar, GrammarLoad, GrammarProcess
-from fastchat_grpc.backends.openvino_messages import Add, Step
+from fastchat_grpc.backends.openvino import process as openvino_process
+from fastchat_grpc.backends.openvino.grammar_process import MODULE, Grammar, GrammarLoad, GrammarProcess
+from fastchat_grpc.backends.openvino.messages import Add, Step
 
 STAND_IN = """
 import os, sys, time
-from fastchat_grpc.backends.openvino_messages import read_frames, write_frame
+from fastchat_grpc.backends.openvino.messages import read_frames, write_frame
 out = os.fdopen(os.dup(1), "wb")
 frames = read_frames(sys.stdin.buffer)
 next(frames)

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from fastchat_grpc.backends import openvino_model
 from fastchat_grpc.backends.driver import Job
 from fastchat_grpc.backends.echo import EchoTokenizer
-from fastchat_grpc.backends.openvino_model import OpenVinoModel
+from fastchat_grpc.backends.openvino import model as openvino_model
+from fastchat_grpc.backends.openvino.model import OpenVinoModel
 from fastchat_grpc.backends.served import stated_context
 from fastchat_grpc.config import ModelConfig
 from tests.unit.backends.asking import request

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from fastchat_grpc.backends import sglang
-from fastchat_grpc.backends.sglang import SglangBackend
+from fastchat_grpc.backends.sglang import backend as sglang
+from fastchat_grpc.backends.sglang.backend import SglangBackend
 from fastchat_grpc.config import BackendConfig, ModelConfig
 from fastchat_grpc.core import (
     Capability,

@@ -13,8 +13,8 @@ import pytest
 
 from fastchat_grpc.backends import registry
 from fastchat_grpc.backends.base import Backend
-from fastchat_grpc.backends.upstream import UpstreamBackend
-from fastchat_grpc.backends.upstream_answer import finish_reason
+from fastchat_grpc.backends.upstream.answer import finish_reason
+from fastchat_grpc.backends.upstream.backend import UpstreamBackend
 from fastchat_grpc.config import BackendConfig, ModelConfig
 from fastchat_grpc.core import (
     ChatMessage,

@@ -18,7 +18,7 @@ from typing import Any
 
 from fastchat_grpc.backends.driver import as_domain_error, token_logprob
 from fastchat_grpc.backends.engine_thread import Output, Running
-from fastchat_grpc.backends.llama_cpp_sampler import Sampler
+from fastchat_grpc.backends.llama_cpp.sampler import Sampler
 from fastchat_grpc.core import TokenLogprob
 from fastchat_grpc.errors import BackendFailed, OutOfMemory
 from fastchat_grpc.text.tokenizer import Tokenizer

@@ -1,4 +1,4 @@
-"""The process in which OpenVINO GenAI runs: `python -m fastchat_grpc.backends.openvino_process`.
+"""The process in which OpenVINO GenAI runs: `python -m fastchat_grpc.backends.openvino.process`.
 
 `ContinuousBatchingPipeline.step` holds Python's lock while it computes, so in the worker's own process
 every step would stop the event loop; here it stops nothing but this one. A crash of the engine, too, ends
@@ -18,11 +18,11 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, BinaryIO
 
-from fastchat_grpc.backends import openvino_graph, openvino_lora
-from fastchat_grpc.backends.openvino_grammar import GrammarCheck
-from fastchat_grpc.backends.openvino_grammar_process import GrammarLoad, GrammarProcess
-from fastchat_grpc.backends.openvino_messages import Add, Failed, Load, Loaded, Output, Step, read_frames, write_frame
-from fastchat_grpc.backends.openvino_quiet import forbid_telemetry
+from fastchat_grpc.backends.openvino import graph, lora
+from fastchat_grpc.backends.openvino.grammar import GrammarCheck
+from fastchat_grpc.backends.openvino.grammar_process import GrammarLoad, GrammarProcess
+from fastchat_grpc.backends.openvino.messages import Add, Failed, Load, Loaded, Output, Step, read_frames, write_frame
+from fastchat_grpc.backends.openvino.quiet import forbid_telemetry
 
 PREFILL_TOKENS = 256
 """Prompt tokens of one step, as SchedulerConfig has it by default."""
@@ -112,7 +112,7 @@ class Engine:
         tokenizer = openvino_genai.Tokenizer(load.vocabulary) if load.vocabulary else None
         self._lanes = {"": Lane(self._pipeline(load, tokenizer, None))}
         for name, adapter in adapters.items():
-            with openvino_lora.wholly_applied(name):
+            with lora.wholly_applied(name):
                 self._lanes[name] = Lane(self._pipeline(load, tokenizer, adapter))
         self._grammars: GrammarProcess | None = None
         if tokenizer is not None:
@@ -129,8 +129,8 @@ class Engine:
         if not load.adapters:
             return {}
         mode = self._genai.AdapterConfig.Mode.MODE_STATIC
-        places = openvino_graph.places(Path(load.model))
-        fitted = {lora.name: openvino_lora.fit(lora, places) for lora in load.adapters}
+        places = graph.places(Path(load.model))
+        fitted = {file.name: lora.fit(file, places) for file in load.adapters}
         return {name: self._genai.AdapterConfig(self._genai.Adapter(it), 1.0, mode) for name, it in fitted.items()}
 
     def _pipeline(self, load: Load, tokenizer: Any, adapter: Any) -> Any:

@@ -19,9 +19,9 @@ from fastchat_grpc.backends.base import BackendLoad
 from fastchat_grpc.backends.capabilities import TRAITS
 from fastchat_grpc.backends.driver import Job, Seeds
 from fastchat_grpc.backends.engine_thread import EngineThread
-from fastchat_grpc.backends.llama_cpp_engine import EngineLimits, LlamaEngine, embed
-from fastchat_grpc.backends.llama_cpp_sampler import gbnf
-from fastchat_grpc.backends.llama_cpp_tokenizer import LlamaTokenizer
+from fastchat_grpc.backends.llama_cpp.engine import EngineLimits, LlamaEngine, embed
+from fastchat_grpc.backends.llama_cpp.sampler import gbnf
+from fastchat_grpc.backends.llama_cpp.tokenizer import LlamaTokenizer
 from fastchat_grpc.backends.served import (
     Served,
     ServedBackend,

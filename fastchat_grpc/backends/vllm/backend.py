@@ -22,8 +22,8 @@ from fastchat_grpc.backends import driver
 from fastchat_grpc.backends.base import BackendLoad
 from fastchat_grpc.backends.driver import Piece, Seeds
 from fastchat_grpc.backends.served import ModelFolder, Served, ServedBackend, refuse_settings
-from fastchat_grpc.backends.vllm_arguments import engine_arguments, parse_options, prepare_environment
-from fastchat_grpc.backends.vllm_requests import (
+from fastchat_grpc.backends.vllm.arguments import engine_arguments, parse_options, prepare_environment
+from fastchat_grpc.backends.vllm.requests import (
     Statistics,
     check_limits,
     piece,

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastchat_grpc.backends import openvino_cache, openvino_convert
-from fastchat_grpc.backends.openvino_gguf import ARCHITECTURES, exact_file, facts, graph_folder
-from fastchat_grpc.backends.openvino_graph import MODEL_FILE
-from fastchat_grpc.backends.openvino_lora import is_plain
+from fastchat_grpc.backends.openvino import cache, convert
+from fastchat_grpc.backends.openvino.gguf import ARCHITECTURES, exact_file, facts, graph_folder
+from fastchat_grpc.backends.openvino.graph import MODEL_FILE
+from fastchat_grpc.backends.openvino.lora import is_plain
 from fastchat_grpc.backends.served import ModelFolder, stated_context
 from fastchat_grpc.config import BackendConfig, ModelConfig
 from fastchat_grpc.errors import ConfigError, ModelLoadError
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 WEIGHTS = ("fp32", "fp16", "int8", "int4")
 TOKENIZER_FILE = "openvino_tokenizer.xml"
 EXPORT_TIMEOUT_S = 3600
-_EXPORT_VERSION = 1  # grows when openvino_convert changes what it writes
+_EXPORT_VERSION = 1  # grows when convert.py changes what it writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ def _exported(source: Path, weights: str, config: BackendConfig) -> Path:
     """The exported folder in the cache, made first if it is not there; once, however many processes ask."""
     name = f"{source.name}-{_fingerprint(source)}-{weights}-{_EXPORT_VERSION}"
     try:
-        return openvino_cache.once(name, lambda part: _export(source, part, weights, config))
+        return cache.once(name, lambda part: _export(source, part, weights, config))
     except OSError as error:
         raise ModelLoadError(f"cannot export {source} as {name}: {error}") from error
     except ValueError as error:
@@ -149,8 +149,8 @@ def _export(source: Path, target: Path, weights: str, config: BackendConfig) -> 
         )
     logger.info("exporting %s to OpenVINO %s (once; about a minute per billion parameters)", source.name, weights)
     trust = ["trust"] if config.model.trust_remote_code else []
-    command = [python, openvino_convert.__file__, str(source), str(target), weights, *trust]
-    openvino_cache.run(command, EXPORT_TIMEOUT_S, {"HF_HUB_OFFLINE": "1"})
+    command = [python, convert.__file__, str(source), str(target), weights, *trust]
+    cache.run(command, EXPORT_TIMEOUT_S, {"HF_HUB_OFFLINE": "1"})
     if not (target / MODEL_FILE).is_file():
         raise ValueError(f"the export wrote no {MODEL_FILE}")
 

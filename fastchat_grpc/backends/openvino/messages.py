@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from fastchat_grpc.backends.openvino_lora import LoraFile
+from fastchat_grpc.backends.openvino.lora import LoraFile
 
 HEADER = struct.Struct(">I")
 

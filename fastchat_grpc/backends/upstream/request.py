@@ -6,7 +6,7 @@ import base64
 import json
 from typing import Any
 
-from fastchat_grpc.backends.upstream_options import Habits
+from fastchat_grpc.backends.upstream.options import Habits
 from fastchat_grpc.core import (
     ChatMessage,
     ChatPrompt,

@@ -1,4 +1,4 @@
-"""Turns a GGUF file into an OpenVINO folder: `python -m fastchat_grpc.backends.openvino_gguf_graph SOURCE TARGET`.
+"""Turns a GGUF file into an OpenVINO folder: `python -m fastchat_grpc.backends.openvino.gguf_graph SOURCE TARGET`.
 
 OpenVINO GenAI makes a graph of a GGUF file whose nodes have no names, so that adapters find no place in it.
 Here the linear layers get the names that an exported model has, by where they stand: around the attention and
@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from fastchat_grpc.backends.openvino_graph import MODEL_FILE, MODULE, is_linear
-from fastchat_grpc.backends.openvino_quiet import forbid_telemetry
+from fastchat_grpc.backends.openvino.graph import MODEL_FILE, MODULE, is_linear
+from fastchat_grpc.backends.openvino.quiet import forbid_telemetry
 
 
 def convert(source: Path, target: Path) -> None:

@@ -16,7 +16,7 @@ from fastchat_grpc.backends.base import BackendLoad
 from fastchat_grpc.backends.capabilities import TRAITS
 from fastchat_grpc.backends.driver import Job, Seeds
 from fastchat_grpc.backends.engine_thread import EngineThread
-from fastchat_grpc.backends.mlx_engine import MlxEngine, MlxLimits, load_model, use_fast_blas
+from fastchat_grpc.backends.mlx.engine import MlxEngine, MlxLimits, load_model, use_fast_blas
 from fastchat_grpc.backends.served import ModelFolder, Served, ServedBackend, refuse_settings, whole_number
 from fastchat_grpc.config import BackendConfig
 from fastchat_grpc.core import EmbedRequest, EmbedResult, Event, GenerateRequest, ModelInfo

@@ -24,7 +24,7 @@ from fastchat_grpc.backends.base import BackendLoad
 from fastchat_grpc.backends.driver import Job, Piece, Seeds
 from fastchat_grpc.backends.loop_thread import LoopThread
 from fastchat_grpc.backends.served import ModelFolder, Served, ServedBackend, limited_context, refuse_settings
-from fastchat_grpc.backends.sglang_requests import (
+from fastchat_grpc.backends.sglang.requests import (
     check_limits,
     engine_settings,
     parse_options,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastchat_grpc.backends import openvino_cache
+from fastchat_grpc.backends.openvino import cache
 from fastchat_grpc.errors import ModelLoadError
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def _once(file: Path, suffix: str, make: Callable[[Path], None]) -> Path:
         make(part)
 
     try:
-        return openvino_cache.once(name, write)
+        return cache.once(name, write)
     except (OSError, ValueError, NotImplementedError) as error:
         raise ModelLoadError(f"cannot rewrite {file} as {name}: {error}") from error
 
@@ -100,8 +100,8 @@ def _once(file: Path, suffix: str, make: Callable[[Path], None]) -> Path:
 def _write_graph(file: Path, target: Path) -> None:
     """By another process, whose memory is then free again. Raises ValueError."""
     target.mkdir()
-    command = [sys.executable, "-m", "fastchat_grpc.backends.openvino_gguf_graph", str(file), str(target)]
-    openvino_cache.run(command, _GRAPH_TIMEOUT_S)
+    command = [sys.executable, "-m", "fastchat_grpc.backends.openvino.gguf_graph", str(file), str(target)]
+    cache.run(command, _GRAPH_TIMEOUT_S)
 
 
 def _rewrite(source: Path, target: Path, architecture: str, kind: str) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastchat_grpc.backends.openvino_graph import Place
+from fastchat_grpc.backends.openvino.graph import Place
 from fastchat_grpc.errors import ModelLoadError
 from fastchat_grpc.models.resolve import read_json, resolve
 

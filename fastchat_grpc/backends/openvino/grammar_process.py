@@ -20,10 +20,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Any
 
-from fastchat_grpc.backends.openvino_messages import read_frames, write_frame
-from fastchat_grpc.backends.openvino_quiet import forbid_telemetry
+from fastchat_grpc.backends.openvino.messages import read_frames, write_frame
+from fastchat_grpc.backends.openvino.quiet import forbid_telemetry
 
-MODULE = "fastchat_grpc.backends.openvino_grammar_process"
+MODULE = "fastchat_grpc.backends.openvino.grammar_process"
 COMPILE_TIMEOUT_S = 10.0
 START_TIMEOUT_S = 60.0
 KNOWN_GRAMMARS = 256
@@ -147,7 +147,7 @@ def main() -> None:
             return
         import openvino_genai
 
-        from fastchat_grpc.backends.openvino_grammar import GrammarCheck
+        from fastchat_grpc.backends.openvino.grammar import GrammarCheck
 
         check = GrammarCheck(openvino_genai.Tokenizer(load.vocabulary), load.model, load.vocabulary_size)
         check.problem(("regex", "a"))  # makes what every check needs

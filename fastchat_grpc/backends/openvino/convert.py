@@ -1,4 +1,4 @@
-"""Converts a Hugging Face folder to an OpenVINO folder: `python openvino_convert.py SOURCE TARGET WEIGHTS`.
+"""Converts a Hugging Face folder to an OpenVINO folder: `python convert.py SOURCE TARGET WEIGHTS`.
 
 Runs as a script in an environment that has optimum-intel, which need not be the server's: it imports
 nothing of this package. WEIGHTS is fp32, fp16, int8 or int4. Prints one line on failure.

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from fastchat_grpc.backends import openvino_messages as messages
 from fastchat_grpc.backends.driver import Job, Seeds, as_domain_error, token_logprob
-from fastchat_grpc.backends.openvino_sampling import echoes, generation_config, grammar_field
+from fastchat_grpc.backends.openvino import messages
+from fastchat_grpc.backends.openvino.sampling import echoes, generation_config, grammar_field
 from fastchat_grpc.core import FinishReason, TokenLogprob
 from fastchat_grpc.errors import (
     BackendFailed,
@@ -27,7 +27,7 @@ from fastchat_grpc.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-PROCESS = "fastchat_grpc.backends.openvino_process"
+PROCESS = "fastchat_grpc.backends.openvino.process"
 CLOSE_TIMEOUT_S = 10.0
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
 _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}

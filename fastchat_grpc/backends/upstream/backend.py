@@ -19,10 +19,10 @@ from typing import Any
 from fastchat_grpc.backends.base import BackendLoad
 from fastchat_grpc.backends.capabilities import TRAITS, Feature, Traits, adapter_not_found, refuse_unsupported
 from fastchat_grpc.backends.driver import Seeds, as_domain_error
-from fastchat_grpc.backends.upstream_answer import Answer
-from fastchat_grpc.backends.upstream_http import UpstreamHttp
-from fastchat_grpc.backends.upstream_options import Habits, Options
-from fastchat_grpc.backends.upstream_request import embedding_body, generation_body, tokenize_body
+from fastchat_grpc.backends.upstream.answer import Answer
+from fastchat_grpc.backends.upstream.http import UpstreamHttp
+from fastchat_grpc.backends.upstream.options import Habits, Options
+from fastchat_grpc.backends.upstream.request import embedding_body, generation_body, tokenize_body
 from fastchat_grpc.config import BackendConfig
 from fastchat_grpc.core import (
     ChatPrompt,

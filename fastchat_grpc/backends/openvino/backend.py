@@ -16,13 +16,14 @@ from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
 
-from fastchat_grpc.backends import driver, openvino_lora, openvino_model
+from fastchat_grpc.backends import driver
 from fastchat_grpc.backends.base import BackendLoad
 from fastchat_grpc.backends.capabilities import GRAMMARS, TRAITS, Feature, Traits
-from fastchat_grpc.backends.openvino_engine import EngineRequest, OpenVinoEngine
-from fastchat_grpc.backends.openvino_lora import LoraFile
-from fastchat_grpc.backends.openvino_messages import Load
-from fastchat_grpc.backends.openvino_model import OpenVinoModel
+from fastchat_grpc.backends.openvino import lora, model
+from fastchat_grpc.backends.openvino.engine import EngineRequest, OpenVinoEngine
+from fastchat_grpc.backends.openvino.lora import LoraFile
+from fastchat_grpc.backends.openvino.messages import Load
+from fastchat_grpc.backends.openvino.model import OpenVinoModel
 from fastchat_grpc.backends.served import (
     Served,
     ServedBackend,
@@ -84,7 +85,7 @@ def create(config: BackendConfig) -> OpenVinoBackend:
     """Make an OpenVINO backend. Raises ConfigError; ModuleNotFoundError where OpenVINO GenAI is not installed."""
     options = Options.parse(config)
     refuse_settings(config, _HINTS)
-    openvino_model.wanted_weights(config)
+    model.wanted_weights(config)
     if config.model.device not in ("auto", "cpu", "xpu"):
         raise ConfigError(f"--device must be auto, cpu or xpu for the openvino backend, got {config.model.device}")
     if config.model.device == "xpu" and options.device == "CPU":
@@ -150,15 +151,15 @@ class OpenVinoBackend(ServedBackend):
     def _prepare(self) -> tuple[Load, Served]:
         """Files, tokenizer, context length and adapters. Blocks; may export."""
         settings = self._config.model
-        adapters = tuple(openvino_lora.find(name, path) for name, path in settings.lora_adapters.items())
-        found = openvino_model.find(self._config)
+        adapters = tuple(lora.find(name, path) for name, path in settings.lora_adapters.items())
+        found = model.find(self._config)
         if found.folder.is_file():
             own = found.context_length or 2048
             tokenizer: Tokenizer = load_tokenizer(
                 found.folder, chat_template=chat_template_text(settings.chat_template)
             )
         else:
-            folder = openvino_model.model_folder(found, settings)
+            folder = model.model_folder(found, settings)
             own, tokenizer = folder.context_length or 2048, folder.tokenizer(settings)
         traits = self._traits(found)
         served = Served(
@@ -179,7 +180,7 @@ class OpenVinoBackend(ServedBackend):
         if not self._options.prefix_cache:
             traits = traits.with_features(Feature.PROMPT_LOGPROBS)
         if not found.grammars:
-            reason = f"the model's folder has no {openvino_model.TOKENIZER_FILE}, which grammars need"
+            reason = f"the model's folder has no {model.TOKENIZER_FILE}, which grammars need"
             traits = replace(traits, refuses={**dict.fromkeys(GRAMMARS.values(), reason), **traits.refuses})
         return traits
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastchat_grpc.backends.driver import token_logprob
 from fastchat_grpc.backends.engine_thread import Output, Running
-from fastchat_grpc.backends.mlx_sampler import Chooser, StepSampler, raw_logprobs
+from fastchat_grpc.backends.mlx.sampler import Chooser, StepSampler, raw_logprobs
 from fastchat_grpc.config import ModelConfig
 from fastchat_grpc.core import TokenLogprob
 from fastchat_grpc.errors import ConfigError, ModelLoadError
