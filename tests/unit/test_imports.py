@@ -92,9 +92,26 @@ def test_the_engine_side_knows_nothing_of_grpc(part: str) -> None:
 
 
 def test_only_the_transformers_backend_sees_the_engine() -> None:
-    for path in (PACKAGE / "backends").glob("*.py"):
-        if path.name != "transformers.py":
+    for path in (PACKAGE / "backends").rglob("*.py"):
+        if path.parent.name != "transformers":
             assert not any(name.startswith("fastchat_grpc.engine") for name, _ in imports(path)), path
+
+
+ENGINES = sorted(path.name for path in (PACKAGE / "backends").iterdir() if (path / "__init__.py").exists())
+
+
+def test_each_engine_has_a_package() -> None:
+    assert {"llama_cpp", "openvino", "transformers", "upstream", "vllm"} <= set(ENGINES)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_is_known_by_its_package_alone(engine: str) -> None:
+    """No engine imports another, and nobody else what is inside of one."""
+    inside = f"fastchat_grpc.backends.{engine}."
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent != PACKAGE / "backends" / engine:
+            for name, line in imports(path):
+                assert not name.startswith(inside), f"{path}:{line}"
 
 
 def test_workers_reach_backends_only_through_the_interface_and_the_registry() -> None:
