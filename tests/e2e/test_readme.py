@@ -70,7 +70,7 @@ async def test_the_python_example_runs(start_worker: StartWorker, tmp_path: Path
         await eventually(lambda: app.registered)
         script = tmp_path / "example.py"
         script.write_text(block("python").replace("127.0.0.1:21001", controller.address))
-        assert await shell(f"{sys.executable} {script}") == "HelloThe capi\n"
+        assert await shell(f"{sys.executable} {script}") == "Hello\nThe capi\n"
 
 
 async def test_the_backend_example_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
