@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from fastchat_grpc.client import AsyncClient
 
 
+WIDTH = 100_000
+"""Columns of a table, at most."""
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """What a terminal would obey, in the words of a model; line breaks and tabs are none of that."""
 
@@ -163,4 +165,5 @@ def _table(columns: list[str], flags: dict[str, Any], call: Any) -> None:
     table = Table(*columns, box=None, header_style="bold")
     for row in asyncio.run(run()):
         table.add_row(*(Text(printable(cell)) for cell in row))
-    Console(soft_wrap=True).print(table)
+    # Ids and addresses are copied from here: what is too wide for a terminal is wrapped by it, and never cut short.
+    Console(soft_wrap=True, width=WIDTH).print(table)

@@ -71,6 +71,7 @@ def serve(ctx: click.Context, /, **flags: Any) -> None:
     flags["gateway"] = _wants_gateway(flags["gateway"])
     workers = _worker_places(flags)
     _check(flags, workers)
+    _refuse_taken(flags)
     grace_s = flags["drain_timeout"] + STOP_GRACE_S
     at_controller = ["--controller-address", flags["controller_address"][0]]
     own = ["--port", str(flags["controller_port"])]
@@ -112,6 +113,25 @@ def _check(flags: dict[str, Any], workers: Sequence[Sequence[str]]) -> None:
     if flags["gateway"]:
         gateway_flags = {"mode": "direct", "port": flags["gateway_port"], "worker_address": ""}
         options.gateway_config({**flags, **gateway_flags})
+
+
+def _refuse_taken(flags: dict[str, Any]) -> None:
+    """Raise ConfigError for a port that is in use, before a model is loaded, by its flag here: parts name theirs."""
+    from fastchat_grpc.gateway.machine import is_taken
+
+    last = flags["port"] + flags["num_workers"] if flags["port"] else 0
+    ports = [
+        ("--controller-port", flags["controller_port"]),
+        *(("--port", port) for port in range(flags["port"], last)),
+    ]
+    if flags["gateway"]:
+        ports.append(("--gateway-port", flags["gateway_port"]))
+    for flag, port in ports:
+        if is_taken(flags["host"], port):
+            raise ConfigError(
+                f"cannot listen on {join_address(flags['host'], port)}: the port is in use, by another fleet perhaps; "
+                f"choose another {flag}"
+            )
 
 
 def _worker_places(flags: dict[str, Any]) -> list[list[str]]:

@@ -51,12 +51,18 @@ def short_folder(socket_name: str) -> Path:
 
 def refuse_taken(host: str, port: int) -> None:
     """Raise ConfigError where somebody listens on a port already: Envoy would share it with another Envoy."""
+    if is_taken(host, port):
+        raise ConfigError(f"Envoy cannot listen on {join_address(host, port)}: the port is in use")
+
+
+def is_taken(host: str, port: int) -> bool:
+    """Whether somebody listens on a port. Nobody does on 0, nor on a host that is none: who listens says that."""
     if port == 0:
-        return
+        return False
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError:
-        return  # Envoy says what is wrong with the host
+        return False
     family, kind, protocol, _, address = found[0]
     with socket.socket(family, kind, protocol) as probe:
         # As Envoy does it, but for SO_REUSEPORT: connections of before that are being closed are no hindrance.
@@ -64,8 +70,8 @@ def refuse_taken(host: str, port: int) -> None:
         try:
             probe.bind(address)
         except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise ConfigError(f"Envoy cannot listen on {join_address(host, port)}: the port is in use") from None
+            return error.errno == errno.EADDRINUSE
+    return False
 
 
 def _quota(cgroup: Path) -> float | None:

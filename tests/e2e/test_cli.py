@@ -78,6 +78,13 @@ async def test_a_port_in_use_is_one_line(worker: WorkerApp) -> None:
     status, _, err = await run_cli("controller", "--port", port)
     assert status == 2
     assert f"cannot listen on 127.0.0.1:{port}" in one_line(err)
+    free = {"--controller-port": str(free_port()), "--port": "0", "--gateway-port": "0"}
+    for flag in free:
+        ports = [text for pair in {**free, flag: port}.items() for text in pair]
+        status, _, err = await run_cli("serve", *ECHO, "--gateway", *ports)
+        assert status == 2
+        assert f"cannot listen on 127.0.0.1:{port}: " in one_line(err)
+        assert err.strip().endswith(f"choose another {flag}")
 
 
 async def test_generate_streams_to_the_terminal(worker: WorkerApp) -> None:
@@ -133,7 +140,18 @@ async def test_models_and_workers_are_listed() -> None:
     port = free_port()
     controller = f"127.0.0.1:{port}"
     async with running_cli("controller", "--port", str(port)):
-        worker = ("worker", *ECHO, "--model-names", "a,b", "--port", "0", "--controller-address", controller)
+        worker = (
+            "worker",
+            *ECHO,
+            "--model-names",
+            "a,b",
+            "--port",
+            "0",
+            "--controller-address",
+            controller,
+            "--worker-id",
+            "w" * 40,
+        )
         async with running_cli(*worker):
             await wait_for_workers(controller)
             status, out, err = await run_cli("models", "--address", controller)
@@ -143,6 +161,7 @@ async def test_models_and_workers_are_listed() -> None:
             assert status == 0, err
             assert "a, b" in out
             assert "serving" in out
+            assert "…" not in out  # an id is copied to `drain` from here
 
 
 async def test_a_worker_without_its_controller_serves_and_joins_when_it_comes() -> None:
