@@ -90,6 +90,7 @@ class LoadedModel:
                 backend="transformers",
                 embedding_size=self.hidden_size if Capability.EMBED in capabilities else 0,
                 vocabulary_size=self.vocabulary_size,
+                quantization=self.quantization,
                 default_sampling=self.default_sampling,
             )
 
