@@ -115,11 +115,11 @@ class ControllerApp:
             self._parents = Parents(self._config, self.registry, self.generation, address, self._drain_ordered)
             spawn("registration with parents", self._parents.run)
         await self._tell_health()
-        logger.info("controller listens on %s", self.address)
+        logger.info("controller listens on %s", self._server.listens_on)
         if self._config.join_token is None and not is_loopback(self._config.listen.host):
             logger.warning(
                 "no join token: whoever reaches %s can register a worker and is sent prompts; set --join-token-file",
-                self.address,
+                self._server.listens_on,
             )
 
     async def stop(self) -> None:

@@ -16,6 +16,7 @@ REMEMBERED = 200_000
 """Names that are remembered of what has gone; the oldest are forgotten first."""
 STARTING_RETRY_S = 1.0
 JUST_STARTED = "the controller has just started and does not know its fleet yet"
+NOBODY_YET = "no worker is registered; one that has just started loads its model first, which its log tells of"
 
 
 class FleetModel(NamedTuple):
@@ -210,7 +211,7 @@ class Pools:
         if young:
             raise Starting(JUST_STARTED, metadata=metadata, retry_after_s=STARTING_RETRY_S)
         if not self.by_name:
-            raise NoLiveWorker("no worker is registered", metadata=metadata)
+            raise NoLiveWorker(NOBODY_YET, metadata=metadata)
         if not sure:
             raise NoLiveWorker(
                 f"no worker has served a model {model[:128]!r} since the controller started, a short while ago",

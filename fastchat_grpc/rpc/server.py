@@ -57,6 +57,11 @@ class RpcServer:
         """host:port where this machine reaches the server."""
         return join_address(dial_host(self._listen.host), self.port)
 
+    @property
+    def listens_on(self) -> str:
+        """host:port as it was asked for; the host may stand for all of this machine."""
+        return join_address(self._listen.host, self.port)
+
     async def start(self) -> None:
         """Listen. Health says NOT_SERVING until `set_serving`. Raises ConfigError if the port is taken."""
         address = self._listen.address

@@ -18,7 +18,7 @@ from fastchat_grpc import errors
 from fastchat_grpc.cli.options import controller_config
 from fastchat_grpc.cli.supervisor import COMMANDS
 from fastchat_grpc.client import AsyncClient
-from fastchat_grpc.config import ControllerConfig, ListenConfig, TlsConfig
+from fastchat_grpc.config import ControllerConfig, ListenConfig, TlsConfig, join_address
 from fastchat_grpc.controller.app import ControllerApp
 from fastchat_grpc.rpc.channels import CLIENT_OPTIONS, SERVER_OPTIONS, open_channel
 from fastchat_grpc.rpc.pool import ChannelPool
@@ -129,8 +129,10 @@ class TestJoinToken:
     async def test_a_controller_that_is_open_to_the_network_says_so(
         self, host: str, warned: bool, caplog: pytest.LogCaptureFixture
     ) -> None:
-        async with running_controller(listen=ListenConfig(host=host, port=0)):
+        async with running_controller(listen=ListenConfig(host=host, port=0)) as controller:
             assert ("no join token" in caplog.text) is warned
+            # By its own name: loopback is not what is open.
+            assert (f"whoever reaches {join_address(host, controller.port)} " in caplog.text) is warned
 
     async def test_an_id_forges_no_line_of_the_log(self, caplog: pytest.LogCaptureFixture) -> None:
         caplog.set_level(logging.INFO)
