@@ -38,6 +38,8 @@ _EMBED = "/fastchat_grpc.v1.GenerationService/Embed"
 _CHAT = "ChatCompletions"
 _EMBEDDINGS = "Embeddings"
 _WANTED = frozenset({"model", "stream", "prompt_cache_key", "prompt", "messages", *ASKING_MEMBERS})
+MAX_NAME_BYTES = 256
+"""Of a member's name. Each character may be written as six, and the longest that matters has less than 40."""
 LARGE_OBJECT: Mapping[str, Any] = MappingProxyType({"type": "json_schema"})
 """Stands for an object that is too large to be read: what has one is a schema."""
 _STRUCTURE = re.compile(rb'["\[\]{}]')
@@ -145,15 +147,27 @@ async def find_members(body: bytes) -> dict[str, Any]:
     while True:
         start = scanner.expect(at, b'"') - 1
         at = await scanner.string(start)
-        name = body[start + 1 : at - 1] if at - start < 64 else b""
+        name = _name(body[start + 1 : at - 1])
         start = scanner.skip_space(scanner.expect(at, b":"))
         at = await scanner.value(start)
-        if (text := name.decode("ascii", "replace")) in _WANTED:
-            found[text] = _load(body, start, at)
+        if name in _WANTED:
+            found[name] = _load(body, start, at)
         at = scanner.skip_space(at)
         if body[at : at + 1] == b"}":
             return found
         at = scanner.expect(at, b",")
+
+
+def _name(text: bytes) -> str:
+    """A member's name, as the worker will read it; empty for one that is too long to be of those that matter."""
+    if len(text) > MAX_NAME_BYTES:
+        return ""
+    if b"\\" not in text:
+        return text.decode("ascii", "replace")
+    try:
+        return str(json.loads(b'"' + text + b'"'))
+    except ValueError:
+        return ""
 
 
 class _Scanner:

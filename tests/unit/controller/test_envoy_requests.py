@@ -33,6 +33,15 @@ async def test_the_members_of_a_large_body_are_those_that_a_parser_finds(values:
         assert found["stream"] is True
 
 
+async def test_a_name_that_is_written_with_escapes_is_the_same_name() -> None:
+    """Were it not, its worker would be sent a request for another model, and be taken for another server."""
+    for name in ("model", "stream", "prompt_cache_key", "structured_outputs", "guided_json"):
+        written = "".join(f"\\u{ord(c):04x}" for c in name)
+        body = f'{{"{name}": "first", "x": "{"y" * 100_000}", "{written}": "second", "\\ud800": 1, "{"z" * 300}": 2}}'
+        assert json.loads(body)[name] == "second"
+        assert await requests.find_members(body.encode()) == {name: "second"}
+
+
 @given(st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
 def test_what_is_passed_over_ends_where_a_parser_says_it_ends(value: Any) -> None:
     body = json.dumps({"a": value, "model": "m", "b": value}).encode()
