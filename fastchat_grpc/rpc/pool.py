@@ -113,7 +113,11 @@ class ChannelPool:
         """
         pooled = self._channels.get(address)
         if pooled is not None:
-            return bytes(await pooled.unary_unary(method)(request, timeout=timeout_s))
+            pooled.calls += 1  # or the channel might be closed under it, which looks as if this task were cancelled
+            try:
+                return bytes(await pooled.unary_unary(method)(request, timeout=timeout_s))
+            finally:
+                pooled.calls -= 1
         async with self._open(address) as channel:
             call: Any = channel.unary_unary(method)
             return bytes(await call(request, timeout=timeout_s))

@@ -153,3 +153,23 @@ async def test_it_leaves_no_channel_in_the_pool(site: Site, process: str) -> Non
         site.add(f"w{i}", process)
     await site.removed()
     assert len(site.pool) == 0
+
+
+async def test_a_worker_that_leaves_while_it_is_asked_ends_no_question(site: Site) -> None:
+    """Its channel is given up meanwhile, and grpc would call that a cancel of whoever asks."""
+    asked = asyncio.Event()
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.set()
+        await reader.read()
+
+    server = await asyncio.start_server(silent, "127.0.0.1", 0)
+    address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    holder = site.add("a", address)
+    site.pool.get(address)
+    answers = asyncio.create_task(site.refresh.answers(holder))
+    async with asyncio.timeout(10):
+        await asked.wait()
+        site.pool.forget(address)
+        assert await answers is False
+    server.close()
