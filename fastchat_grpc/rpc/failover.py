@@ -172,13 +172,14 @@ class Failover:
         state = ResumeState(request, codec, config.max_cached_tokens, enabled=config.max_resumes > 0)
         call = Call(self, state, deadline, resumed=request.HasField("resume"))
         with self._under_way():
-            while not state.complete:
+            while not call.complete:
                 async with self._attempt(call, servers) as attempt:
                     async for item in attempt:
                         state.observe(item)
                         yield call.seen(item, codec)
                     if not state.complete:
                         raise WorkerUnavailable("the stream ended before its completion")
+                    call.answered = True
 
     async def call(self, servers: Servers[T], deadline: float | None = None) -> T:
         """One unary call, whose attempts give one item each. Arguments and errors as `generate`."""
@@ -219,7 +220,7 @@ class Call(Generic[T]):
 
     Attributes:
         state: of a generation; None for a unary call.
-        answered: whether a unary call has its answer.
+        answered: whether a server has answered it to the end.
     """
 
     def __init__(
@@ -252,7 +253,8 @@ class Call(Generic[T]):
     @property
     def complete(self) -> bool:
         """Whether the caller has everything."""
-        return self.answered if self.state is None else self.state.complete
+        # A request that leaves nothing to generate, or says so wrongly, is for a server to judge: it must be asked.
+        return self.answered or (self.started and self.state is not None and self.state.complete)
 
     @property
     def displaced(self) -> bool:

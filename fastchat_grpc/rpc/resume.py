@@ -177,8 +177,8 @@ class ResumeState(Generic[T]):
         for choice in request.resume.choices:
             self._take(choice.index, choice.output_token_ids, choice.text_length)
             if choice.finished:
-                self._unfinished -= 1
                 self._finish(choice.index)
+        self._unfinished -= len({choice.index for choice in request.resume.choices if choice.finished})
 
     @property
     def complete(self) -> bool:

@@ -249,6 +249,23 @@ class TestBeforeTheFirstEvent:
     async def test_a_stream_that_ends_early_is_a_failure(self) -> None:
         assert text(await run(Server([]), Server([delta("x", 1), end()]))) == "x"
 
+    async def test_what_leaves_nothing_to_generate_is_for_a_server_to_judge(self) -> None:
+        bad = InvalidArgument("output.n", "must be at least 1")
+        for n in (0, -1):
+            with pytest.raises(InvalidArgument, match="at least 1"):
+                await run(Server(error=bad), request=pb.GenerateRequest(prompt="p", output=pb.OutputOptions(n=n)))
+        ended = pb.Resume(choices=[pb.ResumedChoice(finished=True)])
+        assert not await run(asked := Server(), request=pb.GenerateRequest(prompt="p", resume=ended))
+        assert asked.succeeded == 1
+        with pytest.raises(ModelNotFound):
+            await run(Server(error=ModelNotFound("x")), request=pb.GenerateRequest(prompt="p", resume=ended))
+
+    async def test_a_choice_that_is_said_twice_to_have_ended_ends_no_other(self) -> None:
+        ended = pb.Resume(choices=[pb.ResumedChoice(finished=True), pb.ResumedChoice(finished=True)])
+        request = pb.GenerateRequest(prompt="p", output=pb.OutputOptions(n=2), resume=ended)
+        first, second = Server([delta("a", 1, index=1)], LOST), Server([delta("b", 2, index=1), end(1)])
+        assert text(await run(first, second, request=request), 1) == "ab"
+
 
 class TestAfterTheFirstEvent:
     async def test_the_next_server_is_told_what_the_caller_has(self) -> None:
