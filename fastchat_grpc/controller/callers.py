@@ -55,8 +55,8 @@ def forwarded(metadata: Iterable[tuple[str, Any]] | None) -> list[tuple[str, str
     for key, value in metadata or ():
         if key in FORWARDED:
             passed.append((key, value))
-        elif key == HOPS and str(value).isdigit():
-            hops = int(value)
+        elif key == HOPS and str(value).isdecimal():
+            hops = int(value) if len(value) < 4 else MAX_HOPS  # Python makes no number of thousands of digits
     if hops >= MAX_HOPS:
         raise RelayLoop(f"the request has passed {hops} controllers; check --parent-address for a circle")
     passed.append((HOPS, str(hops + 1)))

@@ -39,13 +39,13 @@ class Position:
         if not token:
             return ""
         try:
-            filters, name = json.loads(base64.urlsafe_b64decode(token.encode()))
+            filters, _, name = base64.urlsafe_b64decode(token.encode()).decode().partition(" ")
         except ValueError:
-            filters = name = None
-        if filters != self._filters or not isinstance(name, str):
+            filters = name = ""
+        if filters != self._filters or not name:
             raise InvalidArgument("page_token", "is not one that this list gave for these filters")
         return name
 
     def token(self, name: str) -> str:
         """The token of the page after a name."""
-        return base64.urlsafe_b64encode(json.dumps([self._filters, name]).encode()).decode()
+        return base64.urlsafe_b64encode(f"{self._filters} {name}".encode()).decode()

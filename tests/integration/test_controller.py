@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -23,6 +24,8 @@ from fastchat_grpc.v1 import generation_pb2, generation_pb2_grpc, registry_pb2_g
 from fastchat_grpc.v1 import registry_pb2 as pb
 from tests.conftest import StartWorker, eventually
 from tests.integration.controllers import running_controller
+
+NO_TOKENS = (b"5", b"null", b"[" * 100_000, b"\xff", b" ", b"[1, 2]")
 
 
 @pytest.fixture
@@ -455,6 +458,7 @@ class TestRegistryService:
         for request in (
             pb.ListWorkersRequest(page_token=token, model="m"),
             pb.ListWorkersRequest(page_token="nonsense"),
+            *(pb.ListWorkersRequest(page_token=base64.urlsafe_b64encode(raw).decode()) for raw in NO_TOKENS),
             pb.ListWorkersRequest(page_size=-1),
             pb.ListWorkersRequest(page_size=1001),
         ):

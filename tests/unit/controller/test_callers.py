@@ -8,11 +8,11 @@ import pytest
 from google.api.httpbody_pb2 import HttpBody
 
 from fastchat_grpc.config import FailoverConfig
-from fastchat_grpc.controller.callers import OnBehalf
+from fastchat_grpc.controller.callers import HOPS, MAX_HOPS, OnBehalf, forwarded
 from fastchat_grpc.controller.dispatch import Dispatcher
 from fastchat_grpc.controller.generation import RelayedGeneration
 from fastchat_grpc.controller.relay import Relay
-from fastchat_grpc.errors import FastChatError, ModelNotFound, NoLiveWorker, Starting
+from fastchat_grpc.errors import FastChatError, ModelNotFound, NoLiveWorker, RelayLoop, Starting
 from fastchat_grpc.openai.servicer import OpenAIServicer
 from fastchat_grpc.rpc.pool import ChannelPool
 from fastchat_grpc.v1 import openai_pb2 as pb
@@ -57,3 +57,14 @@ async def test_a_model_that_never_was_is_not_found() -> None:
 
 async def test_a_young_controller_says_that_it_starts() -> None:
     assert await errors(Fleet(young=True), "m") == [Starting, Starting]
+
+
+@pytest.mark.parametrize("hops", [str(MAX_HOPS), "1000", "9" * 5000])
+def test_a_request_that_has_passed_too_many_controllers_is_a_circle(hops: str) -> None:
+    with pytest.raises(RelayLoop):
+        forwarded([(HOPS, hops)])
+
+
+@pytest.mark.parametrize("hops", ["", "-1", "many"])
+def test_what_counts_no_controllers_counts_none(hops: str) -> None:
+    assert forwarded([(HOPS, hops)]) == [(HOPS, "1")]
