@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+from fastchat_grpc.config import MAX_SECONDS
 from fastchat_grpc.core import Load
 
 CARRIED = -1
@@ -150,11 +151,11 @@ class Ledger:
 
 def sane(load: Load) -> Load:
     """Figures that can be computed with: what is negative or no number counts as 0, usage is 0 to 1."""
-    any_negative = (load.running | load.waiting | load.max_running | load.max_waiting) < 0
-    if not any_negative and 0.0 <= load.kv_cache_usage <= 1.0 and 0.0 <= load.tokens_per_second < math.inf:
+    any_negative = (load.running | load.waiting | load.max_running | load.max_waiting | load.kv_free_tokens) < 0
+    rate, usage, age_s = load.tokens_per_second, load.kv_cache_usage, load.oldest_waiting_s
+    sane_age = age_s is None or 0.0 <= age_s <= MAX_SECONDS
+    if not any_negative and sane_age and 0.0 <= usage <= 1.0 and 0.0 <= rate < math.inf:
         return load
-    rate = load.tokens_per_second
-    usage = load.kv_cache_usage
     return load._replace(
         running=max(0, load.running),
         waiting=max(0, load.waiting),
@@ -162,4 +163,6 @@ def sane(load: Load) -> Load:
         max_waiting=max(0, load.max_waiting),
         kv_cache_usage=min(1.0, max(0.0, usage)) if not math.isnan(usage) else 0.0,
         tokens_per_second=rate if 0.0 <= rate < math.inf else 0.0,
+        kv_free_tokens=max(0, load.kv_free_tokens),
+        oldest_waiting_s=age_s if sane_age else 0.0,
     )

@@ -51,6 +51,7 @@ from fastchat_grpc.core import (
 from fastchat_grpc.errors import InvalidArgument
 from fastchat_grpc.v1 import generation_pb2 as pb
 
+_INT32_MAX, _INT64_MAX = 2**31 - 1, 2**63 - 1
 _FINISH_TO_PB = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
@@ -620,16 +621,16 @@ def state_to_pb(state: WorkerState) -> Any:
 
 
 def load_to_pb(load: Load) -> pb.WorkerLoad:
-    """Convert a load."""
+    """Convert a load. What is more than a field holds, as the sum of a fleet may be, is as much as it holds."""
     return pb.WorkerLoad(
         state=_STATE_TO_PB[load.state],
-        running_count=load.running,
-        waiting_count=load.waiting,
-        max_running_count=load.max_running,
-        max_waiting_count=load.max_waiting,
+        running_count=min(load.running, _INT32_MAX),
+        waiting_count=min(load.waiting, _INT32_MAX),
+        max_running_count=min(load.max_running, _INT32_MAX),
+        max_waiting_count=min(load.max_waiting, _INT32_MAX),
         kv_cache_usage=load.kv_cache_usage,
         tokens_per_second=load.tokens_per_second,
-        kv_free_token_count=load.kv_free_tokens,
+        kv_free_token_count=min(load.kv_free_tokens, _INT64_MAX),
         oldest_waiting_age=None if load.oldest_waiting_s is None else duration(load.oldest_waiting_s),
     )
 

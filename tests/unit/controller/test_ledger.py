@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from fastchat_grpc.controller.ledger import Ledger, sane
 from fastchat_grpc.core import Load
+from fastchat_grpc.rpc import convert
 
 INTERVAL_S = 2.0
 BOUNDED = Load(max_running=4, max_waiting=2)
@@ -110,9 +111,16 @@ NUMBERS = st.integers(-(2**31), 2**31 - 1)
 FLOATS = st.floats(allow_nan=True, allow_infinity=True)
 
 
-@given(NUMBERS, NUMBERS, NUMBERS, NUMBERS, FLOATS, FLOATS)
+@given(NUMBERS, NUMBERS, NUMBERS, NUMBERS, FLOATS, FLOATS, st.integers(-(2**63), 2**63 - 1), st.none() | FLOATS)
 def test_whatever_a_worker_reports_can_be_computed_with(
-    running: int, waiting: int, max_running: int, max_waiting: int, usage: float, rate: float
+    running: int,
+    waiting: int,
+    max_running: int,
+    max_waiting: int,
+    usage: float,
+    rate: float,
+    free: int,
+    age_s: float | None,
 ) -> None:
     load = sane(
         Load(
@@ -122,6 +130,8 @@ def test_whatever_a_worker_reports_can_be_computed_with(
             max_waiting=max_waiting,
             kv_cache_usage=usage,
             tokens_per_second=rate,
+            kv_free_tokens=free,
+            oldest_waiting_s=age_s,
         )
     )
     assert load.running == max(0, running)
@@ -130,10 +140,25 @@ def test_whatever_a_worker_reports_can_be_computed_with(
     assert load.max_waiting >= 0
     assert 0 <= load.kv_cache_usage <= 1
     assert 0 <= load.tokens_per_second < math.inf
+    assert load.kv_free_tokens >= 0
+    assert load.oldest_waiting_s is None or load.oldest_waiting_s >= 0
+    for told in (load, fleet_of(load)):
+        assert convert.load_from_pb(convert.load_to_pb(told)).state is load.state, "a message holds it"
+
+
+def fleet_of(load: Load) -> Load:
+    """What a controller of a thousand such workers says of them all together."""
+    return load._replace(
+        running=1000 * load.running,
+        waiting=1000 * load.waiting,
+        max_running=1000 * load.max_running,
+        max_waiting=1000 * load.max_waiting,
+        kv_free_tokens=1000 * load.kv_free_tokens,
+    )
 
 
 def test_a_load_in_order_is_left_as_it_is() -> None:
-    load = Load(running=3, kv_cache_usage=0.5, tokens_per_second=12.0)
+    load = Load(running=3, kv_cache_usage=0.5, tokens_per_second=12.0, kv_free_tokens=7, oldest_waiting_s=0.5)
     assert sane(load) is load
 
 
