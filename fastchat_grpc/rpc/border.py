@@ -11,16 +11,16 @@ import asyncio
 import logging
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing, nullcontext
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from fastchat_grpc.config import MAX_MESSAGE_BYTES
-from fastchat_grpc.errors import AnswerTooLarge, BackendFailed, FastChatError, InvalidArgument, RequestLate
+from fastchat_grpc.errors import AnswerTooLarge, BackendFailed, Draining, FastChatError, InvalidArgument, RequestLate
 from fastchat_grpc.rpc.ended import has_ended
-from fastchat_grpc.rpc.limits import CallBounds, CallLimits, Limit
+from fastchat_grpc.rpc.limits import WATCHES, CallBounds, CallLimits, Limit
 from fastchat_grpc.rpc.status import abort
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,8 @@ AdmitPeer = Callable[[str, Context], None]
 """The same of the connection; gets the call's context."""
 Receive = Callable[[Context], Awaitable[Any]]
 """Reads what a behavior takes: the request, or an iterator of them. Raises FastChatError."""
+Span = Callable[[Context], AbstractAsyncContextManager[None]]
+"""What a call runs in."""
 
 EOF = grpc.aio.EOF
 _UNCOUNTED = nullcontext()
@@ -58,6 +60,8 @@ class Border(grpc.GenericRpcHandler):
         self._max_bytes = max_message_bytes
         self._admit_peer = admit_peer
         self._limits = CallLimits(bounds)
+        self._endless: set[asyncio.Task[Any]] = set()
+        self._closed = False
         self._methods: dict[str, Handler] = {}
         self._generic: list[grpc.GenericRpcHandler] = []
 
@@ -97,7 +101,34 @@ class Border(grpc.GenericRpcHandler):
         render = _rendering(handler.response_serializer, self._max_bytes)
         guard = _guard_stream if handler.response_streaming else _guard_unary
         receive = _receiving(handler, self._limits.first_message_s)
-        return _make(handler, guard(behavior, method, receive, render, self._limits.of(method)))
+        guarded = guard(behavior, method, receive, render, self._limits.of(method))
+        if handler.request_streaming or method in WATCHES:
+            guarded = (_ending_stream if handler.response_streaming else _ending_unary)(guarded, self._until_closed)
+        return _make(handler, guarded)
+
+    def close(self) -> None:
+        """End the calls that would not end by themselves. A server that stops would wait for them in vain."""
+        self._closed = True
+        for task in self._endless:
+            task.cancel()
+
+    @asynccontextmanager
+    async def _until_closed(self, context: Context) -> AsyncIterator[None]:
+        """Run a call that has no end of its own: `close` ends it."""
+        task = asyncio.current_task()
+        assert task is not None, "calls run in tasks"
+        self._endless.add(task)
+        try:
+            if self._closed:
+                raise asyncio.CancelledError
+            yield
+        except asyncio.CancelledError:
+            if not self._closed:
+                raise
+            task.uncancel()
+            await abort(context, Draining("this server is shutting down"))
+        finally:
+            self._endless.discard(task)
 
 
 def parse_request(deserialize: Callable[[bytes], T], raw: bytes) -> T:
@@ -231,6 +262,23 @@ def _guard_stream(
             await _fail(context, error, method)
 
     return guarded
+
+
+def _ending_unary(guarded: Callable[[Any, Context], Any], until_closed: Span) -> Callable[[Any, Context], Any]:
+    async def ending(request: Any, context: Context) -> Any:
+        async with until_closed(context):
+            return await guarded(request, context)
+
+    return ending
+
+
+def _ending_stream(guarded: Callable[[Any, Context], Any], until_closed: Span) -> Callable[[Any, Context], Any]:
+    async def ending(request: Any, context: Context) -> AsyncIterator[Any]:
+        async with until_closed(context), aclosing(guarded(request, context)) as responses:
+            async for response in responses:
+                yield response
+
+    return ending
 
 
 async def _fail(context: Context, error: Exception, method: str) -> None:

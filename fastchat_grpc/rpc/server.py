@@ -39,7 +39,7 @@ class RpcServer:
         self._listen = listen
         self._names = [name for name, _ in services]
         peers = PeerNames(listen.peer_sans).admit if listen.peer_sans else None
-        border = Border((access or Access()).admit, bounds, peers, listen.max_message_bytes)
+        self._border = border = Border((access or Access()).admit, bounds, peers, listen.max_message_bytes)
         for _, add in services:
             add(border)
         be_quiet_about_ended_calls()
@@ -87,6 +87,7 @@ class RpcServer:
     async def stop(self, grace_s: float) -> None:
         """Refuse new calls, wait up to `grace_s` seconds for running ones, then cancel the rest."""
         await self._health.enter_graceful_shutdown()
+        self._border.close()
         await self._server.stop(grace_s)
 
     async def wait(self) -> None:
