@@ -87,6 +87,9 @@ def echo(
 
 def check_token_ids(path: str, token_ids: Sequence[int], vocabulary_size: int) -> None:
     """Raise InvalidArgument for the first id outside the vocabulary."""
+    if token_ids and min(token_ids) < 0:
+        i, token_id = next((i, token_id) for i, token_id in enumerate(token_ids) if token_id < 0)
+        raise InvalidArgument(f"{path}[{i}]", f"must be at least 0, got {token_id}")
     if token_ids and max(token_ids) >= vocabulary_size:
         i, token_id = next((i, token_id) for i, token_id in enumerate(token_ids) if token_id >= vocabulary_size)
         place = token_id if path == "sampling.logit_bias" else i

@@ -360,3 +360,10 @@ async def test_an_error_comes_after_what_was_queued() -> None:
         async for event in queue:
             seen.append(event)
     assert seen == [delta(0, "a")]
+
+
+@pytest.mark.parametrize(("token_ids", "place"), [([0, -1], "[1]"), ([9], "[0]")])
+def test_ids_outside_the_vocabulary_are_named(token_ids: list[int], place: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        prompts.check_token_ids("token_ids", token_ids, 9)
+    assert caught.value.field == f"token_ids{place}"
