@@ -17,7 +17,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping, Sequence
-from contextlib import aclosing
+from concurrent.futures import CancelledError, Future
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, fields
 from time import monotonic
 from types import TracebackType
@@ -47,7 +48,7 @@ from fastchat_grpc.core import (
     Tool,
     Usage,
 )
-from fastchat_grpc.errors import InvalidArgument
+from fastchat_grpc.errors import ClientClosed, InvalidArgument
 from fastchat_grpc.rpc import convert
 from fastchat_grpc.rpc.addresses import AddressBook, Addresses
 from fastchat_grpc.rpc.events import event_from_pb
@@ -61,6 +62,8 @@ from fastchat_grpc.v1.registry_pb2_grpc import ControllerServiceStub as Controll
 DEFAULT_ADDRESS = f"127.0.0.1:{CONTROLLER_PORT}"
 
 PAGE_SIZE = 1000
+CLOSE_S = 1.0
+"""Time that calls have to end when their client is closed, before they are cancelled."""
 
 T = TypeVar("T")
 PromptLike = str | Sequence[int] | Sequence[ChatMessage] | Sequence[Mapping[str, Any]] | Prompt
@@ -81,7 +84,7 @@ class GenerateOptions(TypedDict, total=False):
     logit_bias: Mapping[int, float]
     max_new_tokens: int
     min_new_tokens: int
-    stop: Sequence[str]
+    stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     include_stop: bool
@@ -135,6 +138,8 @@ class Result:
 def build_request(prompt: PromptLike, model: str = "", **options: Unpack[GenerateOptions]) -> GenerateRequest:
     """A GenerateRequest from flat options. Raises InvalidArgument for an unknown option or a bad value."""
     given: dict[str, Any] = dict(options)
+    if isinstance(given.get("stop"), str):  # a sequence, too: of strings that nobody meant
+        given["stop"] = (given["stop"],)
     for key in ("stop", "stop_token_ids"):
         if key in given:
             given[key] = tuple(given[key])
@@ -367,6 +372,9 @@ class Client:
         async def connect() -> AsyncClient:
             return AsyncClient(address, tls=tls, api_key=api_key, timeout_s=timeout_s, failover=failover)
 
+        self._closed = threading.Event()
+        self._streams: set[AsyncGenerator[Event, None]] = set()
+        self._lock = threading.RLock()  # taken again where the garbage collector ends a stream under it
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fastchat-grpc-client", daemon=True)
         self._thread.start()
@@ -385,13 +393,22 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connection and end the thread. Safe to call twice."""
-        if self._loop.is_closed():
-            return
+        """Close the connection and end the thread; calls of other threads end with ClientClosed. Safe to call twice."""
+        with self._lock:
+            if self._closed.is_set():
+                return
+            self._closed.set()
         try:
-            self._run(self._client.close())
+            self._submit(self._close()).result()
         finally:
             self._end_thread()
+
+    async def _close(self) -> None:
+        for events in list(self._streams):
+            with suppress(RuntimeError):  # another thread waits for its next event: it ends with the connection
+                await events.aclose()
+        await self._client.close()
+        await _end_others()
 
     def _end_thread(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -401,11 +418,12 @@ class Client:
     def stream(self, request: GenerateRequest) -> Generator[Event, None, None]:
         """As AsyncClient.stream."""
         events = self._client.stream(request)
+        self._streams.add(events)
         try:
             while (event := self._run(_next(events))) is not None:
                 yield event
         finally:
-            self._run(events.aclose())
+            self._end(events)
 
     def generate(
         self, prompt: PromptLike, *, model: str = "", **options: Unpack[GenerateOptions]
@@ -460,12 +478,43 @@ class Client:
         self._run(self._client.undrain_worker(worker_id, join_token=join_token))
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._lock:
+            if self._closed.is_set():
+                work.close()
+                raise ClientClosed("the client is closed")
+            future = self._submit(work)
         try:
             return future.result()
-        except BaseException:
+        except BaseException as error:
             future.cancel()  # an interrupt of the caller's thread ends the call too
+            if self._closed.is_set() and isinstance(error, CancelledError):
+                raise ClientClosed("the client was closed during the call") from None
             raise
+
+    def _end(self, events: AsyncGenerator[Event, None]) -> None:
+        """Cancel a stream, unless its client is closed, and it with it."""
+        with self._lock:
+            self._streams.discard(events)
+            if self._closed.is_set():
+                return
+            ended = self._submit(events.aclose())
+        # The garbage collector may have come for it on any thread.
+        if threading.current_thread() is not self._thread:
+            ended.result()
+
+    def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+
+async def _end_others() -> None:
+    """Wait until all other tasks of this loop have ended, since threads wait for them; cancel what does not end."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    if others:
+        _, left = await asyncio.wait(others, timeout=CLOSE_S)
+        for task in left:
+            task.cancel()
+        if left:
+            await asyncio.wait(left, timeout=CLOSE_S)
 
 
 async def _next(events: AsyncGenerator[Event, None]) -> Event | None:

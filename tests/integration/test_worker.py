@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import threading
+from collections.abc import Iterator
 from contextlib import aclosing
+from typing import Any
 
 import grpc
 import pytest
@@ -304,26 +308,71 @@ async def test_two_servers_do_not_share_a_port(worker: WorkerApp) -> None:
             pytest.fail("started")
 
 
-def test_the_synchronous_client_streams_and_cancels() -> None:
+@pytest.fixture
+def elsewhere() -> Iterator[WorkerApp]:
+    """A worker of one slot, on an event loop of another thread."""
     started = asyncio.new_event_loop()
-    app = WorkerApp(echo_config(max_running=1, max_waiting=0, options={"delay_ms": "2"}, drain_timeout_s=0))
-    import threading
-
+    app = WorkerApp(echo_config(max_running=1, max_waiting=9, options={"delay_ms": "2"}, drain_timeout_s=0))
     thread = threading.Thread(target=started.run_forever, daemon=True)
     thread.start()
     asyncio.run_coroutine_threadsafe(app.start(), started).result(10)
     try:
-        with Client(app.address) as client:
-            assert client.complete("hello").text == "hello"
-            for event in client.generate("x" * 1000, max_new_tokens=1000):
-                assert isinstance(event, Delta)
-                break
-            assert client.complete([{"role": "user", "content": "again"}]).text == "again"
-            assert client.count_tokens("abc") == 3
-            with pytest.raises(errors.ModelNotFound):
-                client.complete("x", model="nope")
+        yield app
     finally:
         asyncio.run_coroutine_threadsafe(app.stop(), started).result(10)
         started.call_soon_threadsafe(started.stop)
         thread.join()
         started.close()
+
+
+def test_the_synchronous_client_streams_and_cancels(elsewhere: WorkerApp) -> None:
+    with Client(elsewhere.address) as client:
+        assert client.complete("hello").text == "hello"
+        for event in client.generate("x" * 1000, max_new_tokens=1000):
+            assert isinstance(event, Delta)
+            break
+        assert client.complete([{"role": "user", "content": "again"}]).text == "again"
+        assert client.complete("a+b+c", stop="b+c").text == "a+"
+        assert client.count_tokens("abc") == 3
+        with pytest.raises(errors.ModelNotFound):
+            client.complete("x", model="nope")
+
+
+def test_a_synchronous_client_that_is_closed_keeps_no_thread_waiting(elsewhere: WorkerApp) -> None:
+    for _ in range(5):
+        client = Client(elsewhere.address)
+        ends: list[type[Exception]] = []
+
+        def read(client: Client = client, ends: list[type[Exception]] = ends) -> None:
+            try:
+                for _ in client.generate("x" * 3000):
+                    pass
+            except errors.FastChatError as error:
+                ends.append(type(error))
+
+        left = client.generate("y" * 3000)
+        next(left)
+        threads = [threading.Thread(target=read, daemon=True) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        client.close()
+        for thread in threads:
+            thread.join(10)
+        assert ends == [errors.ClientClosed] * 4
+        with pytest.raises(errors.ClientClosed):
+            next(left)
+        with pytest.raises(errors.ClientClosed):
+            client.status()
+        left.close()
+
+
+def test_a_stream_that_the_garbage_collector_finds_on_the_clients_own_thread_stops_nothing(
+    elsewhere: WorkerApp,
+) -> None:
+    with Client(elsewhere.address) as client:
+        ring: list[Any] = [client.generate("x" * 3000)]
+        next(ring[0])
+        ring.append(ring)
+        del ring
+        client._loop.call_soon_threadsafe(gc.collect)
+        assert client.complete("on").text == "on"
