@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,6 +14,7 @@ from pathlib import Path
 from fastchat_grpc.client import AsyncClient
 from fastchat_grpc.errors import FastChatError
 from fastchat_grpc.v1 import generation_pb2
+from tests.e2e.processes import free_port
 from tests.integration.blackhole import Blackhole
 
 START_TIMEOUT_S = 120.0
@@ -223,12 +223,8 @@ class ChaosFleet:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago, all different."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
+    """Free ports, all different."""
+    found: set[int] = set()
+    while len(found) < count:
+        found.add(free_port())
+    return list(found)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
 from fastchat_grpc.client import AsyncClient
 from fastchat_grpc.errors import FastChatError
@@ -16,11 +18,23 @@ from fastchat_grpc.errors import FastChatError
 TIMEOUT_S = 60.0
 
 
+EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+LOWEST_PORT = 10_000
+
+
 def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that is free, and one that the system gives to nobody by itself.
+
+    Of those that it does give, another process may have got it meanwhile, if only as its own end of a connection:
+    a server that is to listen there, or to listen there again, could not.
+    """
+    end = int(EPHEMERAL.read_text().split()[0]) if EPHEMERAL.exists() else 32_768
+    while True:
+        port = random.randrange(LOWEST_PORT, max(end, LOWEST_PORT + 1000))
+        with socket.socket() as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 async def run_cli(

@@ -206,7 +206,8 @@ async def test_a_dead_controller_among_several_changes_no_answer() -> None:
 async def test_a_killed_controller_is_never_news_of_the_model(mode: str) -> None:
     """kill -9 of the only controller under load: 200, 503 or 429 and when to come back, and soon 200 again."""
     async with AsyncExitStack() as stack:
-        controller = await stack.enter_async_context(controller_process())
+        port = free_port()
+        controller = await stack.enter_async_context(controller_process(port))
         worker = await stack.enter_async_context(worker_process(controller.address))
         site = Site([], [], None, None, stack)  # type: ignore[arg-type]
         site.gateway = await stack.enter_async_context(
@@ -235,7 +236,6 @@ async def test_a_killed_controller_is_never_news_of_the_model(mode: str) -> None
             controller.kill()
             await controller.process.wait()
             await load(1.2)
-            port = int(controller.address.rpartition(":")[2])
             await stack.enter_async_context(controller_process(port))
             back_at = loop.time()
             await load(4.0)
