@@ -7,9 +7,9 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fastchat_grpc.controller.dispatch import PickRequest
+from fastchat_grpc.controller.dispatch import Dispatcher, PickRequest
 from fastchat_grpc.controller.evidence import Evidence, evidence
 from fastchat_grpc.controller.fleet import Change, ChangeKind, Replicas, Reservation, Worker
 from fastchat_grpc.controller.health import Tier
@@ -24,11 +24,8 @@ from fastchat_grpc.errors import (
 )
 from fastchat_grpc.rpc.failover import Attempt, Call, Nobody
 from fastchat_grpc.rpc.plan import Outlook
-from fastchat_grpc.rpc.pool import PooledChannel
+from fastchat_grpc.rpc.pool import ChannelPool, PooledChannel
 from fastchat_grpc.rpc.retry import Verdict
-
-if TYPE_CHECKING:
-    from fastchat_grpc.controller.relay import Relay
 
 UNNAMED_LOOK_S = 0.1
 _IN_USE = math.inf
@@ -46,6 +43,7 @@ class Candidates:
     a sign of life since: a heartbeat, or a connection that stands again.
 
     Args:
+        attempts: where its attempts are kept, and what makes them.
         model: as the caller named it; empty for the only one.
         key: what prefix_affinity groups by.
         wants: what a worker must have now to take the call; asked at each pick.
@@ -53,10 +51,10 @@ class Candidates:
     """
 
     def __init__(
-        self, relay: Relay, model: str, key: str, wants: Callable[[Call[bytes]], PickRequest], open: Open
+        self, attempts: Attempts, model: str, key: str, wants: Callable[[Call[bytes]], PickRequest], open: Open
     ) -> None:
-        self._relay = relay
-        self._registry = relay.dispatcher.registry
+        self._attempts = attempts
+        self._registry = attempts.dispatcher.registry
         self._model = model
         self._key = key
         self._wants = wants
@@ -72,17 +70,17 @@ class Candidates:
         try:
             self._resolve(request.adapter)
             request = self._completed(request)
-            reservation = self._relay.dispatcher.pick(request, lambda: attempt.move())
+            reservation = self._attempts.dispatcher.pick(request, lambda: attempt.move())
         except (NoLiveWorker, Starting) as error:
             raise self._nobody(request, error) from None
         self._tried[reservation.instance_id] = _IN_USE
-        channel = self._relay.pool.get(reservation.address)
+        channel = self._attempts.pool.get(reservation.address)
         try:
             info = reservation.worker.model(self._model)
             assert info is not None, "it was found by this name"
             if not call.started:
                 self.origin = info
-            attempt = WorkerAttempt(self._relay, self, call, reservation, channel, self._open(channel, info, call))
+            attempt = WorkerAttempt(self._attempts, self, call, reservation, channel, self._open(channel, info, call))
         except BaseException:
             reservation.release()
             raise
@@ -162,7 +160,7 @@ class WorkerAttempt(Attempt[bytes]):
 
     def __init__(
         self,
-        relay: Relay,
+        attempts: Attempts,
         candidates: Candidates,
         call: Call[bytes],
         reservation: Reservation,
@@ -170,7 +168,7 @@ class WorkerAttempt(Attempt[bytes]):
         running: Any,
     ) -> None:
         super().__init__(running, None if call.started else call.state)
-        self._relay = relay
+        self._attempts = attempts
         self._candidates = candidates
         self._owner = call
         self._reservation = reservation
@@ -178,7 +176,7 @@ class WorkerAttempt(Attempt[bytes]):
         self._moved = False
         self._closed = False
         channel.calls += 1
-        relay.attempts.add(self)
+        attempts.running.add(self)
 
     @property
     def worker(self) -> Worker:
@@ -222,8 +220,8 @@ class WorkerAttempt(Attempt[bytes]):
             return
         self._closed = True
         super().close()
-        self._relay.attempts.discard(self)
-        self._relay.stranded.discard(self)
+        self._attempts.running.discard(self)
+        self._attempts.stranded.discard(self)
         self._channel.calls -= 1
         self._channel.used_at = monotonic()
         self._reservation.release()
@@ -240,7 +238,7 @@ class WorkerAttempt(Attempt[bytes]):
             self._moved = True
             self._call.cancel()
         else:
-            self._relay.stranded.add(self)
+            self._attempts.stranded.add(self)
 
     def _account(self, error: FastChatError, verdict: Verdict) -> None:
         """What the error says of the worker."""
@@ -250,7 +248,7 @@ class WorkerAttempt(Attempt[bytes]):
             case Evidence.LOST:
                 self._reservation.lost()
             case Evidence.FULL:
-                self._relay.dispatcher.registry.full(self.worker)
+                self._attempts.dispatcher.registry.full(self.worker)
             case Evidence.AWAY:
                 self._reservation.suspect()
             case Evidence.FAULT:
@@ -281,3 +279,14 @@ class Stranded:
         for attempt in list(self._attempts):
             if attempt.in_trouble:
                 attempt.move()
+
+
+class Attempts:
+    """The attempts of all relayed calls that are under way, with what makes them: a dispatcher and channels."""
+
+    def __init__(self, dispatcher: Dispatcher, pool: ChannelPool) -> None:
+        self.dispatcher = dispatcher
+        self.pool = pool
+        self.running: set[WorkerAttempt] = set()
+        self.stranded = Stranded()
+        dispatcher.registry.subscribe(self.stranded.on_change)

@@ -14,7 +14,7 @@ from typing import Any
 
 from fastchat_grpc.config import DispatchMethod, FailoverConfig
 from fastchat_grpc.controller.callers import NOBODY, Caller
-from fastchat_grpc.controller.candidates import Candidates, Stranded, WorkerAttempt
+from fastchat_grpc.controller.candidates import Attempts, Candidates
 from fastchat_grpc.controller.dispatch import Dispatcher, PickRequest
 from fastchat_grpc.core import Capability, ModelInfo
 from fastchat_grpc.rpc.failover import Call, Failover
@@ -55,11 +55,8 @@ class Relay:
         self.dispatcher = dispatcher
         self.pool = pool
         self.failover = Failover(config)
-        self.attempts: set[WorkerAttempt] = set()
-        """Those under way."""
-        self.stranded = Stranded()
+        self.attempts = Attempts(dispatcher, pool)
         self._send_timeout_s = send_timeout_s
-        dispatcher.registry.subscribe(self.stranded.on_change)
 
     def generate(
         self, request: pb.GenerateRequest, caller: Caller = NOBODY, begins: Begins | None = None
@@ -92,7 +89,7 @@ class Relay:
             multicallable = channel.unary_unary(method)
             return multicallable(named(info.name), timeout=call.remaining_s(), metadata=caller.metadata)
 
-        candidates = Candidates(self, model, "", lambda call: PickRequest(prefers=prefers), start)
+        candidates = Candidates(self.attempts, model, "", lambda call: PickRequest(prefers=prefers), start)
         return await self.failover.call(candidates, caller.deadline)
 
     async def run(self) -> None:
@@ -100,7 +97,7 @@ class Relay:
         while True:
             await asyncio.sleep(min(READERS_LOOK_S, self._send_timeout_s / 4))
             now = monotonic()
-            unread = [attempt for attempt in self.attempts if attempt.unread_s(now) > self._send_timeout_s]
+            unread = [attempt for attempt in self.attempts.running if attempt.unread_s(now) > self._send_timeout_s]
             for attempt in unread:
                 attempt.drop(now)
             if unread:
@@ -153,7 +150,9 @@ class _Generation:
         self._fallback_seed = fallback_seed(request, relay.failover.rng)
         self._uses = uses(request)
         self._arrived = resume_needs(request, request.resume) if request.HasField("resume") else None
-        self.candidates = Candidates(relay, request.model, relay.affinity_key(request), self._wanted, self._open)
+        self.candidates = Candidates(
+            relay.attempts, request.model, relay.affinity_key(request), self._wanted, self._open
+        )
 
     def _wanted(self, call: Call[bytes]) -> PickRequest:
         request, state = self._request, call.state

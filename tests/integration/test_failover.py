@@ -91,7 +91,7 @@ class TestOneWorker:
             wire.stop()
             back.stop()
             await eventually(lambda: len(controller.registry) == 0)
-            assert len(controller.relay.stranded) == 1  # nobody else could take it: it stays
+            assert len(controller.relay.attempts.stranded) == 1  # nobody else could take it: it stays
             wire.go_on()
             back.go_on()
             assert await asyncio.wait_for(stream, 20) == TEXT
@@ -290,12 +290,12 @@ class TestSeveralModels:
         stream = asyncio.create_task(said(client.generate(TEXT, model="a", stream_interval=1)))
         await eventually(lambda: wedged._generation.output_tokens == 20)
         await trouble(controller, wedged)
-        await eventually(lambda: len(controller.relay.stranded) == 1)
+        await eventually(lambda: len(controller.relay.attempts.stranded) == 1)
         await start_worker("b", controllers=(controller.address,))
         await start_worker("a", controllers=(controller.address,))
         assert await asyncio.wait_for(stream, 20) == TEXT
         assert controller.relay.failover.resumed == 1
-        assert len(controller.relay.stranded) == 0
+        assert len(controller.relay.attempts.stranded) == 0
 
     async def test_it_is_not_moved_to_one_that_cannot_go_on_with_it(
         self, controller: ControllerApp, client: AsyncClient, start_worker: StartWorker

@@ -99,7 +99,7 @@ async def test_a_caller_of_a_relay_that_does_not_read_keeps_no_reservation(
             await call.read()
             assert worker.reserved_count == 1
             await eventually(lambda: worker.reserved_count == 0, timeout_s=30)
-            assert not controller.relay.attempts
+            assert not controller.relay.attempts.running
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 while await call.read() is not grpc.aio.EOF:
                     pass

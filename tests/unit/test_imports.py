@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,27 @@ def test_only_the_transformers_backend_sees_the_engine() -> None:
     for path in (PACKAGE / "backends").rglob("*.py"):
         if path.parent.name != "transformers":
             assert not any(name.startswith("fastchat_grpc.engine") for name, _ in imports(path)), path
+
+
+def test_no_module_needs_itself() -> None:
+    """No circle of imports, those inside functions and for types included."""
+    names = {_dotted(path): path for path in modules()}
+    needs = {}
+    for name, path in names.items():
+        needed = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                needed |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                inner = {f"{node.module}.{alias.name}" for alias in node.names} & set(names)
+                needed |= inner or {node.module}
+        needs[name] = needed & set(names) - {name}
+    graphlib.TopologicalSorter(needs).prepare()  # raises CycleError, which names the circle
+
+
+def _dotted(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 ENGINES = sorted(path.name for path in (PACKAGE / "backends").iterdir() if (path / "__init__.py").exists())
