@@ -183,6 +183,8 @@ class LeaseConfig:
     """More are refused: whoever may register must not be able to fill the controller's memory."""
     expect_workers: int = 0
     """Workers with which the fleet is whole, so that what they do not serve does not exist; 0: not known."""
+    expect_worker_ids: tuple[str, ...] = ()
+    """The same by their ids: so many others do not make it whole."""
 
     def __post_init__(self) -> None:
         _require(self.expect_workers >= 0, f"--expect-workers must be at least 0, got {self.expect_workers}")

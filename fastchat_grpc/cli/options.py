@@ -157,10 +157,10 @@ controller_options = group(
     ),
     click.option(
         "--expect-workers",
-        type=int,
-        default=0,
-        help="Workers with which the fleet is whole: from then on a model that none of them serves is unknown (404), "
-        "not merely away (503).  [default: not known; a minute after the start]",
+        type=CommaList(),
+        default="",
+        help="Workers with which the fleet is whole, as a number or by their ids: from then on a model that none of "
+        "them serves is unknown (404), not merely away (503).  [default: not known; a minute after the start]",
     ),
     click.option(
         "--max-attempts",
@@ -225,7 +225,7 @@ def controller_config(flags: dict[str, Any]) -> ControllerConfig:
             time_to_live_s=expiration,
             heartbeat_interval_s=interval,
             max_workers=flags["max_workers"],
-            expect_workers=flags["expect_workers"],
+            **_expected(flags["expect_workers"]),
         ),
         failover=FailoverConfig(
             max_attempts=flags["max_attempts"],
@@ -248,6 +248,13 @@ def controller_config(flags: dict[str, Any]) -> ControllerConfig:
         api_keys=ApiKeyConfig.parse(flags["api_keys"], flags["api_key_file"]),
         insecure_join=flags["insecure_join"],
     )
+
+
+def _expected(values: tuple[str, ...]) -> dict[str, Any]:
+    """What LeaseConfig has of --expect-workers: how many, or which."""
+    if len(values) == 1 and re.fullmatch(r"-?[0-9]{1,9}", values[0]):
+        return {"expect_workers": int(values[0])}
+    return {"expect_worker_ids": values}
 
 
 def listening_ip(host: str) -> str:

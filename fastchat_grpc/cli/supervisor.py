@@ -76,7 +76,7 @@ def serve(ctx: click.Context, /, **flags: Any) -> None:
     at_controller = ["--controller-address", flags["controller_address"][0]]
     own = ["--port", str(flags["controller_port"])]
     if not flags["expect_workers"]:
-        own += ["--expect-workers", str(len(workers))]
+        own += ["--expect-workers", _expected(flags["host"], workers)]
     passed = {name: [name, *_passed(ctx, name), *_trust(flags, name)] for name in COMMANDS}
     parts = [
         Part("controller", [*passed["controller"], *own], grace_s, stop_order=2),
@@ -151,6 +151,17 @@ def _worker_places(flags: dict[str, Any]) -> list[list[str]]:
             place += ["--worker-id", name if count == 1 else f"{name}-{i}"]
         places.append(place)
     return places
+
+
+def _expected(host: str, places: Sequence[Sequence[str]]) -> str:
+    """With whom the fleet is whole: its own workers by their ids, since others may join; where those are not known
+    before the workers listen, how many."""
+    ids = []
+    for place in places:
+        told = dict(zip(place[::2], place[1::2], strict=True))
+        here = join_address(dial_host(host), int(told["--port"]))
+        ids.append(told.get("--worker-id") or told.get("--worker-address") or (here if told["--port"] != "0" else ""))
+    return ",".join(ids) if all(ids) else str(len(places))
 
 
 def _trust(flags: dict[str, Any], part: str) -> list[str]:

@@ -247,9 +247,14 @@ class Registry(Accounts):
         self._set_lease_timer(worker, now)
         self._notify(Change(ChangeKind.ADDED, worker))
         self.room.freed(worker)
-        if not self._sure and 0 < self._config.expect_workers <= len(self):
+        if not self._sure and self._is_whole():
             self.settle()
         return worker
+
+    def _is_whole(self) -> bool:
+        """Whether all workers are here that are expected."""
+        ids, count = self._config.expect_worker_ids, self._config.expect_workers
+        return all(self._directory.get(each) is not None for each in ids) if ids else 0 < count <= len(self)
 
     def _renew(self, worker: Worker, spec: WorkerSpec, load: Load) -> Worker:
         """The same process registers again: perhaps its models changed, perhaps an answer was lost."""

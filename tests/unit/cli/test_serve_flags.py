@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -15,12 +16,14 @@ from fastchat_grpc.cli.supervisor import (
     SECRETS,
     SET_HERE,
     _check,
+    _expected,
     _passed,
     _secrets,
     _trust,
     _worker_places,
     serve,
 )
+from fastchat_grpc.config import LeaseConfig
 from fastchat_grpc.errors import ConfigError
 
 PAIRS = [(part, param) for part, command in COMMANDS.items() for param in command.params]
@@ -38,6 +41,35 @@ def sample(option: click.Option, tmp_path: Path) -> list[str]:
     if isinstance(option.type, click.Choice):
         return [option.opts[0], option.type.choices[-1]]
     return [option.opts[0], VALUES.get(option.type.name) or str(tmp_path / "value")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), "127.0.0.1:21002"),
+        (("--num-workers", "2", "--host", "::"), "[::1]:21002,[::1]:21003"),
+        (("--num-workers", "2", "--worker-address", "gpu:7", "--port", "5"), "gpu:7,gpu:8"),
+        (("--num-workers", "2", "--worker-id", "w", "--port", "0"), "w-0,w-1"),
+        (("--num-workers", "2", "--port", "0"), "2"),
+    ],
+)
+def test_the_controller_is_told_whom_it_waits_for(arguments: tuple[str, ...], expected: str) -> None:
+    flags = context(*arguments).params
+    assert _expected(flags["host"], _worker_places(flags)) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "config"),
+    [
+        ("", {}),
+        ("3", {"expect_workers": 3}),
+        ("a:1,b:2", {"expect_worker_ids": ("a:1", "b:2")}),
+        ("a", {"expect_worker_ids": ("a",)}),
+    ],
+)
+def test_workers_are_expected_by_number_or_by_id(given: str, config: dict[str, Any]) -> None:
+    flags = COMMANDS["controller"].make_context("controller", ["--expect-workers", given]).params
+    assert options.controller_config(flags).lease == LeaseConfig(**config)
 
 
 @pytest.mark.parametrize(("part", "param"), PAIRS, ids=[f"{part} {param.name}" for part, param in PAIRS])

@@ -69,6 +69,17 @@ def test_a_fleet_that_is_whole_waits_for_nobody() -> None:
         fleet.registry.pool("unknown")
 
 
+def test_a_fleet_whose_workers_are_named_is_not_whole_with_as_many_others() -> None:
+    fleet = Fleet(LeaseConfig(expect_worker_ids=("a", "b")), young=True)
+    for worker_id in ("x", "y", "z", "a"):
+        fleet.join(worker_id)
+        with pytest.raises(Starting):
+            fleet.registry.pool("unknown")
+    fleet.join("b")
+    with pytest.raises(ModelNotFound):
+        fleet.registry.pool("unknown")
+
+
 def test_a_registry_without_workers_says_of_no_model_that_it_does_not_exist(fleet: Fleet) -> None:
     fleet.wait(1000)
     with pytest.raises(NoLiveWorker):
