@@ -43,11 +43,10 @@ from fastchat_grpc.text import prompt as prompts
 from fastchat_grpc.text.choice import Choice, ChoiceLimits
 from fastchat_grpc.text.events import EventQueue
 from fastchat_grpc.text.reasoning import Marks
+from fastchat_grpc.text.seeds import GOLDEN
 from fastchat_grpc.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-_CHOICE_STRIDE = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: spreads successive indices over all seeds
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,4 +334,4 @@ class Seeds:
     @staticmethod
     def choice_seed(request_seed: int, index: int) -> int:
         """The seed of one choice: the first has the request's, so that n does not change it."""
-        return (request_seed + index * _CHOICE_STRIDE) & INT64_MAX
+        return (request_seed + index * GOLDEN) & INT64_MAX

@@ -155,11 +155,6 @@ class Engine:
                 raise _was_closed()
             self._commands.put(command)
 
-    @property
-    def request_count(self) -> int:
-        """Requests that have not ended."""
-        return len(self._requests)
-
     # The engine thread.
 
     def _run(self) -> None:

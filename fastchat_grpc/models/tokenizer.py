@@ -123,12 +123,6 @@ class HuggingFaceTokenizer:
     def chat_template(self) -> str:
         return self._template.source
 
-    @property
-    def pad_token_id(self) -> int | None:
-        """Token that fills up short rows of a batch, or None."""
-        pad = self._tokenizer.pad_token_id
-        return None if pad is None else int(pad)
-
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         if not text.isascii():
             # Half of a character of two halves, as escapes of JSON in a conversation can hold, is no text.

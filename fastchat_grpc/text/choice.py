@@ -132,10 +132,6 @@ class Choice:
         if endless or self.token_count >= self._max_tokens:
             self._end(FinishReason.LENGTH)
 
-    def abort(self) -> None:
-        """End the choice with what it has."""
-        self._end(FinishReason.ABORT)
-
     def end(self, reason: FinishReason) -> None:
         """End the choice because its engine has, for a reason that its tokens do not show."""
         self._end(reason)

@@ -11,9 +11,9 @@ from typing import Any
 from fastchat_grpc.backends.engine_thread import Running
 from fastchat_grpc.core import GREEDY_TEMPERATURE, Grammar, GrammarKind
 from fastchat_grpc.errors import BackendFailed, InvalidArgument
+from fastchat_grpc.text.seeds import splitmix64
 from fastchat_grpc.text.tokenizer import Tokenizer
 
-_MASK = 2**64 - 1
 _NEVER = -1e9
 """Added to the logits of ends that must not be taken yet. Finite, so that an end which is all that a grammar
 allows is still taken: where every logit is -inf llama.cpp draws any token, and ends the process when the grammar
@@ -167,11 +167,8 @@ class Sampler:
         return sampler
 
     def _draw_seed(self) -> int:
-        """32 bits of the seed and the place (splitmix64, Steele et al. 2014)."""
-        z = (self._seed + (self._place + 1) * 0x9E3779B97F4A7C15) & _MASK
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-        return (z ^ (z >> 31)) >> 32
+        """32 bits of the seed and the place."""
+        return splitmix64(self._seed, self._place + 1) >> 32
 
 
 def dead_end(kind: GrammarKind | None) -> InvalidArgument:

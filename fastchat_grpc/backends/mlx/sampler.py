@@ -8,9 +8,8 @@ from typing import Any
 
 from fastchat_grpc.backends.engine_thread import Running
 from fastchat_grpc.core import GREEDY_TEMPERATURE, SamplingParams
+from fastchat_grpc.text.seeds import splitmix64
 from fastchat_grpc.text.tokenizer import Tokenizer
-
-_MASK = 2**64 - 1
 
 
 def raw_logprobs(logits: Any) -> Any:
@@ -59,13 +58,9 @@ class Chooser:
         return sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
 
     def draw_key(self) -> tuple[int, int]:
-        """MLX's random key of the next draw: 64 bits of the seed and the place (splitmix64, Steele et al. 2014)."""
+        """MLX's random key of the next draw: 64 bits of the seed and the place."""
         self._place += 1
-        z = (self._seed + self._place * 0x9E3779B97F4A7C15) & _MASK
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-        z ^= z >> 31
-        return z >> 32, z & 0xFFFFFFFF
+        return divmod(splitmix64(self._seed, self._place), 2**32)
 
     @property
     def _processes(self) -> bool:

@@ -6,9 +6,8 @@ from typing import Any
 
 from fastchat_grpc.backends.driver import Job
 from fastchat_grpc.core import Grammar, GrammarKind, SamplingParams
+from fastchat_grpc.text.seeds import splitmix64
 from fastchat_grpc.text.tokenizer import Tokenizer
-
-_MASK32, _MASK64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 
 JSON_OBJECT = r"""
 root ::= object
@@ -86,8 +85,5 @@ def _sampling(sampling: SamplingParams, seed: int) -> dict[str, Any]:
 
 
 def _mix(seed: int) -> int:
-    """A 64-bit seed in 32 bits, as the engine reads no more: all bits count (SplitMix64's finalizer)."""
-    seed &= _MASK64
-    seed = ((seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    seed = ((seed ^ (seed >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return (seed ^ (seed >> 31)) & _MASK32
+    """A 64-bit seed in 32 bits, as the engine reads no more: all bits count."""
+    return splitmix64(seed, 0) & 0xFFFFFFFF

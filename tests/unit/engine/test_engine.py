@@ -206,7 +206,7 @@ def test_cancelling_frees_the_request_at_the_next_step(llama):
         sink.wait_for_tokens(3)
         harness.engine.abort(sink.request)
         other.wait()
-        until(lambda: harness.engine.request_count == 0)
+        until(lambda: not harness.engine._requests)
         assert harness.pool.available == harness.pool.block_count
         assert not harness.scheduler.running
     assert not sink.done.is_set()
@@ -227,7 +227,7 @@ def test_cancelling_while_waiting_and_twice_is_harmless(llama):
         harness.engine.abort(waiting.request)
         harness.engine.abort(waiting.request)
         running.wait()
-        until(lambda: harness.engine.request_count == 0)
+        until(lambda: not harness.engine._requests)
         assert not waiting.events
         assert harness.pool.available == harness.pool.block_count
 
@@ -352,7 +352,7 @@ def test_nothing_is_left_after_many_requests_come_and_go(llama):
             sinks.append(harness.submit(request))
             if rng.random() < 0.3:
                 harness.engine.abort(rng.choice(sinks).request)
-        until(lambda: harness.engine.request_count == 0, 120)
+        until(lambda: not harness.engine._requests, 120)
         assert harness.pool.available == harness.pool.block_count
         assert not harness.scheduler.waiting
         assert not harness.scheduler.running

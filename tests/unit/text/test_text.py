@@ -237,7 +237,7 @@ def test_a_stop_counts_where_it_ends_behind_min_new_tokens(text: str, stops: lis
             expected = text[: end - len(matched)]
             break
     if matched is None:
-        choice.abort()
+        choice.end(FinishReason.ABORT)
         if (rest := choice.delta()) is not None:
             seen += rest.text
     assert (seen, choice.matched) == (expected, matched)
