@@ -68,10 +68,10 @@ class GrammarCompiler:
         try:
             source = _source(LLMatcher, grammar)
         except ValueError as error:
-            raise InvalidArgument(field, _first_line(str(error))) from error
+            raise InvalidArgument(field, _reason(str(error))) from error
         matcher = LLMatcher(self._tokens(), source, log_level=0)
         if matcher.is_error():
-            raise InvalidArgument(field, _first_line(matcher.get_error()))
+            raise InvalidArgument(field, _reason(matcher.get_error()))
         made = CompiledGrammar(matcher, self._tokenizer, field)
         made.begin(()).allowed()
         return made
@@ -138,7 +138,7 @@ class GrammarState:
 
     def _check(self, otherwise: str) -> None:
         if self._matcher.is_error():
-            reason = _first_line(self._matcher.get_error())
+            reason = _reason(self._matcher.get_error())
             # Where there is no way on llguidance has a word for itself alone.
             raise InvalidArgument(self._field, otherwise if reason.isalpha() else reason)
 
@@ -174,5 +174,8 @@ def _source(matcher: Any, grammar: Grammar) -> str:
             return str(matcher.grammar_from_lark(grammar.source))
 
 
-def _first_line(message: str) -> str:
-    return (message.strip().splitlines() or ["wrong grammar"])[0][:300]
+def _reason(message: str) -> str:
+    """What is wrong, in one line: the first, and of an expression that cannot be read the line that says why."""
+    lines = message.strip().splitlines() or ["wrong grammar"]
+    why = [line.removeprefix("error: ") for line in lines[1:] if line.startswith("error: ")]
+    return " ".join([lines[0], *why[:1]])[:300]

@@ -203,3 +203,19 @@ def test_a_wrong_grammar_is_refused_by_its_field(compiler, grammar, field):
     with pytest.raises(InvalidArgument) as caught:
         compiler.compile(grammar)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("grammar", "why"),
+    [
+        (Grammar(GrammarKind.REGEX, "("), "unclosed group"),
+        (Grammar(GrammarKind.REGEX, "(?=a)b"), "look-ahead"),
+        (Grammar(GrammarKind.JSON_SCHEMA, '{"type": "string", "pattern": "^(?!a).*$"}'), "look-ahead"),
+        (Grammar(GrammarKind.LARK, "start: foo"), "unknown name"),
+    ],
+)
+def test_a_wrong_grammar_is_refused_with_the_reason_in_one_line(compiler, grammar, why):
+    with pytest.raises(InvalidArgument) as caught:
+        compiler.compile(grammar)
+    assert why in caught.value.description
+    assert "\n" not in caught.value.description
