@@ -41,7 +41,6 @@ _HARMLESS: Mapping[str, object] = {
     "xtc_probability": 0,
     "dry_multiplier": 0,
     "dynatemp_range": 0,
-    "top_n_sigma": -1,
     "watermark": False,
     "safe_prompt": False,
 }
@@ -56,6 +55,7 @@ def refuse_elsewhere(fields: Fields) -> None:
         fields.unsupported(name, harmless)
     fields.unsupported("repeat_penalty", 1, fields.peek("repetition_penalty"), hint="use repetition_penalty")
     fields.unsupported("do_sample", True, fields.peek("temperature") != 0, hint="use temperature: 0")
+    fields.unsupported("top_n_sigma", -1, 0)
     fields.unsupported("no_stop_trim", False, hint="use include_stop_str_in_output")
     fields.unsupported("options", {}, hint="use the members of this API")
     for name in ("stop_regex", "thinking_token_budget", "custom_logit_processor"):

@@ -197,6 +197,7 @@ def test_thinking_is_the_chat_templates() -> None:
         ("mirostat", 2, 0),
         ("xtc_probability", 0.5, 0.0),
         ("top_n_sigma", 1.5, -1),
+        ("top_n_sigma", 1.5, 0),
         ("do_sample", False, True),
         ("use_beam_search", True, False),
         ("use_beam_search", 1, False),
