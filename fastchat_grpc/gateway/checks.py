@@ -28,6 +28,8 @@ from fastchat_grpc.rpc.bridge import (
 FRAMING_BYTES = 1024
 """More than the transcoder adds to a body when it makes a message of it."""
 MIN_PICK_BYTES = 512 * 1024
+PASS_OVER_S = 2.0
+"""A controller that does not answer is left for another after this time. It waits for a gateway for a second itself."""
 KEY_CHECK = f"{EXT_AUTHZ}.key"
 _TYPE = "envoy.extensions.filters.http.ext_authz.v3"
 # The rest of a request's headers, such as its cookies, is none of the controller's business.
@@ -113,11 +115,14 @@ def _names(config: GatewayConfig) -> dict[str, str]:
 
 
 def _filter(config: GatewayConfig, name: str, cluster: str, **settings: object) -> Tree:
+    # Who may be passed over is not waited for as long: of several controllers one may be frozen, and is asked twice.
+    passed_over = "failure_mode_allow" in settings and len(config.controller_addresses) > 1
+    timeout_s = min(config.pick_timeout_s, PASS_OVER_S) if passed_over else config.pick_timeout_s
     return extension(
         name,
         f"{_TYPE}.ExtAuthz",
         transport_api_version="V3",
-        grpc_service=controller_service(config, cluster, config.pick_timeout_s),
+        grpc_service=controller_service(config, cluster, timeout_s),
         status_on_error={"code": "ServiceUnavailable"},
         allowed_headers={"patterns": [{"exact": header} for header in _HEADERS]},
         **settings,

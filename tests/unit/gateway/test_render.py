@@ -107,6 +107,16 @@ def test_each_controller_has_a_cluster_of_its_own_workers() -> None:
     assert names == ["api", "controller_0", "workers_0", "controller_1", "workers_1"]
 
 
+def test_of_several_controllers_only_the_last_one_asked_is_waited_for_long() -> None:
+    def times(config: GatewayConfig) -> list[str]:
+        filters = find(bootstrap(config), "http_filters")[0]
+        asked = [item for item in filters if item["name"].startswith("envoy.filters.http.ext_authz")]
+        return [item["typed_config"]["grpc_service"]["timeout"] for item in asked]
+
+    assert times(DIRECT) == ["5s", "5s"]
+    assert times(CONFIGS["several controllers"]) == ["2s", "2s", "2s", "2s", "5s"]
+
+
 def test_no_load_balancer_chooses_a_worker_that_the_picker_did_not_name() -> None:
     (override,) = find(bootstrap(DIRECT), "load_balancing_policy")
     (nobody,) = find(override, "fallback_policy")[0]["policies"]
