@@ -38,6 +38,8 @@ _OPENER = re.compile("|".join(re.escape(opener) for opener in _OPENERS))
 _MARK_START = re.compile(r"[<\[]")
 """All marks begin with one of these."""
 _LONGEST_MARK = max(len(mark) for mark in (*_OPENERS, *_THOUGHTS.values())) - 1
+_MAX_BLANKS = 256
+"""White space before a call that is not told; of more, which a model may write for ever, the rest is content."""
 _CLOSERS = ("</tool_call>", "<|python_end|>", "<｜tool▁calls▁end｜>")
 _CALLS = {HERMES: xml.FUNCTION, xml.FUNCTION: xml.FUNCTION, DEEPSEEK: deepseek.CALL}
 """How a call begins inside a block, beside the brace of JSON."""
@@ -129,7 +131,7 @@ class ToolCallParser:
                 self._content(self._text[:end])
                 self._text, self._thought_end, self._step = self._text[end:], _THOUGHTS[opener], self._thought
                 return True
-            said = self._text[: found.start()].rstrip()
+            said = self._text[: found.start() - _blanks(self._text[: found.start()])]
             self._content(said)
             self._raw, self._text = self._text[len(said) : end], self._text[end:]
             self._open(opener, self._raw)
@@ -161,23 +163,24 @@ class ToolCallParser:
     def _between(self) -> bool:
         """Between the calls of one block: separators, the next call, or the end of the block."""
         head = self._text.lstrip(" \t\r\n,;[" if not self._announced else " \t\r\n,;")
+        self._consume(len(self._text) - len(head))  # looked at once, however many there are
         if not head or any(mark.startswith(head) for mark in self._marks):
             return False
         reader = self._reader(head)
         if reader is not None:
-            self._consume(len(self._text) - len(head))
             self._call = reader
             self._announced = False
             self._step = self._object
         elif self._announced and head.startswith(("]", *_CLOSERS)):
             closer = next(mark for mark in ("]", *_CLOSERS) if head.startswith(mark))
-            self._consume(len(self._text) - len(head) + len(closer))
+            self._consume(len(closer))
+            self._raw = ""
             if closer != "]" or self._format != LLAMA4:  # whose own closer follows the bracket
                 self._end_block()
         elif self._format == MISTRAL and not self._announced and (head[0].isalpha() or head[0] == "_"):
-            self._consume(len(self._text) - len(head))
             self._step = self._name
         elif self._announced:
+            self._text = self._raw + self._text
             self._end_block()
         else:
             self._give_back()
@@ -318,8 +321,13 @@ class NamedCallParser:
 def _undecided(text: str) -> int:
     """Length of the end of `text` that may be the start of an opener, with the white space before it."""
     keep = _begun(text, _OPENERS)
-    rest = text[: len(text) - keep]
-    return keep + len(rest) - len(rest.rstrip())
+    return keep + _blanks(text[: len(text) - keep])
+
+
+def _blanks(text: str) -> int:
+    """Length of the white space at the end of `text` that belongs to what follows it."""
+    end = text[-_MAX_BLANKS:]
+    return len(end) - len(end.rstrip())
 
 
 def _begun(text: str, marks: tuple[str, ...]) -> int:

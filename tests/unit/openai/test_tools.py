@@ -36,6 +36,7 @@ def parse(pieces: Sequence[str], *, parallel: bool = True) -> tuple[str, list[tu
 
 
 ONE = [("weather", ARGUMENTS)]
+ONE_BLOCK = '<tool_call>{"name": "time", "arguments": {}}'
 TWO = [("weather", ARGUMENTS), ("time", "{}")]
 FORMATS = [
     (f'<tool_call>\n{{"name": "weather", "arguments": {ARGUMENTS}}}\n</tool_call>', "", ONE),
@@ -166,3 +167,17 @@ def test_text_before_a_call_is_not_held_back() -> None:
     assert parser.feed("Let me see") == [Content("Let me see")]
     assert parser.feed(". <tool") == [Content(".")]
     assert parser.feed("box>") == [Content(" <toolbox>")]
+
+
+@pytest.mark.parametrize("text", ["a" + " " * 5000, "<tool_call>" + ", " * 2500, "[" * 5000, ONE_BLOCK + "\n" * 5000])
+def test_what_a_model_writes_for_ever_is_not_looked_at_again_and_again(text: str) -> None:
+    parser = ToolCallParser(NAMES)
+    for character in text:
+        parser.feed(character)
+        assert len(parser._text) < 400
+
+
+def test_white_space_before_a_call_is_not_told_unless_there_is_very_much() -> None:
+    for blanks, told in ((0, 0), (10, 0), (1000, 1000 - 256)):
+        text = "Sure." + "\n" * blanks + ONE_BLOCK
+        assert parse([text]) == parse(list(text)) == ("Sure." + "\n" * told, [("time", "{}")])
