@@ -161,6 +161,9 @@ class GenerationServicer:
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[bytes]:
         self._generation.check()
+        if request.HasField("resume"):
+            # What a worker refuses of such a request is taken for that worker's inability, and another is waited for.
+            convert.generate_request_from_pb(request)
         request.request_id = name = request_id(request.request_id, context.invocation_metadata())
         logger.debug("request %r is relayed", name)
         begun = False

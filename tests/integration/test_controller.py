@@ -126,6 +126,21 @@ class TestRelay:
         assert found[0] == found[1]
         assert controller.relay.failover.retried == 0
 
+    async def test_a_fault_in_what_is_resumed_is_told_at_once(
+        self, controller: ControllerApp, channel: grpc.aio.Channel, start_worker: StartWorker
+    ) -> None:
+        """Nobody is waited for who could go on with it."""
+        await start_worker(controllers=(controller.address,))
+        await joined(controller, 1)
+        generate = generation_pb2_grpc.GenerationServiceStub(channel).Generate
+        begun = generation_pb2.Resume(choices=[generation_pb2.ResumedChoice(output_token_ids=[97], text_length=1)])
+        for field, request in {
+            "resume.choices.index": {"resume": generation_pb2.Resume(choices=[generation_pb2.ResumedChoice(index=-1)])},
+            "sampling.temperature": {"resume": begun, "sampling": generation_pb2.SamplingParams(temperature=-1)},
+        }.items():
+            asked = generate(generation_pb2.GenerateRequest(prompt="abc", **request), timeout=5)  # type: ignore[arg-type]
+            await fails(asked.read(), errors.InvalidArgument, field)
+
     async def test_models_unknown_and_gone_are_told_apart(
         self, controller: ControllerApp, client: AsyncClient, start_worker: StartWorker
     ) -> None:
