@@ -34,7 +34,7 @@ test-backend: setup  ## Run the conformance suite on one backend: make test-back
 fuzz: setup  ## Send a backend any request that the domain allows: make fuzz NAME=openvino ARGS=10000
 	@$(BIN)/python -m tests.conformance.tiny_model build/tiny-model
 	@FASTCHAT_GRPC_TEST_MODEL=$$PWD/build/tiny-model FASTCHAT_GRPC_TEST_GGUF=$$PWD/build/tiny-model/tiny.gguf \
-	    FUZZ_VOCABULARY=4096 FUZZ_EXAMPLES=$(or $(ARGS),10000) tools/test_backend.sh $(NAME) -k test_fuzz
+	    FUZZ_VOCABULARY=4096 FUZZ_RUNNING=$$PWD/build/fuzz-running.txt FUZZ_EXAMPLES=$(or $(ARGS),10000) tools/test_backend.sh $(NAME) -k test_fuzz
 
 test-clients: setup  ## Run the tests with LiteLLM and vLLM's benchmark client, in environments of their own
 	@for name in clients vllm; do \

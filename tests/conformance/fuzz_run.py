@@ -24,13 +24,13 @@ from fastchat_grpc.core import (
     TokenPrompt,
 )
 from fastchat_grpc.errors import AdapterNotFound, FastChatError, InvalidArgument, NotSupported, OutOfMemory
-from tests.conformance.harness import Harness, empty, take
+from tests.conformance.fuzz_watch import MOST_MEMORY, Mark, Memory, Progress, brief, watched
+from tests.conformance.harness import Harness, Result, empty, request, take
 
 WIDTH = 16
 """Requests that run at once."""
 MOST_EVENTS = 40
 """After so many the caller leaves, as callers do: long outputs are cut, and so are engines' sequences."""
-TIMEOUT_S = 60.0
 NEIGHBOUR = "1 2 3 4 5 6 7 8 9 10 11"
 """A text whose continuation no rounding changes."""
 REFUSALS = (InvalidArgument, AdapterNotFound, NotSupported, OutOfMemory)
@@ -58,11 +58,14 @@ class Fuzz:
         failures: what nobody but the backend is to blame for.
     """
 
-    def __init__(self, harness: Harness) -> None:
+    def __init__(self, harness: Harness, tell: Callable[[str], None] = lambda failure: None) -> None:
+        """`tell` gets each failure as it comes."""
         self.seen: Counter[str] = Counter()
         self.failures: list[str] = []
         self._harness = harness
+        self._tell = tell
         self._undisturbed: list[int] | str = ""
+        self._progress = Progress()
 
     async def start(self) -> None:
         """Learn what the neighbour says when it is alone."""
@@ -73,47 +76,54 @@ class Fuzz:
         ended, faults = await self._together(batch)
         self.seen.update(ended)
         if faults:
+            self._tell("; ".join(faults)[:1000])
             self.failures.append(await self._explained(batch, faults))
+            self._tell(self.failures[-1])
             await self._revive()
 
     async def _together(self, batch: Sequence[GenerateRequest]) -> tuple[list[str], list[str]]:
         """How the requests ended, and what went wrong."""
         over = asyncio.Event()
         faults: list[str] = []
+        memory = Memory()
+        memory.begin()
         beside = asyncio.create_task(self._beside(over, faults))
         ended = await asyncio.gather(*(self._outcome(asked, faults) for asked in batch))
         over.set()
         await beside
+        if memory.grown() > MOST_MEMORY:
+            faults.append(f"they took {memory.grown() >> 20} MiB of memory")
         return ended, faults
 
     async def _outcome(self, asked: GenerateRequest, faults: list[str]) -> str:
         """Serve a request as far as a caller may want, and say how it ended."""
         try:
-            async with asyncio.timeout(TIMEOUT_S):
-                return await self._serve(asked)
+            result = await watched(self._progress, lambda mark: self._serve(asked, mark))
+            return "served" if result is not None else "left"
         except REFUSALS as error:
             return f"refused: {type(error).__name__}"
         except Exception as error:
             faults.append(f"{type(error).__name__}: {error}")
             return "failed"
 
-    async def _serve(self, asked: GenerateRequest) -> str:
+    async def _serve(self, asked: GenerateRequest, mark: Mark) -> Result | None:
+        """The whole answer, or None where there was so much of it that the caller left."""
         result, count = empty(asked), 0
         async with aclosing(self._harness.backend.generate(asked)) as events:
             async for item in events:
+                self._progress.moved(mark)
                 take(result, item, asked)
                 count += not isinstance(item, Completion)
                 if count == MOST_EVENTS:
-                    return "left"
+                    return None
         assert all(choice.completion is not None for choice in result.choices.values()), "no Completion"
-        return "served"
+        return result
 
     async def _beside(self, over: asyncio.Event, faults: list[str]) -> None:
         """The plain request, one after the other until the rest is over; it must not notice."""
         while True:
             try:
-                async with asyncio.timeout(TIMEOUT_S):
-                    found = await self._neighbour()
+                found = await self._neighbour()
                 if found != self._undisturbed:
                     faults.append(f"the request beside says {found!r}, alone it says {self._undisturbed!r}")
             except Exception as error:
@@ -123,7 +133,10 @@ class Fuzz:
 
     async def _neighbour(self) -> list[int] | str:
         """Tokens of a plain greedy request, or its text where a backend has no tokens."""
-        result = await self._harness.ask(NEIGHBOUR, max_new_tokens=6)
+        asked = request(NEIGHBOUR, max_new_tokens=6)
+        result = await watched(self._progress, lambda mark: self._serve(asked, mark))
+        assert result is not None
+        self._progress.answered()
         return result.token_ids or result.text
 
     # ------------------------------------------------------------------- whose fault it was
@@ -132,14 +145,14 @@ class Fuzz:
         """The faults, and the smallest request that shows one again."""
         what = "; ".join(dict.fromkeys(faults))[:1000]
         if len(self.failures) >= MOST_REDUCED:
-            return f"{what}; of one of {list(batch)}"
+            return f"{what}; of one of:\n{_listed(batch)}"
         for asked in batch:
             if await self._fails(asked):
                 smallest = await reduced(asked, self._fails, monotonic() + REDUCTION_S)
-                return f"{what}; the smallest request: {smallest}"
+                return f"{what}; the smallest request: {brief(smallest)}"
         await self._revive()
         again = "again when" if (await self._together(batch))[1] else "not again when"
-        return f"{what}; of none of these alone, {again} together: {list(batch)}"
+        return f"{what}; of none of these alone, {again} together:\n{_listed(batch)}"
 
     async def _fails(self, asked: GenerateRequest) -> bool:
         await self._revive()
@@ -154,6 +167,10 @@ class Fuzz:
         if faults:
             await self._harness.backend.close()
             await self._harness.start()
+
+
+def _listed(batch: Sequence[GenerateRequest]) -> str:
+    return "\n".join(f"    {brief(asked)}" for asked in batch)
 
 
 async def reduced(asked: GenerateRequest, fails: Fails, end: float) -> GenerateRequest:

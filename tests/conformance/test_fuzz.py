@@ -9,6 +9,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from pathlib import Path
 from time import monotonic
 
 import pytest
@@ -20,6 +21,7 @@ from fastchat_grpc.backends.capabilities import Feature
 from fastchat_grpc.core import GenerateRequest, StopConditions, TextPrompt
 from tests.conformance.fuzz import requests, supported_part
 from tests.conformance.fuzz_run import WIDTH, Fuzz, reduced
+from tests.conformance.fuzz_watch import ANSWERS, QUIET_S, STILL_S, Progress, StuckError, brief, resident, watched
 from tests.conformance.harness import Harness, request
 from tests.conformance.targets import TARGETS, chosen
 
@@ -28,6 +30,10 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "14400" if "FUZZ_EXAMPLES" in os.environ else "30"))
 """Of each backend; what is left of its examples then is not run, as the last line says."""
+SKIPPED = int(os.environ.get("FUZZ_SKIPPED", "0"))
+"""Of the first examples, so that a failure is met again sooner."""
+RUNNING = os.environ.get("FUZZ_RUNNING", "")
+"""A file that tells what ran last, where it has ended the process."""
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 REPORTED_EVERY = 1000
 
@@ -73,38 +79,43 @@ def draw(take: Callable[[GenerateRequest, int], None]) -> None:
 
 @pytest.mark.timeout(14_400)
 async def test_fuzz(harness: Harness, capsys: pytest.CaptureFixture[str]) -> None:
-    fuzz = Fuzz(harness)
-    await fuzz.start()
     loop = asyncio.get_running_loop()
     began = monotonic()
     batch: list[GenerateRequest] = []
+    drawn = 0
+
+    def show(text: str) -> None:
+        with capsys.disabled():
+            print(f"\n{harness.target.label or harness.target.name}: {text}", end=" ", flush=True)
 
     def report() -> None:
         ended = ", ".join(f"{name} {count}" for name, count in fuzz.seen.most_common())
-        name = harness.target.label or harness.target.name
-        took = monotonic() - began
-        with capsys.disabled():
-            print(
-                f"\n{name}: {fuzz.seen.total()} examples of seed {SEED} in {took:.0f} s ({ended})", end=" ", flush=True
-            )
+        took, memory = monotonic() - began, resident() >> 20
+        show(f"{fuzz.seen.total()} examples of seed {SEED} in {took:.0f} s, {memory} MiB ({ended})")
 
     def flush() -> None:
+        if RUNNING:
+            Path(RUNNING).write_text("\n".join(map(brief, batch)))
         asyncio.run_coroutine_threadsafe(fuzz.run(batch), loop).result()
         batch.clear()
         if fuzz.seen.total() % REPORTED_EVERY < WIDTH <= EXAMPLES - fuzz.seen.total():
             report()
 
     def take(asked: GenerateRequest, whole: int) -> None:
-        if monotonic() - began < SECONDS:
+        nonlocal drawn
+        drawn += 1
+        if drawn > SKIPPED and monotonic() - began < SECONDS:
             batch.append(supported_part(asked, harness.traits) if whole else asked)
             if len(batch) == WIDTH:
                 flush()
 
+    fuzz = Fuzz(harness, show)
+    await fuzz.start()
     await asyncio.to_thread(draw, take)
     if batch:
         await fuzz.run(batch)
     report()
-    assert not fuzz.failures, "\n".join(fuzz.failures)
+    assert not fuzz.failures, f"{len(fuzz.failures)} failures, as above"
 
 
 async def test_a_failure_is_made_smaller() -> None:
@@ -120,6 +131,48 @@ async def test_a_failure_is_made_smaller() -> None:
         sampling=replace(whole.sampling, temperature=1.0, top_k=-1),
         stopping=StopConditions(max_new_tokens=1),
     )
+
+
+async def test_a_slow_machine_is_no_fault_and_a_stuck_request_is() -> None:
+    now = 0.0
+    progress = Progress(lambda: now)
+    stuck = progress.mark()
+    beside = progress.mark()
+    for _ in range(ANSWERS - 1):  # one answer in a minute: it is slow for everybody
+        now += 2 * QUIET_S
+        progress.moved(beside)
+        progress.answered()
+        assert not progress.problem(stuck)
+    progress.moved(beside)
+    progress.answered()
+    assert "answered 50 times" in progress.problem(stuck)
+    assert not progress.problem(beside)
+    now += STILL_S + 1
+    assert "no request got anything" in progress.problem(beside)
+
+
+async def test_what_is_stuck_is_left() -> None:
+    now = 0.0
+    progress = Progress(lambda: now)
+    left = False
+
+    async def work(mark: object) -> None:
+        nonlocal now, left
+        now = STILL_S + 1
+        try:
+            await asyncio.Event().wait()
+        finally:
+            left = True
+
+    with pytest.raises(StuckError, match="no request got anything"):
+        await watched(progress, work)
+    assert left
+
+
+async def test_a_request_is_told_by_what_is_not_plain_in_it() -> None:
+    asked = request("Hello", temperature=0.5, n=3, max_new_tokens=2, priority=4)
+    told = "TextPrompt(text='Hello'), sampling.temperature=0.5, stopping.max_new_tokens=2, output.n=3, priority=4"
+    assert brief(asked) == told
 
 
 @pytest.mark.parametrize("tokens", [400, 10_000])
