@@ -293,8 +293,6 @@ TRAITS: Mapping[str, Traits] = MappingProxyType(
             formats=("GGUF",),
             refuses={
                 Feature.IMAGES: "images are not supported by this backend",
-                Feature.REGEX: "llama.cpp has no regular expressions; JSON schemas are supported",
-                Feature.LARK: "llama.cpp has no Lark grammars; JSON schemas are supported",
                 Feature.LORA: "this backend takes no adapters; merge them into the GGUF file",
             },
         ),

@@ -42,6 +42,7 @@ from fastchat_grpc.errors import BackendFailed, FastChatError
 from fastchat_grpc.text import prompt as prompts
 from fastchat_grpc.text.choice import Choice, ChoiceLimits
 from fastchat_grpc.text.events import EventQueue
+from fastchat_grpc.text.grammar import CompiledGrammar
 from fastchat_grpc.text.reasoning import Marks
 from fastchat_grpc.text.seeds import GOLDEN
 from fastchat_grpc.text.tokenizer import Tokenizer
@@ -92,6 +93,8 @@ class Job:
         self.prompt_ids = prompt_ids
         self.cached_tokens = 0
         """Prompt tokens that came from a cache; set by the engine when it knows."""
+        self.grammar: CompiledGrammar | None = None
+        """The request's, where the backend compiles it itself; set before the job begins."""
         self._tokenizer = tokenizer
         self._context_length = context_length
         self._arrival = monotonic() if arrival is None else arrival

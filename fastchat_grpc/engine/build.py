@@ -12,7 +12,6 @@ from fastchat_grpc.config import BackendConfig, EngineConfig
 from fastchat_grpc.core import Capability
 from fastchat_grpc.engine.embedder import Embedder
 from fastchat_grpc.engine.engine import Delivery, Engine
-from fastchat_grpc.engine.grammar import GrammarCompiler
 from fastchat_grpc.engine.kv_cache import BlockPool
 from fastchat_grpc.engine.model_runner import BLOCK_SIZE, ModelRunner, PackedRunner, make_packed_runner
 from fastchat_grpc.engine.output_rules import OutputRules
@@ -22,6 +21,7 @@ from fastchat_grpc.errors import ModelLoadError
 from fastchat_grpc.models.detect import ModelKind
 from fastchat_grpc.models.loading import LoadedModel
 from fastchat_grpc.models.machine import available_memory, cpu_count
+from fastchat_grpc.text.grammar import GrammarCompiler
 from fastchat_grpc.text.reasoning import marks_of
 
 log = logging.getLogger(__name__)

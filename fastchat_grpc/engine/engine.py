@@ -22,7 +22,6 @@ import torch
 
 from fastchat_grpc.core import Event, GenerateRequest, Timings, TokenLogprob
 from fastchat_grpc.engine.failures import is_broken, is_out_of_memory
-from fastchat_grpc.engine.grammar import CompiledGrammar
 from fastchat_grpc.engine.logprobs import token_logprobs, unknown_logprob
 from fastchat_grpc.engine.model_runner import ModelRunner, StepLogits
 from fastchat_grpc.engine.output_rules import OutputRules
@@ -33,6 +32,7 @@ from fastchat_grpc.errors import BackendFailed, FastChatError, OutOfMemory, Work
 from fastchat_grpc.models.ending import end_process
 from fastchat_grpc.text import prompt as prompts
 from fastchat_grpc.text.choice import Choice, ChoiceLimits
+from fastchat_grpc.text.grammar import CompiledGrammar
 from fastchat_grpc.text.reasoning import Marks
 from fastchat_grpc.text.tokenizer import Tokenizer
 

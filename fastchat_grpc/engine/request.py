@@ -10,7 +10,7 @@ from fastchat_grpc.engine.kv_cache import BlockTable
 from fastchat_grpc.text.choice import Choice
 
 if TYPE_CHECKING:
-    from fastchat_grpc.engine.grammar import CompiledGrammar, GrammarState
+    from fastchat_grpc.text.grammar import CompiledGrammar, GrammarState
 
 
 @dataclass(eq=False, slots=True, kw_only=True)

@@ -13,8 +13,10 @@ from typing import TypeVar
 from fastchat_grpc.core import GenerateRequest, StopConditions
 
 QUIET_S = 60.0
-ANSWERS = 50
-"""A request that gets nothing for `QUIET_S`, in which the one beside it was answered so often, is stuck."""
+ANSWERS = 1000
+"""A request that gets nothing for `QUIET_S`, in which the one beside it was answered so often, is stuck.
+
+More than the longest one needs that wants nothing before its end, with all choices and a place in the queue."""
 STILL_S = 300.0
 """Where nobody gets anything for so long the backend stands still, however busy the machine is."""
 POLL_S = 0.5

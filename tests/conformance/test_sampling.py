@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -23,6 +24,7 @@ from fastchat_grpc.core import (
     ResumedChoice,
 )
 from fastchat_grpc.errors import AdapterNotFound, InvalidArgument, UnsupportedField
+from tests.conformance.fuzz_watch import Memory
 from tests.conformance.harness import PROMPT, REPEATING, Harness, chat, grammar_request, lively, request
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -293,6 +295,28 @@ async def test_a_grammar_that_cannot_be_compiled_is_refused(harness: Harness) ->
         if harness.supports(GRAMMARS[kind]):
             with pytest.raises(InvalidArgument, match="structured_output"):
                 await harness.run(grammar_request(Grammar(kind, source)))
+
+
+_LISTS = [{"type": "array", "items": {"$ref": "#/$defs/x"}, "minItems": 1, "maxItems": most} for most in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "minLength": 1_000_000_000},
+        {"type": "string", "maxLength": 100_000},
+        {"$ref": "#/$defs/x", "$defs": {"x": {"anyOf": [*_LISTS, {"type": "integer"}]}}},
+    ],
+    ids=["long", "deep", "ambiguous"],
+)
+async def test_no_grammar_takes_the_memory_of_a_worker(harness: Harness, schema: dict[str, object]) -> None:
+    needs(harness, Feature.JSON_SCHEMA)
+    grammar = Grammar(GrammarKind.JSON_SCHEMA, json.dumps(schema))
+    memory = Memory()
+    memory.begin()
+    with suppress(InvalidArgument):  # where it cannot be served
+        await harness.run(request("[" * 40, grammar=grammar, max_new_tokens=40))
+    assert memory.grown() < 1 << 30
 
 
 async def test_a_generation_is_resumed_without_a_seam(harness: Harness) -> None:

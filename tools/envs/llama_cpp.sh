@@ -9,5 +9,5 @@ if ! "$ENVIRONMENT/bin/python" -c "import llama_cpp" 2>/dev/null; then
         nice "$ENVIRONMENT/bin/python" -m pip --disable-pip-version-check --quiet install "llama-cpp-python==0.3.36"
 fi
 install_project
-pip install "jinja2>=3.1" "filelock>=3.13" "httpx2>=2.10"
+pip install "jinja2>=3.1" "filelock>=3.13" "httpx2>=2.10" "llguidance>=1.3"
 "$ENVIRONMENT/bin/python" -c "import llama_cpp"

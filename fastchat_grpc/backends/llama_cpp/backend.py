@@ -20,7 +20,6 @@ from fastchat_grpc.backends.capabilities import TRAITS
 from fastchat_grpc.backends.driver import Job, Seeds
 from fastchat_grpc.backends.engine_thread import EngineThread
 from fastchat_grpc.backends.llama_cpp.engine import EngineLimits, LlamaEngine, embed
-from fastchat_grpc.backends.llama_cpp.sampler import gbnf
 from fastchat_grpc.backends.llama_cpp.tokenizer import LlamaTokenizer
 from fastchat_grpc.backends.served import (
     Served,
@@ -32,13 +31,22 @@ from fastchat_grpc.backends.served import (
     whole_number,
 )
 from fastchat_grpc.config import BackendConfig, ModelConfig
-from fastchat_grpc.core import EmbedRequest, EmbedResult, Event, GenerateRequest, ModelInfo, SamplingDefaults
+from fastchat_grpc.core import (
+    Capability,
+    EmbedRequest,
+    EmbedResult,
+    Event,
+    GenerateRequest,
+    ModelInfo,
+    SamplingDefaults,
+)
 from fastchat_grpc.errors import ConfigError, ModelLoadError, WorkerUnavailable
 from fastchat_grpc.models.embedded import EMBEDDED_MODEL, embedded_gguf
 from fastchat_grpc.models.generation_config import default_sampling
 from fastchat_grpc.models.machine import cpu_count
 from fastchat_grpc.models.overrides import override_for
 from fastchat_grpc.models.resolve import resolve
+from fastchat_grpc.text.grammar import GrammarCompiler
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +107,8 @@ class LlamaCppBackend(ServedBackend):
         served.adapter(request)
         job = self._job(request, await served.prepare(request), arrival)
         if request.grammar is not None:
-            await lanes.GRAMMARS.run(gbnf, request.grammar)  # so that a bad one is refused before the first event
+            assert self._loader.grammars is not None
+            job.grammar = await lanes.GRAMMARS.run(self._loader.grammars.compile, request.grammar)
         async with aclosing(driver.drive(job, self._running)) as events:
             async for event in events:
                 yield event
@@ -152,6 +161,7 @@ class _Loader:
         self._embedder: Any = None
         self.engine: LlamaEngine | None = None
         self.served: Served | None = None
+        self.grammars: GrammarCompiler | None = None
 
     def load(self) -> LlamaEngine:
         """Load the file. Raises ModelLoadError."""
@@ -172,12 +182,13 @@ class _Loader:
             llama.llama_model_free(model)
             raise
         size = int(llama.llama_model_n_embd(model))
+        self.grammars = GrammarCompiler(tokenizer)
         self.served = Served(
             backend="llama_cpp",
             names=settings.served_names,
             tokenizer=tokenizer,
             context_length=context_length,
-            capabilities=TRAITS["llama_cpp"].capabilities(chat=bool(tokenizer.chat_template)),
+            capabilities=_capabilities(tokenizer),
             embedding_size=size,
             default_sampling=_default_sampling(llama, model),
         )
@@ -261,6 +272,11 @@ class _Loader:
         parameters.n_threads = parameters.n_threads_batch = self._threads
         parameters.kv_unified = True  # one cache for all: a long request may use what short ones leave
         return parameters
+
+
+def _capabilities(tokenizer: LlamaTokenizer) -> frozenset[Capability]:
+    found = TRAITS["llama_cpp"].capabilities(chat=bool(tokenizer.chat_template))
+    return found if GrammarCompiler.available() else found - {Capability.STRUCTURED_OUTPUT}
 
 
 _LOG_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.INFO, 4: logging.WARNING}  # ggml_log_level

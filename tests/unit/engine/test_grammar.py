@@ -21,8 +21,8 @@ from fastchat_grpc.core import (
     StopConditions,
     TokenPrompt,
 )
-from fastchat_grpc.engine.grammar import KEPT_GRAMMARS, GrammarCompiler
 from fastchat_grpc.errors import InvalidArgument
+from fastchat_grpc.text.grammar import KEPT_GRAMMARS, GrammarCompiler
 from tests.unit.engine.tiny import Harness, tiny
 
 SCHEMA = json.dumps(

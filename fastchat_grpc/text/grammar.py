@@ -7,13 +7,12 @@ from collections import OrderedDict
 from collections.abc import Sequence as Tokens
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from fastchat_grpc.core import Grammar, GrammarKind
 from fastchat_grpc.errors import InvalidArgument, UnsupportedField
 from fastchat_grpc.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from numpy.typing import NDArray
 
@@ -108,12 +107,15 @@ class GrammarState:
     """Where one output stands in its grammar. Its failures are the grammar's, and so InvalidArgument."""
 
     def __init__(self, matcher: Any, tokenizer: Tokenizer, field: str) -> None:
+        import numpy as np
+
         self._matcher = matcher
         self._field = field
         self._bits = np.zeros((1, (tokenizer.vocabulary_size + 31) // 32), dtype=np.int32)
 
     def allowed(self) -> NDArray[np.bool_]:
         """Which tokens may come next, at least one. Raises InvalidArgument where there is none."""
+        import numpy as np
         from llguidance.numpy import fill_next_token_bitmask
 
         fill_next_token_bitmask(self._matcher, self._bits)
