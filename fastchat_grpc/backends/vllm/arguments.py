@@ -113,8 +113,21 @@ def engine_arguments(
         "scheduling_policy": "priority",
         "shutdown_timeout": _DRAIN_S,
     }
+    arguments |= _whole_prompts(options)
     adapters, lora_arguments = _lora(settings)
     return AsyncEngineArgs(**{**arguments, **lora_arguments, **options}), adapters
+
+
+def _whole_prompts(options: Mapping[str, Any]) -> dict[str, Any]:
+    """On a CPU each prompt is read in one step: vLLM's engine ends, with everyone's requests, where one with a seed is
+    read in pieces, as it steps a random generator back that cannot be there (`GPUModelRunner._bookkeeping_sync`)."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return {}
+    if options.get("enable_chunked_prefill"):
+        raise ModelLoadError("--backend-option enable_chunked_prefill: on a CPU vLLM does not survive a seed then")
+    return {"enable_chunked_prefill": False}
 
 
 def _require_device(settings: ModelConfig) -> None:
