@@ -206,7 +206,9 @@ def smaller(asked: GenerateRequest) -> Iterator[GenerateRequest]:
         own = getattr(asked, group)
         changes += [{group: replace(own, **{field.name: getattr(part, field.name)})} for field in fields(own)]
     changes += [{"prompt": prompt} for prompt in _shorter(asked.prompt)]
-    changes.append({"stopping": replace(asked.stopping, max_new_tokens=max(1, length // 2))})
+    half = max(1, length // 2)
+    least = min(asked.stopping.min_new_tokens, half)
+    changes.append({"stopping": replace(asked.stopping, max_new_tokens=half, min_new_tokens=least)})
     for change in changes:
         try:
             candidate = replace(asked, **change)

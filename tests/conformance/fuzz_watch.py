@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from time import monotonic
 from typing import TypeVar
@@ -22,6 +22,9 @@ STILL_S = 300.0
 POLL_S = 0.5
 MOST_MEMORY = 1 << 30
 """Bytes that a batch of requests to a tiny model may add to those of the processes at its start."""
+
+GROUPS = ("sampling", "stopping", "output")
+"""Fields of a request that are groups of fields."""
 
 T = TypeVar("T")
 
@@ -136,11 +139,10 @@ def _listed(folder: Path) -> list[Path]:
 def brief(asked: GenerateRequest) -> str:
     """A request by what distinguishes it from a plain one."""
     plain = GenerateRequest(prompt=asked.prompt, model=asked.model, stopping=StopConditions(max_new_tokens=1))
-    groups = {"sampling": plain.sampling, "stopping": plain.stopping, "output": plain.output}
     said = [str(asked.prompt)]
-    for name, group in groups.items():
-        said += _differing(getattr(asked, name), group, f"{name}.")
-    said += _differing(replace(asked, **groups), plain, "")  # type: ignore[arg-type]
+    for group in GROUPS:
+        said += _differing(getattr(asked, group), getattr(plain, group), f"{group}.")
+    said += _differing(asked, plain, "")
     return ", ".join(text if len(text) <= 400 else f"{text[:400]}... ({len(text)} characters)" for text in said)
 
 
@@ -148,5 +150,5 @@ def _differing(own: object, plain: object, prefix: str) -> list[str]:
     return [
         f"{prefix}{field.name}={getattr(own, field.name)!r}"
         for field in fields(own)  # type: ignore[arg-type]
-        if getattr(own, field.name) != getattr(plain, field.name)
+        if field.name not in GROUPS and getattr(own, field.name) != getattr(plain, field.name)
     ]

@@ -54,7 +54,7 @@ class OpenAIServer:
     async def start(self) -> str:
         """Listen; returns the address of the API."""
         models = await self._backend.start()
-        self._generation.open(models, Admission(256, 256))
+        self._generation.open(models, Admission(256, 4096))  # servers of this API let all wait
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, backlog=4096)
         host, port = self._server.sockets[0].getsockname()[:2]
         return f"http://{host}:{port}/v1"

@@ -133,6 +133,14 @@ async def test_a_failure_is_made_smaller() -> None:
     )
 
 
+async def test_a_request_that_must_have_a_length_is_made_shorter() -> None:
+    async def fails(asked: GenerateRequest) -> bool:
+        return asked.stopping.min_new_tokens > 2
+
+    smallest = await reduced(request("Hello", min_new_tokens=11, max_new_tokens=11), fails, monotonic() + 60)
+    assert smallest.stopping == StopConditions(max_new_tokens=5, min_new_tokens=5)
+
+
 async def test_a_slow_machine_is_no_fault_and_a_stuck_request_is() -> None:
     now = 0.0
     progress = Progress(lambda: now)
