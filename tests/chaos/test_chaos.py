@@ -21,7 +21,7 @@ from tests.chaos.workload import dice_workload
 @pytest.mark.parametrize("seed", [1, 2, 3])
 async def test_no_request_is_lost_and_no_text_differs_while_members_die(tmp_path: Path, seed: int) -> None:
     fleet = ChaosFleet(2, dice_groups(3, 50.0), tmp_path, gateway=True)
-    plan = Plan(seed=seed, seconds=30.0, pause_s=1.5, relay=14, client=4, http=6)
+    plan = Plan(seed=seed, seconds=20.0, pause_s=1.5, relay=14, client=4, http=6)
     try:
         await fleet.start()
         report = await Storm(fleet, plan, dice_workload(MAIN, SOLO, SEEDLESS, 40), MAIN).run()
