@@ -25,7 +25,7 @@ def float_fields() -> list[tuple[type, str]]:
     """Every number with a fraction that a configuration has."""
     found = []
     for kind in vars(config).values():
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind) and kind.__module__ == config.__name__:
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind) and kind.__module__.startswith(config.__name__):
             for name, hint in typing.get_type_hints(kind).items():
                 if float in (hint, *typing.get_args(hint)):
                     found.append((kind, name))
