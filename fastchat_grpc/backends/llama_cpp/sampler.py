@@ -1,6 +1,6 @@
 """How the next token of one sequence is chosen, as a chain of llama.cpp's samplers in the order of the contract.
 
-Grammars are not llama.cpp's own: one that is ambiguous takes memory there without a bound, and cannot be stopped.
+Grammars are not llama.cpp's own: where one is ambiguous each token may take twice the time there, without an end.
 """
 
 from __future__ import annotations
