@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fastchat_grpc import errors
 from fastchat_grpc.client import AsyncClient
-from fastchat_grpc.config import ConfigError, DispatchMethod, FailoverConfig, LeaseConfig
+from fastchat_grpc.config import DispatchMethod, FailoverConfig, LeaseConfig
 from fastchat_grpc.controller.app import ControllerApp
 from fastchat_grpc.core import Capability, Completion, Delta, PromptEcho, WorkerState
 from fastchat_grpc.rpc.channels import open_channel
@@ -651,7 +651,7 @@ class TestLife:
             assert await watch.read() is grpc.aio.EOF
 
     async def test_a_port_in_use_is_said_in_one_line(self, controller: ControllerApp) -> None:
-        with pytest.raises(ConfigError, match="in use"):
+        with pytest.raises(errors.ConfigError, match="in use"):
             async with running_controller(port=controller.port):
                 pass
 
