@@ -35,6 +35,8 @@ from tests.integration.wire import open_wire, shaped_worker
 TEXT = "The quick brown fox jumps over the lazy dog. " * 3
 SLOW = {"delay_ms": "5"}
 QUICK = LeaseConfig(time_to_live_s=1.5, heartbeat_interval_s=0.5)
+BRIEF = FailoverConfig(wait_s=1.0)
+"""Of a controller that nobody able will join."""
 BARE = frozenset({Capability.GENERATE, Capability.CHAT, Capability.LOGPROBS})
 """What `upstream` can: nothing of resuming."""
 RESUMES = BARE | {Capability.RESUME}
@@ -477,7 +479,7 @@ class TestMixedFleets:
             for fingerprint in ("v1", "v2"):
                 at: tuple[str, ...] = ()
                 if through == "controllers":
-                    at = ((await stack.enter_async_context(running_controller(lease=QUICK))).address,)
+                    at = ((await stack.enter_async_context(running_controller(lease=QUICK, failover=BRIEF))).address,)
                 worker = shaped_worker(controllers=at, options=SLOW, fingerprint=fingerprint)
                 workers.append(await stack.enter_async_context(worker))
                 addresses.append(at[0] if at else workers[-1].address)
@@ -501,7 +503,7 @@ class TestMixedFleets:
             for backend in ("engine", "another", "engine"):
                 at: tuple[str, ...] = ()
                 if through == "controllers":
-                    at = ((await stack.enter_async_context(running_controller(lease=QUICK))).address,)
+                    at = ((await stack.enter_async_context(running_controller(lease=QUICK, failover=BRIEF))).address,)
                 worker = shaped_worker(controllers=at, options=SLOW, backend=backend)
                 workers.append(await stack.enter_async_context(worker))
                 addresses.append(at[0] if at else workers[-1].address)
