@@ -230,6 +230,20 @@ def _is_importable(module: str) -> bool:
         return False
 
 
+VLLM_DIALECT = (
+    Feature.TOKEN_PROMPT,
+    Feature.TOP_K,
+    Feature.MIN_P,
+    Feature.REPETITION_PENALTY,
+    Feature.MIN_NEW_TOKENS,
+    Feature.STOP_TOKEN_IDS,
+    Feature.IGNORE_EOS,
+    Feature.KEEP_SPECIAL_TOKENS,
+    Feature.TRUNCATE_PROMPT,
+    Feature.REGEX,
+)
+"""What a server of the OpenAI API can do if it takes vLLM's members beside that."""
+
 _NO_GRAMMAR = "the {} backend cannot constrain its output"
 
 
@@ -353,18 +367,7 @@ TRAITS: Mapping[str, Traits] = MappingProxyType(
             formats=("the server's",),
             refuses={
                 **dict.fromkeys(
-                    (
-                        Feature.TOKEN_PROMPT,
-                        Feature.TOP_K,
-                        Feature.MIN_P,
-                        Feature.REPETITION_PENALTY,
-                        Feature.MIN_NEW_TOKENS,
-                        Feature.STOP_TOKEN_IDS,
-                        Feature.IGNORE_EOS,
-                        Feature.KEEP_SPECIAL_TOKENS,
-                        Feature.TRUNCATE_PROMPT,
-                        Feature.REGEX,
-                    ),
+                    VLLM_DIALECT,
                     "needs a server of vLLM's dialect: --backend-option dialect=vllm",
                 ),
                 **dict.fromkeys(

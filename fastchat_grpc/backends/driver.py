@@ -334,6 +334,10 @@ class Seeds:
         seed = request.sampling.seed
         return self._random.getrandbits(63) if seed is None else seed & INT64_MAX
 
+    def of_choice(self, request: GenerateRequest, index: int) -> int:
+        """The seed of one choice of a request."""
+        return self.choice_seed(self.request_seed(request), index)
+
     @staticmethod
     def choice_seed(request_seed: int, index: int) -> int:
         """The seed of one choice: the first has the request's, so that n does not change it."""

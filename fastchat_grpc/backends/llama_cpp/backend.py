@@ -143,7 +143,7 @@ class LlamaCppBackend(ServedBackend):
         return self._thread
 
     def _seed(self, job: Job, index: int) -> int:
-        return Seeds.choice_seed(self._seeds.request_seed(job.request), index)
+        return self._seeds.of_choice(job.request, index)
 
 
 class _Loader:

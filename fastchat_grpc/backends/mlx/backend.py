@@ -124,7 +124,7 @@ class MlxBackend(ServedBackend):
         return self._thread
 
     def _seed(self, job: Job, index: int) -> int:
-        return Seeds.choice_seed(self._seeds.request_seed(job.request), index)
+        return self._seeds.of_choice(job.request, index)
 
     def _make(self, made: _Made) -> MlxEngine:
         """In the engine's thread, which owns every array."""

@@ -268,4 +268,4 @@ class SglangBackend(ServedBackend):
         """A seed where the engine heeds it."""
         if not self._seeded:
             return None
-        return Seeds.choice_seed(self._seeds.request_seed(request), index)
+        return self._seeds.of_choice(request, index)

@@ -17,7 +17,14 @@ from time import monotonic
 from typing import Any
 
 from fastchat_grpc.backends.base import BackendLoad
-from fastchat_grpc.backends.capabilities import TRAITS, Feature, Traits, adapter_not_found, refuse_unsupported
+from fastchat_grpc.backends.capabilities import (
+    TRAITS,
+    VLLM_DIALECT,
+    Feature,
+    Traits,
+    adapter_not_found,
+    refuse_unsupported,
+)
 from fastchat_grpc.backends.driver import Seeds, as_domain_error
 from fastchat_grpc.backends.upstream.answer import Answer
 from fastchat_grpc.backends.upstream.http import UpstreamHttp
@@ -50,18 +57,6 @@ from fastchat_grpc.text.events import EventQueue
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_RUNNING = 256
-VLLM_ADDS = (
-    Feature.TOKEN_PROMPT,
-    Feature.TOP_K,
-    Feature.MIN_P,
-    Feature.REPETITION_PENALTY,
-    Feature.MIN_NEW_TOKENS,
-    Feature.STOP_TOKEN_IDS,
-    Feature.IGNORE_EOS,
-    Feature.KEEP_SPECIAL_TOKENS,
-    Feature.TRUNCATE_PROMPT,
-    Feature.REGEX,
-)
 
 
 def create(config: BackendConfig) -> UpstreamBackend:
@@ -79,7 +74,7 @@ class UpstreamBackend:
         self._options = options
         self.traits: Traits = TRAITS["upstream"]
         if options.vllm:
-            self.traits = self.traits.with_features(*VLLM_ADDS)
+            self.traits = self.traits.with_features(*VLLM_DIALECT)
         if options.embeddings:
             self.traits = self.traits.with_features(Feature.EMBED)
         self._habits = Habits()

@@ -273,7 +273,7 @@ class VllmBackend(ServedBackend):
         """None where any will do: vLLM draws faster for a batch than for a request with a seed of its own."""
         if request.sampling.seed is None and self._config.model.seed is None:
             return None
-        return Seeds.choice_seed(self._seeds.request_seed(request), index)
+        return self._seeds.of_choice(request, index)
 
 
 @contextmanager

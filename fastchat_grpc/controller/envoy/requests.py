@@ -47,9 +47,6 @@ _SPACE = re.compile(rb"[ \t\r\n]*")
 _SCALAR = re.compile(rb"[^\s,\]}]+")
 
 
-KeyOf = Callable[[pb.GenerateRequest], str]
-
-
 class Asked(NamedTuple):
     """What a request asks for.
 
