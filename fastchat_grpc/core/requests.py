@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fastchat_grpc.core.checks import require, require_token_ids, within
 from fastchat_grpc.core.limits import (
     DEFAULT_MAX_NEW_TOKENS,
+    INT32_MAX,
     MAX_CHOICES,
     MAX_EMBED_INPUTS,
     MAX_LOGPROBS,
@@ -107,7 +108,12 @@ class ResumedChoice:
     def __post_init__(self) -> None:
         require(self.index >= 0, "resume.choices.index", self.index, "at least 0")
         require_token_ids(self.output_token_ids, "resume.choices.output_token_ids")
-        require(self.text_length >= 0, "resume.choices.text_length", self.text_length, "at least 0")
+        require(
+            0 <= self.text_length <= INT32_MAX,
+            "resume.choices.text_length",
+            self.text_length,
+            "at least 0, and below 2**31",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

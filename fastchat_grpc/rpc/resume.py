@@ -84,8 +84,9 @@ def own_seed(request: pb.GenerateRequest) -> bool:
 
 def resume_needs(request: pb.GenerateRequest, resume: pb.Resume) -> ResumeNeeds:
     """What a server must be able to do, and be, to go on with a request from there."""
-    begun = any(choice.output_token_ids or choice.finished for choice in resume.choices)
-    continues = any(choice.output_token_ids and not choice.finished for choice in resume.choices)
+    finished = {choice.index for choice in resume.choices if choice.finished}
+    begun = bool(finished) or any(choice.output_token_ids for choice in resume.choices)
+    continues = any(choice.output_token_ids and choice.index not in finished for choice in resume.choices)
     return _needs(request, begun, continues, resume.model_fingerprint, resume.backend)
 
 
@@ -279,9 +280,12 @@ class ResumeState(Generic[T]):
 def fallback_seed(request: pb.GenerateRequest, rng: random.Random) -> int | None:
     """A seed to send with every attempt of a request, so that whoever goes on with it draws as the first would have.
 
-    None where the request has one, of its caller's or of a relay above, or where nothing is drawn.
+    None where the request has one, of its caller or of a relay above, or where nothing is drawn. A resumed one has it
+    in its Resume.
     """
     sampling = request.sampling
+    if request.resume.HasField("fallback_seed") and not sampling.HasField("fallback_seed"):
+        return request.resume.fallback_seed
     if sampling.HasField("seed") or sampling.HasField("fallback_seed") or not sampled(request):
         return None
     return rng.getrandbits(63)

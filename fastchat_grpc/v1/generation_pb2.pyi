@@ -271,14 +271,16 @@ class JsonObject(_message.Message):
     def __init__(self) -> None: ...
 
 class Resume(_message.Message):
-    __slots__ = ("choices", "model_fingerprint", "backend")
+    __slots__ = ("choices", "model_fingerprint", "backend", "fallback_seed")
     CHOICES_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
+    FALLBACK_SEED_FIELD_NUMBER: _ClassVar[int]
     choices: _containers.RepeatedCompositeFieldContainer[ResumedChoice]
     model_fingerprint: str
     backend: str
-    def __init__(self, choices: _Optional[_Iterable[_Union[ResumedChoice, _Mapping]]] = ..., model_fingerprint: _Optional[str] = ..., backend: _Optional[str] = ...) -> None: ...
+    fallback_seed: int
+    def __init__(self, choices: _Optional[_Iterable[_Union[ResumedChoice, _Mapping]]] = ..., model_fingerprint: _Optional[str] = ..., backend: _Optional[str] = ..., fallback_seed: _Optional[int] = ...) -> None: ...
 
 class ResumedChoice(_message.Message):
     __slots__ = ("index", "output_token_ids", "text_length", "finished")
@@ -293,14 +295,16 @@ class ResumedChoice(_message.Message):
     def __init__(self, index: _Optional[int] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., text_length: _Optional[int] = ..., finished: _Optional[bool] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("prompt", "delta", "completion")
+    __slots__ = ("prompt", "delta", "completion", "resume_piece")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     DELTA_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_FIELD_NUMBER: _ClassVar[int]
+    RESUME_PIECE_FIELD_NUMBER: _ClassVar[int]
     prompt: Prompt
     delta: Delta
     completion: Completion
-    def __init__(self, prompt: _Optional[_Union[Prompt, _Mapping]] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., completion: _Optional[_Union[Completion, _Mapping]] = ...) -> None: ...
+    resume_piece: bytes
+    def __init__(self, prompt: _Optional[_Union[Prompt, _Mapping]] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., completion: _Optional[_Union[Completion, _Mapping]] = ..., resume_piece: _Optional[bytes] = ...) -> None: ...
 
 class Prompt(_message.Message):
     __slots__ = ("text", "token_ids", "logprobs")

@@ -32,6 +32,17 @@ class OpenAIServiceStub:
     Failures before the first byte are gRPC statuses; the bridge turns them into
     HTTP codes and OpenAI error objects. Failures after it are an error event in
     the stream, since the HTTP status is already sent.
+
+    A bridge that can send a request to another worker says so in the call's
+    metadata (x-fastchat-resume: 1). Then each body of ChatCompletions and
+    Completions that says something new of the answer holds an entry in
+    HttpBody.extensions, whose value is an encoded ReplyPiece; a body may hold
+    nothing else. The bridge takes the entries out and keeps them. Where the
+    answer breaks it sends another worker the first request with all entries,
+    in their order, as its extensions, and that worker goes on behind them. An
+    entry without a value says that from there on nobody can; so does an answer
+    whose first body has none. A failure that another worker may mend ends such
+    a call with its status alone, without an error event.
     """
 
     def __init__(self, channel):
@@ -88,6 +99,17 @@ class OpenAIServiceServicer:
     Failures before the first byte are gRPC statuses; the bridge turns them into
     HTTP codes and OpenAI error objects. Failures after it are an error event in
     the stream, since the HTTP status is already sent.
+
+    A bridge that can send a request to another worker says so in the call's
+    metadata (x-fastchat-resume: 1). Then each body of ChatCompletions and
+    Completions that says something new of the answer holds an entry in
+    HttpBody.extensions, whose value is an encoded ReplyPiece; a body may hold
+    nothing else. The bridge takes the entries out and keeps them. Where the
+    answer breaks it sends another worker the first request with all entries,
+    in their order, as its extensions, and that worker goes on behind them. An
+    entry without a value says that from there on nobody can; so does an answer
+    whose first body has none. A failure that another worker may mend ends such
+    a call with its status alone, without an error event.
     """
 
     def ChatCompletions(self, request, context):
@@ -205,6 +227,17 @@ class OpenAIService:
     Failures before the first byte are gRPC statuses; the bridge turns them into
     HTTP codes and OpenAI error objects. Failures after it are an error event in
     the stream, since the HTTP status is already sent.
+
+    A bridge that can send a request to another worker says so in the call's
+    metadata (x-fastchat-resume: 1). Then each body of ChatCompletions and
+    Completions that says something new of the answer holds an entry in
+    HttpBody.extensions, whose value is an encoded ReplyPiece; a body may hold
+    nothing else. The bridge takes the entries out and keeps them. Where the
+    answer breaks it sends another worker the first request with all entries,
+    in their order, as its extensions, and that worker goes on behind them. An
+    entry without a value says that from there on nobody can; so does an answer
+    whose first body has none. A failure that another worker may mend ends such
+    a call with its status alone, without an error event.
     """
 
     @staticmethod

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import chain
+
 from fastchat_grpc.core import (
     SAMPLING_NUMBERS,
     ChatPrompt,
@@ -25,10 +28,13 @@ from fastchat_grpc.v1 import generation_pb2 as pb
 
 def generate_request_from_pb(message: pb.GenerateRequest) -> GenerateRequest:
     """Check and convert a GenerateRequest. Raises InvalidArgument."""
+    sampling = _sampling_from_pb(message.sampling)
+    if sampling.fallback_seed is None and message.resume.HasField("fallback_seed"):
+        sampling = replace(sampling, fallback_seed=message.resume.fallback_seed)
     return GenerateRequest(
         prompt=_prompt_from_pb(message),
         model=message.model,
-        sampling=_sampling_from_pb(message.sampling),
+        sampling=sampling,
         stopping=_stopping_from_pb(message.stopping),
         output=_output_from_pb(message.output),
         grammar=_grammar_from_pb(message.structured_output) if message.HasField("structured_output") else None,
@@ -36,7 +42,7 @@ def generate_request_from_pb(message: pb.GenerateRequest) -> GenerateRequest:
         priority=message.priority,
         lora_adapter=message.lora_adapter,
         session_key=message.session_key,
-        resume=_resume_from_pb(message.resume) if message.HasField("resume") else None,
+        resume=resumed_choices(message.resume) if message.HasField("resume") else None,
         resume_fingerprint=message.resume.model_fingerprint,
         resume_backend=message.resume.backend,
         **present(message, "truncate_prompt_tokens"),
@@ -153,15 +159,19 @@ def _grammar_to_pb(grammar: Grammar) -> pb.StructuredOutput:
             return pb.StructuredOutput(lark=grammar.source)
 
 
-def _resume_from_pb(message: pb.Resume) -> tuple[ResumedChoice, ...]:
+def resumed_choices(message: pb.Resume) -> tuple[ResumedChoice, ...]:
+    """What is known of each choice, several entries of one added up. Raises InvalidArgument."""
+    entries: dict[int, list[pb.ResumedChoice]] = {}
+    for entry in message.choices:
+        entries.setdefault(entry.index, []).append(entry)
     return tuple(
         ResumedChoice(
-            index=choice.index,
-            output_token_ids=tuple(choice.output_token_ids),
-            text_length=choice.text_length,
-            finished=choice.finished,
+            index=index,
+            output_token_ids=tuple(chain.from_iterable(entry.output_token_ids for entry in own)),
+            text_length=sum(entry.text_length for entry in own),
+            finished=any(entry.finished for entry in own),
         )
-        for choice in message.choices
+        for index, own in entries.items()
     )
 
 

@@ -403,6 +403,7 @@ class TestSeeds:
     async def test_a_seed_of_the_caller_or_of_a_relay_above_stays(self) -> None:
         assert await self.seed(seed=0) is None
         assert await self.seed(fallback_seed=7) == 7
+        assert fallback_seed(pb.GenerateRequest(resume=pb.Resume(fallback_seed=7)), random.Random()) == 7
 
     async def test_greedy_requests_need_none(self) -> None:
         assert await self.seed(temperature=0.0) is None
@@ -461,6 +462,11 @@ class TestNeeds:
     def test_before_the_first_token_any_that_resumes_will_do(self) -> None:
         needs = resume_needs(sampled(seed=1, presence_penalty=1), pb.Resume(backend="e"))
         assert needs == (frozenset({Capability.RESUME}), "", "")
+
+    def test_a_choice_that_has_ended_does_not_go_on_whatever_its_other_entries_say(self) -> None:
+        choices = [pb.ResumedChoice(output_token_ids=[1]), pb.ResumedChoice(finished=True)]
+        needs = resume_needs(sampled(presence_penalty=1), pb.Resume(choices=choices))
+        assert needs.capabilities == {Capability.RESUME}
 
     def test_all_choices_of_a_seed_come_of_one_generator(self) -> None:
         resume = pb.Resume(choices=[pb.ResumedChoice(finished=True)], backend="e")

@@ -98,6 +98,7 @@ resumes = st.none() | st.lists(
         finished=st.booleans(),
     ),
     max_size=3,
+    unique_by=lambda choice: choice.index,
 ).map(tuple)
 grammars = (
     st.none()
@@ -128,6 +129,26 @@ requests = st.builds(
 def test_a_request_survives_the_wire_whole(request: core.GenerateRequest) -> None:
     wire = convert.generate_request_to_pb(request).SerializeToString()
     assert convert.generate_request_from_pb(pb.GenerateRequest.FromString(wire)) == request
+
+
+def test_pieces_of_a_resume_that_are_put_behind_a_request_add_up() -> None:
+    request = pb.GenerateRequest(prompt="p", output=pb.OutputOptions(n=2)).SerializeToString()
+    pieces = [
+        pb.Resume(model_fingerprint="f", backend="b", fallback_seed=-7),
+        pb.Resume(choices=[pb.ResumedChoice(index=1, output_token_ids=[1, 2], text_length=3)]),
+        pb.Resume(choices=[pb.ResumedChoice(index=0, output_token_ids=[9])]),
+        pb.Resume(choices=[pb.ResumedChoice(index=1, output_token_ids=[3], text_length=1)]),
+        pb.Resume(choices=[pb.ResumedChoice(index=0, finished=True)]),
+    ]
+    for piece in pieces:
+        request += pb.GenerateRequest(resume=piece).SerializeToString()
+    domain = convert.generate_request_from_pb(pb.GenerateRequest.FromString(request))
+    assert domain.resume == (
+        core.ResumedChoice(index=1, output_token_ids=(1, 2, 3), text_length=4),
+        core.ResumedChoice(index=0, output_token_ids=(9,), finished=True),
+    )
+    assert (domain.resume_fingerprint, domain.resume_backend) == ("f", "b")
+    assert domain.sampling.fallback_seed == -7
 
 
 top = st.builds(core.TopLogprob, st.integers(0, 99), st.text(max_size=3), st.binary(max_size=3), f32)
