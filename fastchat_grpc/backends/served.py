@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -39,9 +38,8 @@ from fastchat_grpc.errors import (
     PromptTooLong,
     WorkerUnavailable,
 )
-from fastchat_grpc.models.generation_config import default_sampling, generation_config
-from fastchat_grpc.models.overrides import CHAT_TEMPLATES, override_for
-from fastchat_grpc.models.resolve import read_json, resolve
+from fastchat_grpc.models.facts import ModelFacts, read_facts
+from fastchat_grpc.models.resolve import resolve
 from fastchat_grpc.text import prompt as prompts
 from fastchat_grpc.text.reasoning import marks_of
 from fastchat_grpc.text.tokenizer import Tokenizer
@@ -62,7 +60,7 @@ class Served:
     traits: Traits | None = None
     """Where it can do more or less, as configured, than its backend declares."""
     default_sampling: SamplingDefaults = NO_DEFAULTS
-    """The model's own (`ModelFolder.default_sampling`), which workers put where a request leaves a field unset."""
+    """The model's own (`ModelFacts.default_sampling`), which workers put where a request leaves a field unset."""
 
     def infos(self) -> tuple[ModelInfo, ...]:
         """The model under each of its names, and each adapter as a model of its own."""
@@ -158,98 +156,16 @@ class ServedBackend:
         return await lanes.run(size, self._served.embed_inputs, request, self._config.model.embed_truncate)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelFolder:
-    """What the configuration files of a Hugging Face folder say, read without transformers or torch."""
+def find_model(settings: ModelConfig, backend: str) -> ModelFacts:
+    """What the model folder says that the settings name, fetched first if need be.
 
-    path: Path
-    config: Mapping[str, Any]
-    context_length: int | None
-    """By the configuration; None where it says nothing."""
-
-    @classmethod
-    def find(cls, settings: ModelConfig, backend: str) -> ModelFolder:
-        """Resolve the model path. Raises ModelLoadError, also for a GGUF file."""
-        path = resolve(settings.path, settings.revision)
-        if path.is_file():
-            raise ModelLoadError(f"the {backend} backend reads model folders, not GGUF files: {path}")
-        config = read_json(path / "config.json")
-        return cls(path=path, config=config, context_length=stated_context(config.get("text_config") or config))
-
-    def tokenizer(self, settings: ModelConfig, vocabulary_size: int | None = None) -> Tokenizer:
-        """The folder's tokenizer, with its family's and the user's template and ends of output."""
-        from fastchat_grpc.models.tokenizer import load_tokenizer
-
-        override = override_for(str(self.config.get("model_type", "")), settings.path)
-        return load_tokenizer(
-            self.path,
-            chat_template=chat_template_text(settings.chat_template),
-            default_chat_template=override.chat_template,
-            stop_tokens=override.stop_tokens,
-            eos_token_ids=self._eos_token_ids(),
-            vocabulary_size=vocabulary_size or self._stated_vocabulary_size(),
-            trust_remote_code=settings.trust_remote_code,
-        )
-
-    def context(self, settings: ModelConfig) -> int:
-        """The context length to serve: the model's, or less if asked. Raises ModelLoadError."""
-        return limited_context(self.context_length or 2048, settings.context_length)
-
-    @property
-    def default_sampling(self) -> SamplingDefaults:
-        """What the model's makers want where a request chooses nothing; give it to `Served`."""
-        return default_sampling(generation_config(self.path))
-
-    def _stated_vocabulary_size(self) -> int | None:
-        size = (self.config.get("text_config") or self.config).get("vocab_size")
-        return int(size) if size else None
-
-    def _eos_token_ids(self) -> tuple[int, ...]:
-        stated = generation_config(self.path).get("eos_token_id")
-        if stated is None:
-            stated = (self.config.get("text_config") or self.config).get("eos_token_id")
-        if stated is None:
-            return ()
-        return tuple(stated) if isinstance(stated, list) else (int(stated),)
-
-
-_STRETCHED = ("linear", "dynamic", "yarn")
-
-
-def stated_context(config: Mapping[str, Any]) -> int | None:
-    """The context length by a model's configuration, as far as its scaling of positions stretches it; else None."""
-    limit = config.get("max_position_embeddings") or config.get("n_positions")
-    if not limit:
-        return None
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
-        return int(limit)  # one scaling per kind of layer: the configuration's own number counts
-    if (rope.get("rope_type") or rope.get("type")) not in _STRETCHED:
-        return int(limit)
-    original = int(rope.get("original_max_position_embeddings") or limit)
-    return max(int(limit), int(original * float(rope.get("factor") or 1)))
-
-
-def limited_context(own: int, wanted: int | None) -> int:
-    """The model's own context length, shortened if asked. Raises ModelLoadError where more is asked than it has."""
-    if wanted is not None and wanted > own:
-        raise ModelLoadError(f"--context-length {wanted} exceeds the model's {own}")
-    return wanted or own
-
-
-def chat_template_text(wanted: str | None) -> str | None:
-    """The template that the user set by --conv-template: Jinja text, a known name, or a file. Raises ModelLoadError."""
-    if wanted is None or "{{" in wanted or "{%" in wanted:
-        return wanted
-    if wanted in CHAT_TEMPLATES:
-        return CHAT_TEMPLATES[wanted]
-    try:
-        return Path(wanted).expanduser().read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        known = ", ".join(CHAT_TEMPLATES)
-        raise ModelLoadError(
-            f"--conv-template {wanted} is no Jinja text, no readable file, and none of {known}"
-        ) from error
+    Raises:
+        ModelLoadError: there is none, or it is a GGUF file.
+    """
+    path = resolve(settings.path, settings.revision)
+    if path.is_file():
+        raise ModelLoadError(f"the {backend} backend reads model folders, not GGUF files: {path}")
+    return read_facts(path, settings)
 
 
 def refuse_settings(config: BackendConfig, hints: Mapping[str, str]) -> None:

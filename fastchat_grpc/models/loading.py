@@ -30,7 +30,7 @@ from fastchat_grpc.models.quantization_plan import (
     plan_quantization,
 )
 from fastchat_grpc.models.resolve import read_json, resolve
-from fastchat_grpc.models.tokenizer import HuggingFaceTokenizer, load_tokenizer
+from fastchat_grpc.models.tokenizer import HuggingFaceTokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -125,7 +125,8 @@ def load_model(settings: ModelConfig) -> LoadedModel:
                 raise
             log.info("no memory to make 8-bit weights of this model (%s); it runs as it is", error)
             return load_model(replace(settings, quantization=None, dtype="auto"))
-    tokenizer = _load_tokenizer(source, found, settings)
+    tokenizer = found.facts.tokenizer(settings)
+    context_length = found.facts.served_context(settings.context_length)
 
     def load_plain() -> tuple[Any, LoraAdapters]:
         model = _load_weights(source, found, placement, dtype, quantization, settings)
@@ -153,7 +154,7 @@ def load_model(settings: ModelConfig) -> LoadedModel:
             "--quantization none keeps the model's own precision",
             fast_instructions(),
         )
-    return _describe(model, tokenizer, adapters, found, placement, quantization)
+    return _describe(model, tokenizer, adapters, found, context_length, placement, quantization)
 
 
 def _adapter_folders(source: Path, settings: ModelConfig) -> dict[str, Path]:
@@ -166,18 +167,6 @@ def _adapter_folders(source: Path, settings: ModelConfig) -> dict[str, Path]:
         base = read_json(source / "adapter_config.json").get("base_model_name_or_path") or "its base model"
         raise ModelLoadError(f"{source} is a LoRA adapter: use --model-path {base} --lora NAME={source}")
     return folders
-
-
-def _load_tokenizer(source: Path, found: Detected, settings: ModelConfig) -> HuggingFaceTokenizer:
-    return load_tokenizer(
-        source,
-        chat_template=found.chat_template,
-        default_chat_template=found.default_chat_template,
-        stop_tokens=found.stop_tokens,
-        eos_token_ids=found.eos_token_ids,
-        vocabulary_size=found.vocabulary_size,
-        trust_remote_code=settings.trust_remote_code,
-    )
 
 
 def _load_weights(
@@ -215,6 +204,7 @@ def _describe(
     tokenizer: HuggingFaceTokenizer,
     adapters: LoraAdapters,
     found: Detected,
+    context_length: int,
     placement: Placement,
     quantization: QuantizationPlan,
 ) -> LoadedModel:
@@ -223,7 +213,7 @@ def _describe(
         model=model,
         tokenizer=tokenizer,
         kind=found.kind,
-        context_length=found.context_length,
+        context_length=context_length,
         vocabulary_size=tokenizer.vocabulary_size,
         hidden_size=int(base.config.get_text_config().hidden_size),
         device=placement.device,
@@ -231,5 +221,5 @@ def _describe(
         adapters=adapters,
         pooling=found.pooling,
         quantization=quantization.method,
-        default_sampling=found.default_sampling,
+        default_sampling=found.facts.default_sampling,
     )

@@ -85,10 +85,10 @@ Ask = Callable[[list[str], int], tuple[int, list[float]]]
 @cache
 def _tokenizer() -> Tokenizer:
     """The tokenizer that the workers have."""
-    from fastchat_grpc.backends.served import ModelFolder
+    from fastchat_grpc.backends.served import find_model
 
     settings = ModelConfig(path=str(embedded_model()))
-    return ModelFolder.find(settings, "bench").tokenizer(settings)
+    return find_model(settings, "bench").tokenizer(settings)
 
 
 def _chat_ids(texts: list[str]) -> list[list[int]]:

@@ -23,7 +23,7 @@ from fastchat_grpc.backends.base import BackendLoad
 from fastchat_grpc.backends.capabilities import TRAITS, Feature
 from fastchat_grpc.backends.driver import Job, Piece
 from fastchat_grpc.backends.event_lines import lines
-from fastchat_grpc.backends.served import ModelFolder, Served, ServedBackend, refuse_settings, whole_number
+from fastchat_grpc.backends.served import Served, ServedBackend, find_model, refuse_settings, whole_number
 from fastchat_grpc.config import BackendConfig
 from fastchat_grpc.core import (
     EmbedRequest,
@@ -99,8 +99,8 @@ class LightllmBackend(ServedBackend):
         import httpx2
 
         settings = self._config.model
-        folder = ModelFolder.find(settings, "lightllm")
-        tokenizer = folder.tokenizer(settings)
+        facts = find_model(settings, "lightllm")
+        tokenizer = facts.tokenizer(settings)
         self._http = httpx2.AsyncClient(
             base_url=self._url,
             timeout=httpx2.Timeout(self._timeout_s, connect=CONNECT_TIMEOUT_S),
@@ -112,10 +112,10 @@ class LightllmBackend(ServedBackend):
             backend="lightllm",
             names=settings.served_names,
             tokenizer=tokenizer,
-            context_length=folder.context(settings),
+            context_length=facts.served_context(settings.context_length),
             capabilities=self.traits.capabilities(chat=bool(tokenizer.chat_template)),
             traits=self.traits,
-            default_sampling=folder.default_sampling,
+            default_sampling=facts.default_sampling,
         )
         return self._served_model.infos()
 

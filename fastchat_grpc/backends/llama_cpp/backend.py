@@ -24,8 +24,6 @@ from fastchat_grpc.backends.llama_cpp.tokenizer import LlamaTokenizer
 from fastchat_grpc.backends.served import (
     Served,
     ServedBackend,
-    chat_template_text,
-    limited_context,
     refuse_settings,
     switch,
     whole_number,
@@ -42,6 +40,7 @@ from fastchat_grpc.core import (
 )
 from fastchat_grpc.errors import ConfigError, ModelLoadError, WorkerUnavailable
 from fastchat_grpc.models.embedded import EMBEDDED_MODEL, embedded_gguf
+from fastchat_grpc.models.facts import chat_template_text, limited_context
 from fastchat_grpc.models.generation_config import default_sampling
 from fastchat_grpc.models.machine import cpu_count
 from fastchat_grpc.models.overrides import override_for

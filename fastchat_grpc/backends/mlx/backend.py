@@ -17,7 +17,7 @@ from fastchat_grpc.backends.capabilities import TRAITS
 from fastchat_grpc.backends.driver import Job, Seeds
 from fastchat_grpc.backends.engine_thread import EngineThread
 from fastchat_grpc.backends.mlx.engine import MlxEngine, MlxLimits, load_model, use_fast_blas
-from fastchat_grpc.backends.served import ModelFolder, Served, ServedBackend, refuse_settings, whole_number
+from fastchat_grpc.backends.served import Served, ServedBackend, find_model, refuse_settings, whole_number
 from fastchat_grpc.config import BackendConfig
 from fastchat_grpc.core import EmbedRequest, EmbedResult, Event, GenerateRequest, ModelInfo
 from fastchat_grpc.errors import ConfigError, WorkerUnavailable
@@ -129,20 +129,20 @@ class MlxBackend(ServedBackend):
     def _make(self, made: _Made) -> MlxEngine:
         """In the engine's thread, which owns every array."""
         settings = self._config.model
-        folder = ModelFolder.find(settings, "mlx")
+        facts = find_model(settings, "mlx")
         bits = QUANTIZATIONS[settings.quantization] if settings.quantization else None
-        model = load_model(folder.path, settings, bits)
-        tokenizer: Tokenizer = folder.tokenizer(settings)
+        model = load_model(facts.source, settings, bits)
+        tokenizer: Tokenizer = facts.tokenizer(settings)
         made.engine = MlxEngine(model, tokenizer, self._limits)
         made.served = Served(
             backend="mlx",
             names=settings.served_names,
             tokenizer=tokenizer,
-            context_length=folder.context(settings),
+            context_length=facts.served_context(settings.context_length),
             capabilities=TRAITS["mlx"].capabilities(
                 chat=bool(tokenizer.chat_template), embed=made.engine.embedding_size > 0
             ),
             embedding_size=made.engine.embedding_size,
-            default_sampling=folder.default_sampling,
+            default_sampling=facts.default_sampling,
         )
         return made.engine

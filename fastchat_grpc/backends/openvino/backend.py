@@ -27,14 +27,13 @@ from fastchat_grpc.backends.openvino.model import OpenVinoModel
 from fastchat_grpc.backends.served import (
     Served,
     ServedBackend,
-    chat_template_text,
-    limited_context,
     refuse_settings,
     switch,
 )
 from fastchat_grpc.config import BackendConfig
 from fastchat_grpc.core import EmbedRequest, EmbedResult, Event, GenerateRequest, ModelInfo
 from fastchat_grpc.errors import ConfigError, NotSupported
+from fastchat_grpc.models.facts import DEFAULT_CONTEXT_LENGTH, chat_template_text, limited_context
 from fastchat_grpc.models.generation_config import default_sampling, generation_config
 from fastchat_grpc.models.machine import total_memory
 from fastchat_grpc.models.tokenizer import load_tokenizer
@@ -154,19 +153,19 @@ class OpenVinoBackend(ServedBackend):
         adapters = tuple(lora.find(name, path) for name, path in settings.lora_adapters.items())
         found = model.find(self._config)
         if found.folder.is_file():
-            own = found.context_length or 2048
+            own = found.context_length
             tokenizer: Tokenizer = load_tokenizer(
                 found.folder, chat_template=chat_template_text(settings.chat_template)
             )
         else:
-            folder = model.model_folder(found, settings)
-            own, tokenizer = folder.context_length or 2048, folder.tokenizer(settings)
+            told = model.folder_facts(found, settings)
+            own, tokenizer = told.context_length, told.tokenizer(settings)
         traits = self._traits(found)
         served = Served(
             backend="openvino",
             names=settings.served_names,
             tokenizer=tokenizer,
-            context_length=limited_context(own, settings.context_length),
+            context_length=limited_context(own or DEFAULT_CONTEXT_LENGTH, settings.context_length),
             capabilities=traits.capabilities(chat=bool(tokenizer.chat_template)),
             adapters={name: name for name in settings.lora_adapters},
             traits=traits,

@@ -12,18 +12,17 @@ import hashlib
 import importlib.util
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from fastchat_grpc.backends.openvino import cache, convert
 from fastchat_grpc.backends.openvino.gguf import ARCHITECTURES, exact_file, facts, graph_folder
 from fastchat_grpc.backends.openvino.graph import MODEL_FILE
 from fastchat_grpc.backends.openvino.lora import is_plain
-from fastchat_grpc.backends.served import ModelFolder, stated_context
 from fastchat_grpc.config import BackendConfig, ModelConfig
 from fastchat_grpc.errors import ConfigError, ModelLoadError
 from fastchat_grpc.models.embedded import EMBEDDED_MODEL, embedded_gguf, embedded_model
+from fastchat_grpc.models.facts import ModelFacts, read_facts
 from fastchat_grpc.models.resolve import check_gguf, read_json, resolve
 
 logger = logging.getLogger(__name__)
@@ -175,8 +174,7 @@ def _has_optimum_intel() -> bool:
         return False
 
 
-def model_folder(found: OpenVinoModel, settings: ModelConfig) -> ModelFolder:
-    """Configuration of a model that is a folder."""
-    config: dict[str, Any] = read_json(found.folder / "config.json")
-    text = config.get("text_config") or config
-    return ModelFolder(path=found.folder, config=config, context_length=stated_context(text) or found.context_length)
+def folder_facts(found: OpenVinoModel, settings: ModelConfig) -> ModelFacts:
+    """What the folder says of a model that is one; of its length what its GGUF file says, where the folder does not."""
+    told = read_facts(found.folder, settings)
+    return replace(told, context_length=told.context_length or found.context_length)

@@ -23,7 +23,7 @@ from fastchat_grpc.backends import driver
 from fastchat_grpc.backends.base import BackendLoad
 from fastchat_grpc.backends.driver import Job, Piece, Seeds
 from fastchat_grpc.backends.loop_thread import LoopThread
-from fastchat_grpc.backends.served import ModelFolder, Served, ServedBackend, limited_context, refuse_settings
+from fastchat_grpc.backends.served import Served, ServedBackend, find_model, refuse_settings
 from fastchat_grpc.backends.sglang.requests import (
     check_limits,
     engine_settings,
@@ -37,6 +37,7 @@ from fastchat_grpc.backends.sglang.requests import (
 from fastchat_grpc.config import BackendConfig
 from fastchat_grpc.core import Capability, EmbedRequest, EmbedResult, Event, GenerateRequest, ModelInfo
 from fastchat_grpc.errors import ModelLoadError, UnsupportedField, WorkerUnavailable
+from fastchat_grpc.models.facts import limited_context
 
 DEFAULT_MAX_RUNNING = 64
 
@@ -225,14 +226,14 @@ class SglangBackend(ServedBackend):
         """Runs in the loop's thread, and blocks it: loading takes a minute or more."""
         from sglang.srt.entrypoints.engine import Engine
 
-        folder = ModelFolder.find(self._config.model, "sglang")
-        tokenizer = folder.tokenizer(self._config.model)
-        settings = engine_settings(self._config, folder, self._max_running)
+        facts = find_model(self._config.model, "sglang")
+        tokenizer = facts.tokenizer(self._config.model)
+        settings = engine_settings(self._config, facts, self._max_running)
         try:
             engine = Engine(**{**settings, **self._options})
         except Exception as error:  # SGLang raises what its parts raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-            raise ModelLoadError(f"SGLang cannot load {folder.path}: {reason}") from error
+            raise ModelLoadError(f"SGLang cannot load {facts.source}: {reason}") from error
         if self._thread is None:
             engine.shutdown()
             raise ModelLoadError("closed while loading")
@@ -257,8 +258,8 @@ class SglangBackend(ServedBackend):
             ),
             capabilities=frozenset(capabilities),
             adapters={name: name for name in self._config.model.lora_adapters},
-            embedding_size=int(folder.config.get("hidden_size") or 0),
-            default_sampling=folder.default_sampling,
+            embedding_size=facts.hidden_size,
+            default_sampling=facts.default_sampling,
         )
         told = getattr(engine, "scheduler_info", None) or {}
         room = told.get("max_total_num_tokens") or self._max_running * served.context_length

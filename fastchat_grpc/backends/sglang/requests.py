@@ -9,10 +9,10 @@ from typing import Any
 
 from fastchat_grpc.backends import driver
 from fastchat_grpc.backends.driver import Job, Piece
-from fastchat_grpc.backends.served import ModelFolder
 from fastchat_grpc.config import BackendConfig
 from fastchat_grpc.core import FinishReason, GenerateRequest, Grammar, GrammarKind, TokenLogprob
 from fastchat_grpc.errors import ConfigError, FastChatError, InvalidArgument, UnsupportedField, WorkerUnavailable
+from fastchat_grpc.models.facts import ModelFacts
 from fastchat_grpc.models.resolve import resolve
 from fastchat_grpc.text.tokenizer import Tokenizer
 
@@ -87,11 +87,11 @@ def _words(flag: str, value: str) -> list[str]:
     return [f"{flag}={value}"]
 
 
-def engine_settings(config: BackendConfig, folder: ModelFolder, max_running: int) -> dict[str, Any]:
+def engine_settings(config: BackendConfig, facts: ModelFacts, max_running: int) -> dict[str, Any]:
     """Keyword arguments of SGLang's Engine that come from our settings."""
     model = config.model
     settings: dict[str, Any] = {
-        "model_path": str(folder.path),
+        "model_path": str(facts.source),
         "served_model_name": model.served_names[0],
         "trust_remote_code": model.trust_remote_code,
         "dtype": model.dtype,

@@ -8,9 +8,9 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from fastchat_grpc.backends.served import ModelFolder
 from fastchat_grpc.config import BackendConfig, ModelConfig
 from fastchat_grpc.errors import ConfigError, ModelLoadError
+from fastchat_grpc.models.facts import ModelFacts
 from fastchat_grpc.models.resolve import read_json, resolve
 
 _OURS = {
@@ -91,7 +91,7 @@ def _words(name: str, value: str) -> list[str]:
 
 
 def engine_arguments(
-    config: BackendConfig, folder: ModelFolder, options: Mapping[str, Any]
+    config: BackendConfig, facts: ModelFacts, options: Mapping[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """vLLM's AsyncEngineArgs, and a LoRARequest for each adapter by name. Raises ModelLoadError."""
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -99,10 +99,10 @@ def engine_arguments(
     settings = config.model
     _require_device(settings)
     arguments: dict[str, Any] = {
-        "model": str(folder.path),
+        "model": str(facts.source),
         "served_model_name": list(settings.served_names),
         "trust_remote_code": settings.trust_remote_code,
-        "dtype": _dtype(settings, folder),
+        "dtype": _dtype(settings, facts),
         "quantization": settings.quantization,
         "max_model_len": settings.context_length,
         "max_num_seqs": settings.max_running,
@@ -140,7 +140,7 @@ def _require_device(settings: ModelConfig) -> None:
         )
 
 
-def _dtype(settings: ModelConfig, folder: ModelFolder) -> str:
+def _dtype(settings: ModelConfig, facts: ModelFacts) -> str:
     """vLLM's own choice, except on a CPU, where it would emulate half precision."""
     import torch
     from vllm.platforms import current_platform
@@ -149,8 +149,7 @@ def _dtype(settings: ModelConfig, folder: ModelFolder) -> str:
 
     if settings.dtype != "auto" or not current_platform.is_cpu():
         return settings.dtype
-    stated = (folder.config.get("text_config") or folder.config).get("torch_dtype") or folder.config.get("dtype")
-    stored = getattr(torch, str(stated), None) if stated else None
+    stored = getattr(torch, facts.stored_dtype, None) if facts.stored_dtype else None
     return str(choose_dtype("auto", torch.device("cpu"), stored)).removeprefix("torch.")
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from fastchat_grpc.backends import driver
 from fastchat_grpc.backends.base import BackendLoad
 from fastchat_grpc.backends.driver import Piece, Seeds
-from fastchat_grpc.backends.served import ModelFolder, Served, ServedBackend, refuse_settings
+from fastchat_grpc.backends.served import Served, ServedBackend, find_model, refuse_settings
 from fastchat_grpc.backends.vllm.arguments import engine_arguments, parse_options, prepare_environment
 from fastchat_grpc.backends.vllm.requests import (
     Statistics,
@@ -46,6 +46,7 @@ from fastchat_grpc.errors import (
     ModelLoadError,
     WorkerUnavailable,
 )
+from fastchat_grpc.models.facts import ModelFacts
 
 CLOSE_TIMEOUT_S = 10.0
 """Time for the engine's process to end before it is killed."""
@@ -218,8 +219,8 @@ class VllmBackend(ServedBackend):
         from vllm.v1.engine.async_llm import AsyncLLM
 
         settings = self._config.model
-        folder = ModelFolder.find(settings, "vllm")
-        arguments, adapters = engine_arguments(self._config, folder, self._options)
+        facts = find_model(settings, "vllm")
+        arguments, adapters = engine_arguments(self._config, facts, self._options)
         try:
             with _without_keyboard_interrupts():
                 engine = AsyncLLM.from_engine_args(
@@ -229,9 +230,9 @@ class VllmBackend(ServedBackend):
                 )
         except Exception as error:  # vLLM raises what its dozens of parts raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-            raise ModelLoadError(f"vLLM cannot load {folder.path}: {reason}") from error
+            raise ModelLoadError(f"vLLM cannot load {facts.source}: {reason}") from error
         try:
-            loaded = self._describe(engine, folder, adapters)
+            loaded = self._describe(engine, facts, adapters)
             if self._closed.is_set():
                 raise ModelLoadError("closed while loading")
         except BaseException:
@@ -239,9 +240,9 @@ class VllmBackend(ServedBackend):
             raise
         return loaded
 
-    def _describe(self, engine: Any, folder: ModelFolder, adapters: Mapping[str, Any]) -> _Loaded:
+    def _describe(self, engine: Any, facts: ModelFacts, adapters: Mapping[str, Any]) -> _Loaded:
         model = engine.model_config
-        tokenizer = folder.tokenizer(self._config.model, vocabulary_size=int(model.get_vocab_size()))
+        tokenizer = facts.tokenizer(self._config.model, vocabulary_size=int(model.get_vocab_size()))
         capabilities = {Capability.EMBED}
         if model.runner_type == "generate":
             capabilities = {
@@ -261,7 +262,7 @@ class VllmBackend(ServedBackend):
             capabilities=frozenset(capabilities),
             adapters=adapters,
             embedding_size=int(model.get_hidden_size()),
-            default_sampling=folder.default_sampling,
+            default_sampling=facts.default_sampling,
         )
         return _Loaded(
             engine=engine,

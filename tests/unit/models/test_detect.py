@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from fastchat_grpc.config import ModelConfig
-from fastchat_grpc.core import SamplingDefaults
 from fastchat_grpc.errors import ModelLoadError
 from fastchat_grpc.models.architectures import other_task
 from fastchat_grpc.models.detect import ModelKind, detect
@@ -82,11 +81,3 @@ def test_a_sentence_transformers_model_says_itself_what_it_is(tmp_path: Path) ->
 def test_models_that_score_are_told_by_name(name: str) -> None:
     assert other_task([name]) == name
     assert other_task(["LlamaBidirectionalModel"]) is None
-
-
-def test_the_makers_sampling_is_read_and_not_beside_a_gguf_file(tmp_path: Path) -> None:
-    folder(tmp_path, "LlamaForCausalLM", "llama")
-    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "eos_token_id": [2, 3]}))
-    found = detect(tmp_path, ModelConfig(path=str(tmp_path)))
-    assert found.default_sampling == SamplingDefaults(temperature=0.6)
-    assert found.eos_token_ids == (2, 3)
