@@ -7,10 +7,10 @@ import string
 from typing import Any
 
 from fastchat_grpc.core import Completion, Delta, Event, PromptEcho, TokenLogprob
-from fastchat_grpc.openai import sse
 from fastchat_grpc.openai.call import Call, Reply, ToolMode
+from fastchat_grpc.openai.chunks import ChunkWriter, Collected, write_body
 from fastchat_grpc.openai.finish import base_of, final_reason
-from fastchat_grpc.openai.jsonio import dumps, dumps_scalar, quote
+from fastchat_grpc.openai.jsonio import dumps, quote
 from fastchat_grpc.openai.logprobs import chat_logprobs
 from fastchat_grpc.openai.tally import Tally
 from fastchat_grpc.openai.tools.parser import NamedCallParser, ToolCallParser
@@ -44,7 +44,7 @@ def _call_id() -> str:
 
 
 class _StreamedChoice:
-    """What a streamed choice has pending. The bytes around its text are rendered once."""
+    """What a streamed choice has pending."""
 
     __slots__ = ("head", "logprobs", "parser", "places")
 
@@ -62,11 +62,7 @@ class ChatStream:
         self._reply = call.reply
         self._tally = Tally(call.choices_per_prompt)
         base = base_of(call.reply, reply_id, "chat.completion.chunk", created)
-        self._head = sse.START + dumps(base)[:-1]
-        self._no_usage = b',"usage":null' if call.reply.include_usage else b""
-        # Without logprobs and usage a content chunk is three byte strings and the quoted text.
-        self._plain = not (call.reply.logprobs or call.reply.continuous_usage)
-        self._plain_tail = b'},"logprobs":null,"finish_reason":null}]' + self._no_usage + b"}" + sse.END
+        self._chunks = ChunkWriter(call.reply, base, self._tally, b'"delta":{', b"}")
         self._choices: dict[int, _StreamedChoice] = {}
 
     def feed(self, event: Event, base: int = 0) -> bytes:
@@ -81,9 +77,7 @@ class ChatStream:
 
     def end(self) -> bytes:
         """What follows the last choice."""
-        if not self._reply.include_usage:
-            return sse.DONE
-        return self._head + b',"choices":[],"usage":' + dumps(self._tally.render()) + b"}" + sse.END + sse.DONE
+        return self._chunks.end()
 
     def _delta(self, event: Delta) -> bytes:
         self._tally.note(event.index, event.usage)
@@ -91,10 +85,10 @@ class ChatStream:
         opening = b""
         if choice is None:
             choice, opening = self._open(event.index)
-        if choice.parser is None and self._plain and not event.reasoning:
+        if choice.parser is None and self._chunks.plain and not event.reasoning:
             if not event.text:
                 return opening
-            return opening + choice.head + b'"content":' + quote(event.text) + self._plain_tail
+            return opening + choice.head + b'"content":' + quote(event.text) + self._chunks.plain_tail
         if self._reply.logprobs:
             said = event.reasoning + event.text
             choice.logprobs.extend([entry for entry, _ in choice.places.feed(event.logprobs, said)])
@@ -120,19 +114,14 @@ class ChatStream:
         rest = self._render(choice, choice.parser.close()) if choice.parser is not None else b""
         called = choice.parser is not None and choice.parser.called
         finish = _finish_reason(event, self._reply, called=called)
-        tail = b'},"logprobs":' + self._take_logprobs(choice) + b',"finish_reason":' + quote(finish)
-        tail += b',"stop_reason":' + dumps_scalar(event.matched) + b"}]" + self._usage() + b"}" + sse.END
-        return opening + rest + choice.head + tail
+        return opening + rest + choice.head + self._chunks.last_tail(_take_logprobs(choice), finish, event.matched)
 
     def _open(self, index: int) -> tuple[_StreamedChoice, bytes]:
-        head = self._head + b',"choices":[{"index":%d,"delta":{' % index
-        choice = self._choices[index] = _StreamedChoice(head, self._reply)
-        tail = self._plain_tail
-        if self._reply.continuous_usage:
-            tail = b'},"logprobs":null,"finish_reason":null}]' + self._usage() + b"}" + sse.END
-        opening = head + b'"role":"assistant","content":""' + tail
+        choice = self._choices[index] = _StreamedChoice(self._chunks.head(index), self._reply)
+        tail = self._chunks.tail()
+        opening = choice.head + b'"role":"assistant","content":""' + tail
         if self._reply.prefix:
-            opening += head + b'"content":' + quote(self._reply.prefix) + tail
+            opening += choice.head + b'"content":' + quote(self._reply.prefix) + tail
         return choice, opening
 
     def _render(self, choice: _StreamedChoice, pieces: list[Piece]) -> bytes:
@@ -140,22 +129,17 @@ class ChatStream:
         for piece in pieces:
             if isinstance(piece, Content) and not piece.text and not choice.logprobs:
                 continue
-            tail = b'},"logprobs":' + self._take_logprobs(choice) + b',"finish_reason":null}]' + self._usage() + b"}"
-            chunks.append(choice.head + _piece(piece) + tail + sse.END)
+            chunks.append(choice.head + _piece(piece) + self._chunks.tail(_take_logprobs(choice)))
         return b"".join(chunks)
 
-    def _take_logprobs(self, choice: _StreamedChoice) -> bytes:
-        # Logprobs of text that is held back go out with the next chunk.
-        if not choice.logprobs:
-            return b"null"
-        rendered = dumps(chat_logprobs(choice.logprobs))
-        choice.logprobs = []
-        return rendered
 
-    def _usage(self) -> bytes:
-        if self._reply.continuous_usage:
-            return b',"usage":' + dumps(self._tally.render())
-        return self._no_usage
+def _take_logprobs(choice: _StreamedChoice) -> bytes:
+    """Those that wait for a chunk, as JSON: logprobs of text that is held back go out with the next one."""
+    if not choice.logprobs:
+        return b"null"
+    rendered = dumps(chat_logprobs(choice.logprobs))
+    choice.logprobs = []
+    return rendered
 
 
 def _piece(piece: Piece) -> bytes:
@@ -176,16 +160,6 @@ def _piece(piece: Piece) -> bytes:
             return b'"tool_calls":' + dumps([{"index": index, "function": {"arguments": text}}])
 
 
-class _Choice:
-    """A choice that is collected."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-        self.reasoning: list[str] = []
-        self.logprobs: list[TokenLogprob] = []
-        self.end: Completion | None = None
-
-
 class ChatBody:
     """Collects a whole generation into one body."""
 
@@ -193,7 +167,7 @@ class ChatBody:
         self._reply = call.reply
         self._tally = Tally(call.choices_per_prompt)
         self._base = base_of(call.reply, reply_id, "chat.completion", created)
-        self._choices = {index: _Choice() for index in range(call.choices_per_prompt)}
+        self._choices = {index: Collected() for index in range(call.choices_per_prompt)}
 
     def feed(self, event: Event, base: int = 0) -> None:
         """Take an event. A chat has one prompt, so `base` is 0."""
@@ -211,9 +185,9 @@ class ChatBody:
     def end(self) -> bytes:
         """The body."""
         choices = [self._render(index, choice) for index, choice in self._choices.items()]
-        return dumps({**self._base, "choices": choices, "usage": self._tally.render()})
+        return write_body(self._base, choices, self._tally)
 
-    def _render(self, index: int, choice: _Choice) -> dict[str, Any]:
+    def _render(self, index: int, choice: Collected) -> dict[str, Any]:
         text, reasoning = "".join(choice.texts), "".join(choice.reasoning)
         content, calls = self._split(text)
         message: dict[str, Any] = {"role": "assistant", "content": self._reply.prefix + content, "refusal": None}
@@ -233,7 +207,7 @@ class ChatBody:
             "message": message,
             "logprobs": logprobs,
             "finish_reason": _finish_reason(choice.end, self._reply, called=bool(calls)),
-            "stop_reason": choice.end.matched if choice.end is not None else None,
+            "stop_reason": choice.matched,
         }
 
     def _split(self, text: str) -> tuple[str, list[dict[str, Any]]]:

@@ -5,13 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from fastchat_grpc.core import Completion, Delta, Event, PromptEcho, TokenLogprob
-from fastchat_grpc.openai import sse
 from fastchat_grpc.openai.call import Call
+from fastchat_grpc.openai.chunks import ChunkWriter, Collected, write_body
 from fastchat_grpc.openai.finish import base_of, final_reason
-from fastchat_grpc.openai.jsonio import dumps, dumps_scalar, quote
+from fastchat_grpc.openai.jsonio import dumps, quote
 from fastchat_grpc.openai.logprobs import completion_logprobs
 from fastchat_grpc.openai.tally import Tally
 from fastchat_grpc.text.offsets import TextOffsets
+
+
+class _StreamedChoice:
+    """What a streamed choice has pending."""
+
+    __slots__ = ("head", "places")
+
+    def __init__(self, head: bytes) -> None:
+        self.head = head
+        self.places = TextOffsets()
 
 
 class CompletionStream:
@@ -22,12 +32,8 @@ class CompletionStream:
         self._per_prompt = call.choices_per_prompt
         self._tally = Tally(call.choices_per_prompt, without_output=call.reply.without_output)
         base = base_of(call.reply, reply_id, "text_completion", created)
-        self._head = sse.START + dumps(base)[:-1]
-        self._no_usage = b',"usage":null' if call.reply.include_usage else b""
-        self._plain = not (call.reply.logprobs or call.reply.continuous_usage)
-        self._plain_tail = b',"logprobs":null,"finish_reason":null}]' + self._no_usage + b"}" + sse.END
-        self._heads: dict[int, bytes] = {}
-        self._places: dict[int, TextOffsets] = {}
+        self._chunks = ChunkWriter(call.reply, base, self._tally, b'"text":')
+        self._choices: dict[int, _StreamedChoice] = {}
 
     def feed(self, event: Event, base: int = 0) -> bytes:
         """The chunks of an event; `base` is the index of the first choice of its prompt."""
@@ -42,61 +48,38 @@ class CompletionStream:
 
     def end(self) -> bytes:
         """What follows the last choice."""
-        if not self._reply.include_usage:
-            return sse.DONE
-        return self._head + b',"choices":[],"usage":' + dumps(self._tally.render()) + b"}" + sse.END + sse.DONE
+        return self._chunks.end()
 
     def _delta(self, event: Delta, index: int) -> bytes:
         self._tally.note(index, event.usage)
         if self._reply.without_output:
             return b""
-        if self._plain:
-            return self._chunk_head(index) + quote(event.text) + self._plain_tail if event.text else b""
+        if self._chunks.plain:
+            return self._choice(index).head + quote(event.text) + self._chunks.plain_tail if event.text else b""
         return self._text(index, event.text, event.logprobs)
 
     def _text(self, index: int, text: str, logprobs: tuple[TokenLogprob, ...]) -> bytes:
-        shown = b"null"
+        choice, shown = self._choice(index), b"null"
         if self._reply.logprobs:
-            places = self._places.get(index)
-            if places is None:
-                places = self._places[index] = TextOffsets()
-            placed = places.feed(logprobs, text)
+            placed = choice.places.feed(logprobs, text)
             shown = dumps(completion_logprobs(placed)) if placed else shown
         if not text and shown == b"null":
             return b""
-        tail = b',"logprobs":' + shown + b',"finish_reason":null}]' + self._usage() + b"}" + sse.END
-        return self._chunk_head(index) + quote(text) + tail
+        return choice.head + quote(text) + self._chunks.tail(shown)
 
     def _completion(self, event: Completion, index: int) -> bytes:
         self._tally.note(index, event.usage)
-        shown = b"null"
-        if (places := self._places.get(index)) is not None:
-            # Every token that was generated has its entry, whether it shows or not.
-            seen, unseen = places.close()
-            shown = dumps(completion_logprobs(seen + unseen)) if seen or unseen else shown
-        tail = b',"logprobs":' + shown + b',"finish_reason":' + quote(final_reason(event))
-        tail += b',"stop_reason":' + dumps_scalar(event.matched) + b"}]" + self._usage() + b"}" + sse.END
-        return self._chunk_head(index) + b'""' + tail
+        choice = self._choice(index)
+        # Every token that was generated has its entry, whether it shows or not.
+        seen, unseen = choice.places.close()
+        shown = dumps(completion_logprobs(seen + unseen)) if seen or unseen else b"null"
+        return choice.head + b'""' + self._chunks.last_tail(shown, final_reason(event), event.matched)
 
-    def _chunk_head(self, index: int) -> bytes:
-        head = self._heads.get(index)
-        if head is None:
-            head = self._heads[index] = self._head + b',"choices":[{"index":%d,"text":' % index
-        return head
-
-    def _usage(self) -> bytes:
-        if self._reply.continuous_usage:
-            return b',"usage":' + dumps(self._tally.render())
-        return self._no_usage
-
-
-class _Choice:
-    """A choice that is collected."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-        self.logprobs: list[TokenLogprob] = []
-        self.end: Completion | None = None
+    def _choice(self, index: int) -> _StreamedChoice:
+        choice = self._choices.get(index)
+        if choice is None:
+            choice = self._choices[index] = _StreamedChoice(self._chunks.head(index))
+        return choice
 
 
 class CompletionBody:
@@ -107,7 +90,7 @@ class CompletionBody:
         self._per_prompt = call.choices_per_prompt
         self._tally = Tally(call.choices_per_prompt, without_output=call.reply.without_output)
         self._base = base_of(call.reply, reply_id, "text_completion", created)
-        self._choices = {index: _Choice() for index in range(len(call.generations) * self._per_prompt)}
+        self._choices = {index: Collected() for index in range(len(call.generations) * self._per_prompt)}
 
     def feed(self, event: Event, base: int = 0) -> None:
         """Take an event; `base` is the index of the first choice of its prompt."""
@@ -128,9 +111,9 @@ class CompletionBody:
     def end(self) -> bytes:
         """The body."""
         choices = [self._render(index, choice) for index, choice in self._choices.items()]
-        return dumps({**self._base, "choices": choices, "usage": self._tally.render()})
+        return write_body(self._base, choices, self._tally)
 
-    def _render(self, index: int, choice: _Choice) -> dict[str, Any]:
+    def _render(self, index: int, choice: Collected) -> dict[str, Any]:
         reason, text, logprobs = final_reason(choice.end), "".join(choice.texts), None
         if self._reply.logprobs:
             places = TextOffsets()
@@ -143,5 +126,5 @@ class CompletionBody:
             "text": text,
             "logprobs": logprobs,
             "finish_reason": reason,
-            "stop_reason": choice.end.matched if choice.end is not None else None,
+            "stop_reason": choice.matched,
         }
