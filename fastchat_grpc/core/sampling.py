@@ -105,6 +105,21 @@ class SamplingParams:
         """Whether the likeliest token is always taken."""
         return self.temperature < GREEDY_TEMPERATURE or self.top_p < GREEDY_TOP_P
 
+    @property
+    def penalizes(self) -> bool:
+        """Whether any penalty changes anything. A repetition_penalty below 1.0 favours what was said."""
+        return self.repetition_penalty != 1.0 or bool(self.presence_penalty) or bool(self.frequency_penalty)
+
+    @property
+    def scales(self) -> bool:
+        """Whether the temperature changes anything."""
+        return GREEDY_TEMPERATURE <= self.temperature != 1.0
+
+    @property
+    def truncates(self) -> bool:
+        """Whether top-p, top-k or min-p leave anything out of what is drawn from."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingDefaults:

@@ -14,11 +14,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def penalizes(sampling: SamplingParams) -> bool:
-    """Whether any penalty changes anything. A repetition_penalty below 1.0 favours what was said."""
-    return sampling.repetition_penalty != 1.0 or bool(sampling.presence_penalty) or bool(sampling.frequency_penalty)
-
-
 class TokenCounts:
     """Distinct tokens of one sequence, and how often each is in its output. Grows with the sequence."""
 

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fastchat_grpc.core import GREEDY_TEMPERATURE
 from fastchat_grpc.engine.output_rules import OutputRules
-from fastchat_grpc.engine.penalties import TokenCounts, penalize, penalizes
+from fastchat_grpc.engine.penalties import TokenCounts, penalize
 from fastchat_grpc.engine.request import Sequence
 from fastchat_grpc.engine.rng import uniforms
 
@@ -125,13 +124,13 @@ class _Parameters:
         self.constrained = [i for i, s in enumerate(sequences) if s.grammar is not None]
         self.biased = [i for i, p in rows if p.logit_bias]
         self.delayed = [i for i, s in enumerate(sequences) if s.request.spec.stopping.min_new_tokens]
-        self.penalized = [i for i, p in rows if penalizes(p)]
-        temperatures = [1.0 if p.temperature < GREEDY_TEMPERATURE else p.temperature for _, p in rows]
+        self.penalized = [i for i, p in rows if p.penalizes]
+        temperatures = [p.temperature if p.scales else 1.0 for _, p in rows]
         self.scaled = any(t != 1.0 for t in temperatures)
         self.temperature = torch.tensor(temperatures, device=device)[:, None]
         self.greedy = [i for i, p in rows if p.greedy]
         self.random = len(self.greedy) < len(rows)
-        truncated = [(i, p) for i, p in rows if not p.greedy and (p.top_p < 1 or p.top_k > 0 or p.min_p > 0)]
+        truncated = [(i, p) for i, p in rows if not p.greedy and p.truncates]
         self.truncated = [i for i, _ in truncated]
         self.plain = [i for i, p in rows if not p.greedy and i not in set(self.truncated)]
         self.greedy_index = torch.tensor(self.greedy, dtype=torch.long, device=device)

@@ -9,7 +9,6 @@ import ctypes
 from typing import Any
 
 from fastchat_grpc.backends.engine_thread import Running
-from fastchat_grpc.core import GREEDY_TEMPERATURE
 from fastchat_grpc.errors import BackendFailed
 from fastchat_grpc.text.grammar import GrammarState
 from fastchat_grpc.text.seeds import splitmix64
@@ -100,7 +99,7 @@ class Sampler:
         if sampling.logit_bias:
             self._add(self._bias(dict(sampling.logit_bias)))
         self._add_penalties(running, prompt, made)
-        if GREEDY_TEMPERATURE <= sampling.temperature != 1.0:
+        if sampling.scales:
             self._add(llama.llama_sampler_init_temp(sampling.temperature))
         if self._greedy:
             self._add(llama.llama_sampler_init_greedy())

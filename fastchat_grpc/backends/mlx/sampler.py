@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastchat_grpc.backends.engine_thread import Running
-from fastchat_grpc.core import GREEDY_TEMPERATURE, SamplingParams
+from fastchat_grpc.core import SamplingParams
 from fastchat_grpc.text.seeds import splitmix64
 from fastchat_grpc.text.tokenizer import Tokenizer
 
@@ -54,8 +54,7 @@ class Chooser:
     @property
     def filters(self) -> bool:
         """Whether `filter` changes anything."""
-        sampling = self._sampling
-        return sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
+        return self._sampling.truncates
 
     def draw_key(self) -> tuple[int, int]:
         """MLX's random key of the next draw: 64 bits of the seed and the place."""
@@ -70,7 +69,7 @@ class Chooser:
             or self._raw is not None
             or self._min_length > self._start
             or bool(sampling.logit_bias)
-            or _penalizes(sampling)
+            or sampling.penalizes
         )
 
     def _process(self, tokens: Any, logits: Any) -> Any:
@@ -88,9 +87,9 @@ class Chooser:
         if sampling.logit_bias:
             ids, biases = list(sampling.logit_bias), list(sampling.logit_bias.values())
             logits = logits.at[:, mx.array(ids)].add(mx.array(biases))
-        if _penalizes(sampling):
+        if sampling.penalizes:
             logits = self._penalize(tokens, logits)
-        return logits / sampling.temperature if _has_temperature(sampling) else logits
+        return logits / sampling.temperature if sampling.scales else logits
 
     def _penalize(self, tokens: Any, logits: Any) -> Any:
         import mlx.core as mx
@@ -152,11 +151,3 @@ def _filtered(logprobs: Any, sampling: SamplingParams) -> Any:
         keep = keep & (ranked >= ranked[:, :1] + mx.log(mx.array(sampling.min_p)))
     keep = mx.logical_or(keep, mx.arange(ranked.shape[-1]) == 0)
     return mx.put_along_axis(logprobs, order, mx.where(keep, ranked, -mx.inf), axis=-1)
-
-
-def _penalizes(sampling: SamplingParams) -> bool:
-    return bool(sampling.repetition_penalty != 1 or sampling.presence_penalty or sampling.frequency_penalty)
-
-
-def _has_temperature(sampling: SamplingParams) -> bool:
-    return GREEDY_TEMPERATURE <= sampling.temperature != 1.0
