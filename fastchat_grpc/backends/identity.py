@@ -12,6 +12,7 @@ from fastchat_grpc.text.reasoning import AUTO, marks_of
 
 _ELSEWHERE = frozenset({"multi", "upstream"})
 """Backends whose model path is no model: a list of backends, which identify their own, or a server's name for it."""
+_PLAIN = frozenset({"float32", "float16", "bfloat16"})
 
 
 async def identified(
@@ -39,6 +40,17 @@ def _as_it_thinks(model: ModelInfo, config: BackendConfig, chat_template: Callab
     return replace(model, fingerprint=thinking(model.fingerprint, marks))
 
 
+def number_format(model: ModelInfo) -> str:
+    """What a loaded model's numbers are like, in words that differ where results do; empty where its backend is silent.
+
+    What a worker was asked for does not tell it: "auto" is 8 bits on one processor and float32 on another. Plain
+    numbers are the same in every engine; a quantization is its engine's own, whatever its name.
+    """
+    if not model.quantization or model.quantization in _PLAIN:
+        return "/".join(filter(None, (model.quantization, model.precision)))
+    return "/".join(filter(None, (model.backend, model.quantization, model.precision)))
+
+
 async def _by_files(models: Sequence[ModelInfo], config: BackendConfig) -> Sequence[ModelInfo]:
     if config.name in _ELSEWHERE or all(model.fingerprint for model in models):
         return models
@@ -48,7 +60,7 @@ async def _by_files(models: Sequence[ModelInfo], config: BackendConfig) -> Seque
 def _identified(models: Sequence[ModelInfo], config: BackendConfig) -> Sequence[ModelInfo]:
     from fastchat_grpc.models.fingerprint import UNKNOWN, identify, identify_adapter
 
-    base = identify(config.model, config.options.get("weights", ""))
+    base = UNKNOWN if not models else identify(config.model, number_format(models[0]))
     adapters = config.model.lora_adapters
     result = []
     for model in models:

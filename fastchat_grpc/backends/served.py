@@ -61,6 +61,10 @@ class Served:
     """Where it can do more or less, as configured, than its backend declares."""
     default_sampling: SamplingDefaults = NO_DEFAULTS
     """The model's own (`ModelFacts.default_sampling`), which workers put where a request leaves a field unset."""
+    quantization: str = ""
+    """Number format of the weights as the engine has loaded them; empty: as it is told to, and no other."""
+    precision: str = ""
+    """Number format of the arithmetic, as far as the weights' does not tell it."""
 
     def infos(self) -> tuple[ModelInfo, ...]:
         """The model under each of its names, and each adapter as a model of its own."""
@@ -76,6 +80,8 @@ class Served:
                 embedding_size=self.embedding_size if Capability.EMBED in self.capabilities else 0,
                 vocabulary_size=self.tokenizer.vocabulary_size,
                 default_sampling=supported_defaults(self.default_sampling, self.traits or TRAITS[self.backend]),
+                quantization=self.quantization,
+                precision=self.precision,
             )
             for name, base in (*bases, *adapters)
         )

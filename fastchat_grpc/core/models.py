@@ -52,6 +52,9 @@ class ModelInfo:
     """Identity of weights, number format, adapters and tokenizer: equal ones may go on with each other's streams."""
     revision: str = ""
     quantization: str = ""
+    """Number format of the weights as they were loaded, such as "float32", "int8" or "Q4_1"."""
+    precision: str = ""
+    """Number format of the arithmetic, as far as the weights' does not tell it. Known on the worker alone."""
     tokenizer_fingerprint: str = ""
     max_output_length: int = 0
     default_sampling: SamplingDefaults = NO_DEFAULTS

@@ -17,6 +17,7 @@ from typing import Any
 
 from fastchat_grpc.config import ModelConfig
 from fastchat_grpc.models.embedded import EMBEDDED_MODEL, embedded_model
+from fastchat_grpc.models.quantization_plan import FASTEST
 from fastchat_grpc.models.resolve import TOKENIZER_FILES
 from fastchat_grpc.text.reasoning import Marks
 
@@ -51,21 +52,21 @@ class Identity:
 UNKNOWN = Identity()
 
 
-def identify(settings: ModelConfig, weights: str = "") -> Identity:
+def identify(settings: ModelConfig, loaded: str = "") -> Identity:
     """Identity of a model that is loaded, so that its files are here. Fetches nothing; UNKNOWN where they are not.
 
     Args:
-        weights: number format of the weights, where it is not the model's settings that say it.
+        loaded: number format of weights and arithmetic as they are in memory; empty: as the model's settings say.
     """
     source = locate(settings.path, settings.revision)
     if source is None:
         return UNKNOWN
-    number_format = weights or _number_format(settings)
+    wanted = _number_format(settings)
     template = settings.chat_template or ""
     try:
         if template and "{" not in template and Path(template).expanduser().is_file():
             template = Path(template).expanduser().read_text(encoding="utf-8")
-        files = _digest([*_parts(source), ("number format", number_format), ("template", template)])
+        files = _digest([*_parts(source), ("number format", loaded or wanted), ("template", template)])
         tokenizer = _digest(_named(source, TOKENIZER_FILES)) if source.is_dir() else ""
     except (OSError, ValueError):
         return UNKNOWN
@@ -73,7 +74,7 @@ def identify(settings: ModelConfig, weights: str = "") -> Identity:
         fingerprint=files,
         tokenizer=tokenizer,
         revision=source.name if source.parent.name == "snapshots" else settings.revision or "",
-        quantization=number_format if number_format != "auto" else _stated_format(source),
+        quantization=wanted if wanted not in ("auto", FASTEST) else _stated_format(source),
     )
 
 

@@ -24,6 +24,7 @@ from fastchat_grpc.models.progress import loading_bars
 from fastchat_grpc.models.quantization_plan import (
     FASTEST,
     INT8,
+    NONE,
     QuantizationPlan,
     compile_meanwhile,
     fast_instructions,
@@ -68,6 +69,17 @@ class LoadedModel:
         return self.model.get_base_model() if self.adapters.names else self.model
 
     @property
+    def precision(self) -> str:
+        """Number format of the arithmetic; with our 8-bit kernels, which differ by processor, also what they make of
+        weights."""
+        native = None
+        if self.quantization == INT8:
+            from fastchat_grpc.native.kernels import kernels
+
+            native = kernels()
+        return _name(self.dtype) + (f", weights of {native.weight_bits} bits" if native is not None else "")
+
+    @property
     def capabilities(self) -> frozenset[Capability]:
         """What the model can do, with any engine that runs it fully."""
         if self.kind is ModelKind.EMBEDDING:
@@ -90,7 +102,8 @@ class LoadedModel:
                 backend="transformers",
                 embedding_size=self.hidden_size if Capability.EMBED in capabilities else 0,
                 vocabulary_size=self.vocabulary_size,
-                quantization=self.quantization,
+                quantization=self.quantization or _name(self.dtype),
+                precision=self.precision,
                 default_sampling=self.default_sampling,
             )
 
@@ -199,6 +212,10 @@ def _refuse_missing(source: Path, report: Mapping[str, Any]) -> None:
         raise ModelLoadError(f"the checkpoint {source} lacks {len(missing)} tensors of the model, such as {missing[0]}")
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _describe(
     model: Any,
     tokenizer: HuggingFaceTokenizer,
@@ -220,6 +237,6 @@ def _describe(
         dtype=base.dtype,
         adapters=adapters,
         pooling=found.pooling,
-        quantization=quantization.method,
+        quantization="" if quantization.method == NONE else quantization.method,
         default_sampling=found.facts.default_sampling,
     )

@@ -23,6 +23,8 @@
 #include "int8_bytes.h"
 #endif
 
+int weight_bits(void) { return WEIGHT_BITS; }
+
 // Bytes of a layer's weights. Its inputs are a multiple of GROUP, its outputs of OUTPUTS.
 int64_t int8_bytes(int64_t outputs, int64_t inputs) { return outputs / PANEL * panel_bytes(inputs / GROUP); }
 

@@ -16,6 +16,7 @@
 #define PANEL 8
 #define TILE_ROWS 8
 #define LEVELS 32
+#define WEIGHT_BITS 6
 #define STEP 8
 #define STEPS (GROUP / STEP)
 

@@ -14,6 +14,7 @@
 #endif
 
 #define PANEL 32
+#define WEIGHT_BITS 8
 #define TILE_ROWS 6
 #define LANES (PANEL / 2)
 #define DEPTH 4

@@ -36,6 +36,7 @@ _SIGNATURES = {
     "decode": (*[_POINTER] * 3, _INT, *[_POINTER] * 2),
     "struct_sizes": (_POINTER,),
     "is_parallel": (),
+    "weight_bits": (),
 }
 _MEMORY_FOR = dict.fromkeys(("attend_singles", "attend_piece"), "attention scores") | dict.fromkeys(
     ("multiply_int8", "before_attention", "after_attention", "decode"), "a layer's rows"
@@ -209,10 +210,12 @@ class Kernels:
             if name in _MEMORY_FOR:
                 function.restype, function.errcheck = ctypes.c_int, _raise_without_memory
         library.int8_bytes.restype = _INT
-        library.is_parallel.restype = ctypes.c_int
+        library.is_parallel.restype = library.weight_bits.restype = ctypes.c_int
         _compare_structs(library)
         self.parallel = bool(library.is_parallel())
         """Whether they use several threads: not so by a compiler without OpenMP."""
+        self.weight_bits: int = library.weight_bits()
+        """Bits of a weight of an 8-bit layer, by what this processor multiplies fast."""
         self._library = library
 
     def attend_singles(

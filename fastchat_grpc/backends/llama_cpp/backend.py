@@ -190,6 +190,7 @@ class _Loader:
             capabilities=_capabilities(tokenizer),
             embedding_size=size,
             default_sampling=_default_sampling(llama, model),
+            quantization=(llama.llama_ftype_name(llama.llama_model_ftype(model)) or b"").decode(),
         )
         self.engine = LlamaEngine(llama, model, context, tokenizer, limits, on_close=self._close_embedder)
         return self.engine

@@ -16,7 +16,7 @@ from fastchat_grpc.backends.base import BackendLoad
 from fastchat_grpc.backends.capabilities import TRAITS
 from fastchat_grpc.backends.driver import Job, Seeds
 from fastchat_grpc.backends.engine_thread import EngineThread
-from fastchat_grpc.backends.mlx.engine import MlxEngine, MlxLimits, load_model, use_fast_blas
+from fastchat_grpc.backends.mlx.engine import MlxEngine, MlxLimits, load_model, number_formats, use_fast_blas
 from fastchat_grpc.backends.served import Served, ServedBackend, find_model, refuse_settings, whole_number
 from fastchat_grpc.config import BackendConfig
 from fastchat_grpc.core import EmbedRequest, EmbedResult, Event, GenerateRequest, ModelInfo
@@ -134,6 +134,7 @@ class MlxBackend(ServedBackend):
         model = load_model(facts.source, settings, bits)
         tokenizer: Tokenizer = facts.tokenizer(settings)
         made.engine = MlxEngine(model, tokenizer, self._limits)
+        quantization, precision = number_formats(model)
         made.served = Served(
             backend="mlx",
             names=settings.served_names,
@@ -144,5 +145,7 @@ class MlxBackend(ServedBackend):
             ),
             embedding_size=made.engine.embedding_size,
             default_sampling=facts.default_sampling,
+            quantization=quantization or precision,
+            precision=precision,
         )
         return made.engine

@@ -56,6 +56,16 @@ def load_model(folder: Path, settings: ModelConfig, bits: int | None) -> Any:
     return model
 
 
+def number_formats(model: Any) -> tuple[str, str]:
+    """Of a loaded model: its quantization, such as "int8", or nothing; and the type that it computes in."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    bits = {f"int{layer.bits}" for _, layer in model.named_modules() if hasattr(layer, "bits")}
+    kinds = {array.dtype for _, array in tree_flatten(model.parameters()) if mx.issubdtype(array.dtype, mx.floating)}
+    return "+".join(sorted(bits)), "+".join(sorted(str(kind).removeprefix("mlx.core.") for kind in kinds))
+
+
 def use_fast_blas(wanted: str) -> None:
     """Let OpenBLAS multiply matrices where MLX runs on a CPU of Linux: its wheel brings the reference BLAS only.
 

@@ -108,7 +108,7 @@ class OpenVinoBackend(ServedBackend):
         load, served = await asyncio.to_thread(self._prepare)
         self._engine = OpenVinoEngine(load, served.tokenizer)
         await self._engine.start()
-        self._served_model = served
+        self._served_model = served = replace(served, precision=self._engine.precision)
         return served.infos()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
@@ -170,6 +170,7 @@ class OpenVinoBackend(ServedBackend):
             adapters={name: name for name in settings.lora_adapters},
             traits=traits,
             default_sampling=default_sampling(generation_config(found.folder)),
+            quantization=found.quantization,
         )
         return self._load(found, adapters, tokenizer.vocabulary_size), served
 

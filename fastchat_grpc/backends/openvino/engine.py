@@ -48,6 +48,8 @@ class OpenVinoEngine:
         self._processed_before = 0  # by processes that died
         self.processed_tokens = 0
         self.cache_usage = 0.0
+        self.precision = ""
+        """Number format of the arithmetic; empty: unknown."""
 
     async def start(self) -> None:
         """Start the process and wait until the model is loaded. Raises ModelLoadError."""
@@ -98,6 +100,7 @@ class OpenVinoEngine:
             await self._end_process()
             reason = answer.message if isinstance(answer, messages.Failed) else "its process ended; see its output"
             raise ModelLoadError(f"OpenVINO cannot load {self._load.model}: {reason}")
+        self.precision = answer.precision
         self._ready = True
 
     async def _keep(self) -> None:

@@ -37,6 +37,8 @@ class Loaded:
     """The model is ready."""
 
     seconds: float
+    precision: str = ""
+    """Number format of the arithmetic; empty: unknown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

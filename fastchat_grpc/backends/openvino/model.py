@@ -43,6 +43,8 @@ class OpenVinoModel:
     """Where the engine finds the model's vocabulary: its folder, or a GGUF file."""
     context_length: int | None = None
     """Where a GGUF file says it."""
+    quantization: str = ""
+    """Number format of the weights; empty: as the files are."""
 
     @property
     def grammars(self) -> bool:
@@ -66,7 +68,7 @@ def find(config: BackendConfig) -> OpenVinoModel:
             raise ConfigError(f"{source} is served in fp16, int8 or, as it is, int4; not in fp32")
         return _gguf(source, source, weights, named)
     exported = _exported(source, weights or "fp32", config)
-    return OpenVinoModel(exported, exported, exported)
+    return OpenVinoModel(exported, exported, exported, quantization=_number_format(weights or "fp32"))
 
 
 def can_load(config: BackendConfig) -> bool:
@@ -108,7 +110,13 @@ def _gguf(file: Path, folder: Path, weights: str | None, named: bool) -> OpenVin
         names = ", ".join(sorted(ARCHITECTURES))
         raise ModelLoadError(f"OpenVINO reads GGUF files of {names}; {file} is {known.architecture or 'unreadable'}")
     exact = exact_file(file, known, weights)
-    return OpenVinoModel(graph_folder(exact) if named else exact, folder, exact, known.context_length)
+    loaded = graph_folder(exact) if named else exact
+    return OpenVinoModel(loaded, folder, exact, known.context_length, _number_format(weights))
+
+
+def _number_format(weights: str | None) -> str:
+    """As every engine names it; empty: as the file has it."""
+    return {"fp32": "float32", "fp16": "float16", None: ""}.get(weights, weights or "")
 
 
 def _is_causal(path: Path) -> bool:

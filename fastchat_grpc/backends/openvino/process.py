@@ -255,8 +255,24 @@ def main() -> None:
     except Exception as error:  # the library raises RuntimeError for everything
         write_frame(out, Failed(message=_reason(error)))
         return
-    write_frame(out, Loaded(seconds=monotonic() - started))
+    write_frame(out, Loaded(seconds=monotonic() - started, precision=_precision(load)))
     engine.serve(inbox, out)
+
+
+def _precision(load: Load) -> str:
+    """Number format that the device computes in, by these properties: its own choice is not the same everywhere."""
+    import numpy as np
+    import openvino
+    from openvino import opset13
+
+    try:
+        one = opset13.parameter([1], np.float32)
+        model = openvino.Model([opset13.result(opset13.relu(one))], [one])
+        compiled = openvino.Core().compile_model(model, load.device, dict(load.properties))
+        name: str = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    except Exception:  # a device that does not tell, or a property that is for language models only
+        return ""
+    return {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(name, name)
 
 
 def _reason(error: Exception) -> str:

@@ -249,6 +249,7 @@ class SglangBackend(ServedBackend):
                 capabilities |= {Capability.SEED, Capability.SEEDED_RESUME}
             if tokenizer.chat_template:
                 capabilities.add(Capability.CHAT)
+        quantization, precision = _number_formats(engine)
         served = Served(
             backend="sglang",
             names=self._config.model.served_names,
@@ -260,6 +261,8 @@ class SglangBackend(ServedBackend):
             adapters={name: name for name in self._config.model.lora_adapters},
             embedding_size=facts.hidden_size,
             default_sampling=facts.default_sampling,
+            quantization=quantization,
+            precision=precision,
         )
         told = getattr(engine, "scheduler_info", None) or {}
         room = told.get("max_total_num_tokens") or self._max_running * served.context_length
@@ -270,3 +273,10 @@ class SglangBackend(ServedBackend):
         if not self._seeded:
             return None
         return self._seeds.of_choice(request, index)
+
+
+def _number_formats(engine: Any) -> tuple[str, str]:
+    """Of weights and arithmetic, as SGLang has chosen them (`sglang.srt.configs.model_config.ModelConfig`)."""
+    model = getattr(engine.tokenizer_manager, "model_config", None)
+    dtype = str(getattr(model, "dtype", "")).removeprefix("torch.")
+    return str(getattr(model, "quantization", None) or dtype), dtype

@@ -242,6 +242,7 @@ class VllmBackend(ServedBackend):
 
     def _describe(self, engine: Any, facts: ModelFacts, adapters: Mapping[str, Any]) -> _Loaded:
         model = engine.model_config
+        dtype = str(model.dtype).removeprefix("torch.")
         tokenizer = facts.tokenizer(self._config.model, vocabulary_size=int(model.get_vocab_size()))
         capabilities = {Capability.EMBED}
         if model.runner_type == "generate":
@@ -263,6 +264,8 @@ class VllmBackend(ServedBackend):
             adapters=adapters,
             embedding_size=int(model.get_hidden_size()),
             default_sampling=facts.default_sampling,
+            quantization=str(model.quantization or "") or dtype,
+            precision=dtype,
         )
         return _Loaded(
             engine=engine,

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,53 @@ async def test_models_of_any_backend_get_their_fingerprints(folder: Path) -> Non
     assert base.fingerprint == fingerprint(folder)
     assert adapter.fingerprint not in ("", base.fingerprint)
     assert list(await identified(models, BackendConfig(name="upstream", model=config), lambda name: "")) == models
+
+
+def loaded_as(quantization: str, precision: str, backend: str = "transformers") -> ModelInfo:
+    return ModelInfo(name="m", context_length=8, backend=backend, quantization=quantization, precision=precision)
+
+
+async def test_workers_of_one_command_that_loaded_other_numbers_differ(folder: Path) -> None:
+    """What `auto` takes goes by the processor, and by the memory that was free."""
+
+    async def found(*loaded: str) -> ModelInfo:
+        from fastchat_grpc.backends.identity import identified
+
+        config = BackendConfig(name="auto", model=ModelConfig(path=str(folder)))
+        (model,) = await identified([loaded_as(*loaded)], config, lambda name: "")
+        return model
+
+    ways = [
+        ("float32", "float32"),
+        ("bfloat16", "bfloat16"),
+        ("float16", "bfloat16", "openvino"),
+        ("int8", "float32, weights of 8 bits"),
+        ("int8", "float32, weights of 6 bits"),
+        ("int8", "float32", "openvino"),
+        ("gptq", "float16"),
+        ("gptq", "bfloat16"),
+        ("Q4_1", "", "llama_cpp"),
+        ("", "float32", "openvino"),
+    ]
+    models = [await found(*way) for way in ways]
+    assert len({model.fingerprint for model in models}) == len(ways)
+    assert [model.quantization for model in models[:5]] == ["float32", "bfloat16", "float16", "int8", "int8"]
+    assert models[-1].quantization == "bfloat16"  # as the files say, since their engine does not
+    assert [await found(*way) for way in ways] == models
+    assert (await found("float32", "float32", "vllm")).fingerprint == models[0].fingerprint  # plain numbers are alike
+
+
+async def test_an_adapter_on_other_numbers_differs(folder: Path) -> None:
+    async def found(quantization: str) -> str:
+        from fastchat_grpc.backends.identity import identified
+
+        base = loaded_as(quantization, "float32")
+        config = ModelConfig(path=str(folder), lora_adapters={"a": str(folder)})
+        models = [base, replace(base, name="a", base_model="m")]
+        _, adapter = await identified(models, BackendConfig(name="transformers", model=config), lambda name: "")
+        return adapter.fingerprint
+
+    assert await found("int8") != await found("float32")
 
 
 @pytest.mark.parametrize("files", [True, False])

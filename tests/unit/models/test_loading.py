@@ -12,7 +12,8 @@ torch = pytest.importorskip("torch")
 
 from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
 
-from fastchat_grpc.config import ModelConfig  # noqa: E402
+from fastchat_grpc.backends import registry  # noqa: E402
+from fastchat_grpc.config import BackendConfig, ModelConfig  # noqa: E402
 from fastchat_grpc.errors import ModelLoadError  # noqa: E402
 from fastchat_grpc.models import devices, quantization_plan  # noqa: E402
 from fastchat_grpc.models.loading import load_model  # noqa: E402
@@ -49,6 +50,29 @@ def test_a_checkpoint_of_16_bits_loads_in_8_whatever_else_the_processor_can(
     loaded = load_model(ModelConfig(path=str(folder), **asked))
     assert (loaded.quantization, loaded.dtype) == ("int8", torch.float32)
     assert [info.quantization for info in loaded.infos(("m",), loaded.capabilities)] == ["int8"]
+
+
+@needs_kernels
+async def test_what_auto_loaded_is_part_of_the_fingerprint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers of one command took 8 bits and float32, each by its machine, and had equal fingerprints."""
+
+    async def fingerprint(fast: bool, **asked: Any) -> str:
+        monkeypatch.setattr(quantization_plan, "int8_is_fastest", lambda: fast)
+        model = ModelConfig(path=str(folder), context_length=64, **asked)
+        config = BackendConfig(name="auto", model=model, options={"threads": "1"})
+        backend = registry.create(config)
+        try:
+            (info,) = await registry.start(backend, config)
+        finally:
+            await backend.close()
+        return info.fingerprint
+
+    eight, own = await fingerprint(True), await fingerprint(False)
+    assert eight != own
+    assert await fingerprint(False, load_8bit=True) == eight
+    assert await fingerprint(True, quantization="none") == own
+    monkeypatch.setattr(devices, "_cpu_has_bf16", lambda: False)
+    assert await fingerprint(False) not in (eight, own)
 
 
 @needs_kernels
