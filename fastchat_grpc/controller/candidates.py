@@ -130,12 +130,14 @@ class Candidates:
         self._model, _ = self._registry.pool(self._model)
 
     def _nobody(self, request: PickRequest, error: FastChatError) -> Nobody:
-        if isinstance(error, Starting) or self._registry.recovering(self._model):
+        if isinstance(error, Starting):
             return Nobody(Outlook.COMING, error)
         if request.needs and not self._capable(request):
             lacking = ", ".join(sorted(capability.value for capability in request.needs))
             why = f"no worker of model {self._model!r} can: such a request needs a backend that is capable of {lacking}"
             return Nobody(Outlook.CLOSED, NotResumable(why, metadata={"model": self._model[:128]}))
+        if self._registry.recovering(self._model):
+            return Nobody(Outlook.COMING, error)
         if request.fingerprint and self._members() and not any(map(request.suits, self._members())):
             why = f"the workers of model {self._model!r} that are left serve another revision than the one that began"
             error = NoLiveWorker(why, metadata={"model": self._model[:128]})

@@ -17,6 +17,7 @@ from fastchat_grpc.controller.dispatch import Dispatcher
 from fastchat_grpc.controller.fleet import Worker
 from fastchat_grpc.controller.health import Tier
 from fastchat_grpc.controller.relay import Relay
+from fastchat_grpc.errors import NotResumable
 from fastchat_grpc.rpc.failover import EOF
 from fastchat_grpc.rpc.pool import ChannelPool
 from fastchat_grpc.v1 import generation_pb2 as pb
@@ -54,8 +55,8 @@ class Site:
 
         return SimpleNamespace(read=read, initial_metadata=initial_metadata, cancel=lambda: None)
 
-    def generate(self) -> AsyncGenerator[bytes, None]:
-        return self.relay.generate(pb.GenerateRequest(prompt="p"))
+    def generate(self, **sampling: float) -> AsyncGenerator[bytes, None]:
+        return self.relay.generate(pb.GenerateRequest(prompt="p", sampling=pb.SamplingParams(**sampling)))
 
     async def fail(self) -> None:
         """The worker gives a first token, and fails."""
@@ -132,3 +133,13 @@ async def test_a_worker_that_was_lost_gets_nothing_before_its_next_heartbeat() -
     assert len(lost) == 1
     site.fleet.registry.heartbeat(lost[0].lease_id, lost[0].load)
     assert lost[0].tier is Tier.READY
+
+
+async def test_a_stream_that_no_worker_could_go_on_with_does_not_wait_for_the_one_it_lost() -> None:
+    site = Site()
+    site.script = [TOKEN, grpc.StatusCode.UNAVAILABLE]
+    with pytest.raises(NotResumable, match="stateful_resume"):
+        async with asyncio.timeout(FailoverConfig().wait_s / 2):
+            async for _ in site.generate(presence_penalty=0.5):
+                pass
+    assert site.fleet.registry.recovering("m"), "it may come back, but cannot do it either"
