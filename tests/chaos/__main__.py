@@ -85,7 +85,8 @@ def main() -> None:
             report = asyncio.run(run(options, seed, options.log or Path(folder)))
         print(f"seed {seed}: {options.controllers} controllers, {options.seconds:g} s of faults")
         print("\n".join(report.lines()))
-        for line in [*report.lost[:20], *report.differing[:20]]:
+        journal = [] if report.good else ["what was done:", *report.journal]
+        for line in [*report.lost[:20], *report.differing[:20], *journal]:
             print("  " + line)
         sys.stdout.flush()
         good = good and report.good

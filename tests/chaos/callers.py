@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import Sequence
+from time import monotonic
 from typing import Any, Protocol
 
 import httpx2
@@ -57,7 +57,7 @@ class GrpcCaller:
         self.longest_gap_s = 0.0
 
     async def ask(self, ask: Ask) -> Answer:
-        last, gap = time.monotonic(), 0.0
+        last, gap = monotonic(), 0.0
         texts: dict[int, list[str]] = {}
         token_ids: dict[int, list[int]] = {}
         ended: set[int] = set()
@@ -65,7 +65,7 @@ class GrpcCaller:
         try:
             prompt = ask.messages if ask.chat else ask.prompt
             async for event in self.client.generate(prompt, model=ask.model, **ask.options):
-                now = time.monotonic()
+                now = monotonic()
                 gap, last = max(gap, now - last), now
                 if isinstance(event, PromptEcho):
                     continue
@@ -165,14 +165,18 @@ def _text(choice: dict[str, Any]) -> str:
 
 
 async def patiently(caller: Caller, ask: Ask, patience_s: float) -> tuple[Answer, int]:
-    """The answer, asked for again after each refusal, and how many there were. Raises Lost or Broken."""
-    refusals = 0
-    end = time.monotonic() + patience_s
+    """The answer, asked for again after each refusal, and how many there were. Raises Lost or Broken.
+
+    Lost has the whole story: when it asked, how long it had to wait for each refusal, and what it heard.
+    """
+    began = monotonic()
+    story: list[str] = []
     while True:
+        asked = monotonic()
         try:
-            return await caller.ask(ask), refusals
+            return await caller.ask(ask), len(story)
         except Refused as refusal:
-            refusals += 1
-            if time.monotonic() > end:
-                raise Lost(f"{ask.name}: refused {refusals} times; at last: {refusal}") from None
-            await asyncio.sleep(min(RETRY_S, 0.1 * refusals))
+            story.append(f"{asked - began:.1f}+{monotonic() - asked:.1f} s: {refusal}")
+            if monotonic() > began + patience_s:
+                raise Lost(f"{ask.name}: refused {len(story)} times\n    " + "\n    ".join(story)) from None
+            await asyncio.sleep(min(RETRY_S, 0.1 * len(story)))

@@ -57,6 +57,8 @@ class Report:
     left: list[str] = field(default_factory=list)
     longest_gap_s: float = 0.0
     durations: list[float] = field(default_factory=list)
+    journal: list[str] = field(default_factory=list)
+    """What was done to whom and when, in seconds since the storm began."""
 
     @property
     def good(self) -> bool:
@@ -100,6 +102,7 @@ class Storm:
         self._main = main
         self._rng = Random(plan.seed)
         self._faults = Faults(fleet)
+        self._began = time.monotonic()
         self._expected: dict[tuple[str, str, str], Answer] = {}
         self.report = Report()
 
@@ -177,10 +180,11 @@ class Storm:
         report = self.report
         report.requests[kind] += 1
         started = time.monotonic()
+        at_s = self._now_s()
         try:
             answer, refusals = await patiently(caller, ask, self._plan.patience_s)
         except Lost as lost:
-            report.lost.append(f"{name} after {time.monotonic() - started:.1f} s: {lost}")
+            report.lost.append(f"{name}, asked at {at_s:.1f} s, after {time.monotonic() - started:.1f} s: {lost}")
             await asyncio.sleep(PAUSE_S)
             return
         except Broken:
@@ -196,6 +200,7 @@ class Storm:
     # ------------------------------------------------------------------------------- faults
 
     async def _blow(self) -> None:
+        self._began = time.monotonic()
         end = time.monotonic() + self._plan.seconds
         healing: set[asyncio.Task[None]] = set()
         while time.monotonic() < end:
@@ -207,11 +212,17 @@ class Storm:
                 for member in victims:
                     member.busy = True
                 # Drawn here, in order, so that the seed decides it whatever runs at the same time.
-                healing.add(asyncio.create_task(self._do(victims, fault, self._rng.random())))
+                healing.add(asyncio.create_task(self._do(kind, victims, fault, self._rng.random())))
         await asyncio.gather(*healing)
 
-    async def _do(self, victims: list[Member], fault: Fault, luck: float) -> None:
+    async def _do(self, kind: str, victims: list[Member], fault: Fault, luck: float) -> None:
+        began = self._now_s()
         await fault(victims, luck)
         for member in victims:
             await member.answers()
             member.busy = False
+        names = ", ".join(member.name for member in victims)
+        self.report.journal.append(f"{began:5.1f} to {self._now_s():5.1f} s: {kind} ({luck:.2f}) of {names}")
+
+    def _now_s(self) -> float:
+        return time.monotonic() - self._began
