@@ -47,8 +47,8 @@ CHOICES = 3
 """Workers that are named, where the gateway does not say how many it tries."""
 PATIENCE_S = 1.0
 """A request waits this long for a gateway to learn of the only workers that can take it."""
-YOUNG_PATIENCE_S = 3.0
-"""And this long for a worker to come back to a controller that has just started."""
+COMING_PATIENCE_S = 3.0
+"""And this long for a worker that is to come back: longer than from one heartbeat to the next."""
 LOOK_S = 0.25
 """Who waits looks again this often, whatever happens."""
 RETRY_AFTER_S = 1.0
@@ -113,10 +113,15 @@ class Picker(external_auth_pb2_grpc.AuthorizationServicer):  # type: ignore[misc
             return _denied(error, as_json=key_only)
 
     async def _reserve(self, asked: Asked, terms: _Terms) -> tuple[Reservation, str]:
-        """A worker, and where the gateway finds it. Waits a moment for one that is new, here or to the gateway."""
+        """A worker, and where the gateway finds it.
+
+        Waits a moment for one that is new, here or to the gateway, and, as a relayed call does, for one that was
+        lost a moment ago. Where other controllers are asked next, it may be well there: then it is left to them.
+        """
         began = monotonic()
         while True:
-            patience_s = PATIENCE_S
+            patience_s: float = PATIENCE_S
+            coming: str | None = None
             try:
                 found = self._pick(asked, terms.gateway)
                 if found is not None:
@@ -125,18 +130,30 @@ class Picker(external_auth_pb2_grpc.AuthorizationServicer):  # type: ignore[misc
                     "no worker of the model can be reached through this gateway now",
                     metadata={"model": asked.model[:128]},
                 )
-            except Starting as error:
+            except (Starting, NoLiveWorker) as error:
                 trouble = error
-                patience_s = YOUNG_PATIENCE_S if terms.final else 0.0
+                coming = self._coming(asked, error)
+                if coming is None:
+                    raise
+                patience_s = COMING_PATIENCE_S if terms.final else 0.0
             left_s = began + patience_s - monotonic()
             if left_s <= 0:
                 raise trouble
-            await self._news(asked, min(left_s, LOOK_S), isinstance(trouble, Starting))
+            await self._news(min(left_s, LOOK_S), coming)
 
-    async def _news(self, asked: Asked, timeout_s: float, young: bool) -> None:
-        """Return when a worker or a gateway has come, or after `timeout_s` seconds."""
-        if young:
-            await self._registry.room.wait(asked.adapter or asked.model, timeout_s)
+    def _coming(self, asked: Asked, error: FastChatError) -> str | None:
+        """The model of which a worker is known to come back, or may to a controller that has just started."""
+        model = asked.adapter or asked.model
+        if isinstance(error, Starting):
+            return model
+        with contextlib.suppress(FastChatError):
+            model, _ = self._registry.pool(model)
+        return model if self._registry.recovering(model) else None
+
+    async def _news(self, timeout_s: float, coming: str | None) -> None:
+        """Return when a worker of the model that is to come, or a gateway, has come, or after `timeout_s` seconds."""
+        if coming is not None:
+            await self._registry.room.wait(coming, timeout_s)
             return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):

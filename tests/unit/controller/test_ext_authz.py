@@ -24,6 +24,7 @@ from fastchat_grpc.rpc.bridge import (
     STREAM_HEADER,
 )
 from fastchat_grpc.v1 import generation_pb2 as pb
+from tests.conftest import eventually
 from tests.unit.controller.envoy_site import (
     CHAT,
     GENERATE,
@@ -309,8 +310,39 @@ async def test_a_worker_that_comes_back_to_a_young_controller_is_waited_for() ->
 async def test_a_young_controller_says_try_again_and_not_that_there_is_no_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ext_authz, "YOUNG_PATIENCE_S", 0.05)
+    monkeypatch.setattr(ext_authz, "COMING_PATIENCE_S", 0.05)
     site = Site(settled=False)
     assert refused(await site.chat())[0] == 503
     del site.extensions[FINAL_KEY]
     assert header(await site.chat(), MISSED_HEADER) == "14"
+
+
+@pytest.mark.parametrize("model", ["m", ""])
+async def test_the_only_worker_is_waited_for_when_it_was_lost_a_moment_ago(site: Site, model: str) -> None:
+    worker = site.add(1)
+    site.registry.lost(worker)
+    asked = asyncio.create_task(site.chat(model=model))
+    await eventually(lambda: site.registry.room.waiting("m") == 1)
+    site.registry.heartbeat(worker.lease_id, worker.load)
+    async with asyncio.timeout(30):
+        assert places(await asked) == ["127.0.0.1:5001"]
+
+
+async def test_who_waits_for_a_lost_worker_in_vain_is_told_to_come_again(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ext_authz, "COMING_PATIENCE_S", 0.05)
+    site.registry.lost(site.add(1))
+    assert refused(await site.chat())[0] == 503
+
+
+async def test_nobody_is_waited_for_who_is_not_known_to_come_back_or_may_be_well_elsewhere(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ext_authz, "COMING_PATIENCE_S", 1e9)
+    site.registry.drain(site.add(1).spec.worker_id, None)
+    async with asyncio.timeout(30):
+        assert refused(await site.chat())[0] == 503
+        site.registry.lost(site.add(2, "other"))
+        del site.extensions[FINAL_KEY]  # another controller is asked next
+        assert header(await site.chat(model="other"), MISSED_HEADER) == "14"
