@@ -14,6 +14,7 @@ from fastchat_grpc.client import AsyncClient
 from fastchat_grpc.config import FailoverConfig
 from fastchat_grpc.core import Completion, Delta, PromptEcho
 from fastchat_grpc.errors import FastChatError, NoLiveWorker, QueueFull
+from tests.chaos.disturbance import Excuses
 from tests.chaos.workload import Answer, Ask
 
 PATIENCE = FailoverConfig(max_attempts=100, max_resumes=100, wait_s=30.0)
@@ -32,7 +33,11 @@ class Broken(Exception):
 
 
 class Refused(Exception):
-    """A refusal that is to be asked again, and says so."""
+    """A refusal that is to be asked again, and says so. `full`: for want of room, not of workers."""
+
+    def __init__(self, what: str, *, full: bool) -> None:
+        super().__init__(what)
+        self.full = full
 
 
 class Caller(Protocol):
@@ -83,7 +88,7 @@ class GrpcCaller:
         except FastChatError as error:
             refused = isinstance(error, QueueFull) or (ask.away and isinstance(error, NoLiveWorker))
             if refused and not texts:
-                raise Refused(error.message) from None
+                raise Refused(error.message, full=isinstance(error, QueueFull)) from None
             begun = f" after {len(texts)} choices had begun" if texts else ""
             raise Lost(f"{ask.name}: {error.reason}{begun}: {error.message}") from None
         if len(ended) != ask.options.get("n", 1):
@@ -151,7 +156,7 @@ class HttpCaller:
             raise Lost(what)
         if "retry-after" not in response.headers:
             raise Lost(f"{what} without Retry-After")
-        raise Refused(what)
+        raise Refused(what, full=response.status_code == 429)
 
     async def close(self) -> None:
         await self.client.aclose()
@@ -164,10 +169,13 @@ def _text(choice: dict[str, Any]) -> str:
     return str(choice.get("delta", choice.get("message")).get("content") or "")
 
 
-async def patiently(caller: Caller, ask: Ask, patience_s: float) -> tuple[Answer, int]:
+async def patiently(caller: Caller, ask: Ask, patience_s: float, excuses: Excuses) -> tuple[Answer, int]:
     """The answer, asked for again after each refusal, and how many there were. Raises Lost or Broken.
 
     Lost has the whole story: when it asked, how long it had to wait for each refusal, and what it heard.
+
+    Args:
+        patience_s: most time of refusals for want of room, when nothing excuses them.
     """
     began = monotonic()
     story: list[str] = []
@@ -176,7 +184,14 @@ async def patiently(caller: Caller, ask: Ask, patience_s: float) -> tuple[Answer
         try:
             return await caller.ask(ask), len(story)
         except Refused as refusal:
-            story.append(f"{asked - began:.1f}+{monotonic() - asked:.1f} s: {refusal}")
-            if monotonic() > began + patience_s:
+            now = monotonic()
+            excused = excuses.refusal(asked, now)
+            patience_s -= 0 if excused else now - asked
+            story.append(f"{asked - began:.1f}+{now - asked:.1f} s{' (excused)' if excused else ''}: {refusal}")
+            if patience_s < 0 or not (excused or refusal.full):
                 raise Lost(f"{ask.name}: refused {len(story)} times\n    " + "\n    ".join(story)) from None
             await asyncio.sleep(min(RETRY_S, 0.1 * len(story)))
+        except Broken as broken:
+            if not excuses.broken_stream(asked, monotonic()):
+                raise Lost(f"a stream broke, and nobody was harmed: {broken}") from None
+            raise

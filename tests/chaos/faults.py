@@ -7,53 +7,74 @@ import signal
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from random import Random
+from typing import NamedTuple
 
 from fastchat_grpc.client import AsyncClient
 from fastchat_grpc.errors import FastChatError
+from tests.chaos.disturbance import Disturbances
 from tests.chaos.fleet import ChaosFleet, Member
 
 Fault = Callable[[list[Member], float], Awaitable[None]]
-"""Does something to its victims, one after the other or all at once; the number from 0 to 1 says how badly."""
+"""Does something to its victims; the number from 0 to 1 says how badly."""
 
 
 ROLLS = 4
 """How many other faults of a worker a rolling restart weighs: all workers of its model must be well to draw it."""
 
 
+class Drawn(NamedTuple):
+    """A fault, its victims, and how to do it: to one after the other, or to all at once."""
+
+    kind: str
+    victims: list[Member]
+    do: Fault
+    rolling: bool = False
+
+
 class Faults:
     """Draws faults, so that enough workers of each model and one controller stay live, but now and then none does."""
 
-    def __init__(self, fleet: ChaosFleet) -> None:
+    def __init__(self, fleet: ChaosFleet, disturbances: Disturbances) -> None:
         self._fleet = fleet
+        self._disturbances = disturbances
 
-    def draw(self, rng: Random) -> tuple[str, list[Member], Fault] | None:
-        """A fault, its victims, and how to do it; None where everybody has one."""
-        kinds: list[tuple[str, list[Member], Fault]] = []
+    async def do(self, drawn: Drawn, luck: float) -> None:
+        """Do it, and wait until its victims are well."""
+        steps = [[victim] for victim in drawn.victims] if drawn.rolling else [drawn.victims]
+        for step in steps:
+            with self._disturbances.during(drawn.kind, step):
+                await drawn.do(step, luck)
+                for member in step:
+                    await member.answers()
+
+    def draw(self, rng: Random) -> Drawn | None:
+        """A fault; None where everybody has one."""
+        kinds: list[Drawn] = []
         for group in self._fleet.groups.values():
             workers = self._fleet.workers[group.model]
             idle = [worker for worker in workers if not worker.busy]
             if len(idle) == len(workers) > 1:
-                kinds += [("rolling restart", workers, self._roll)] * ROLLS
+                kinds += [Drawn("rolling restart", workers, self._drain, rolling=True)] * ROLLS
             if len(idle) > group.live:
                 one = [rng.choice(idle)]
                 kinds += [
-                    ("kill", one, self._kill),
-                    ("freeze", one, self._freeze),
-                    ("restart", one, self._restart),
-                    ("drain", one, self._drain),
-                    ("packets dropped", one, self._drop),
-                    ("connections cut", one, self._cut),
+                    Drawn("kill", one, self._kill),
+                    Drawn("freeze", one, self._freeze),
+                    Drawn("restart", one, self._restart),
+                    Drawn("drain", one, self._drain),
+                    Drawn("packets dropped", one, self._drop),
+                    Drawn("connections cut", one, self._cut),
                 ]
         controllers = [controller for controller in self._fleet.controllers if not controller.busy]
         if len(controllers) > 1:
             one = [rng.choice(controllers)]
             kinds += [
-                ("controller kill", one, self._kill),
-                ("packets of a controller dropped", one, self._drop),
-                ("all controllers restart", controllers, self._restart_together),
+                Drawn("controller kill", one, self._kill),
+                Drawn("packets of a controller dropped", one, self._drop),
+                Drawn("all controllers restart", controllers, self._restart_together),
             ]
         if len(controllers) == len(self._fleet.controllers) > 1:
-            kinds.append(("rolling restart of controllers", controllers, self._roll_controllers))
+            kinds.append(Drawn("rolling restart of controllers", controllers, self._restart, rolling=True))
         return rng.choice(kinds) if kinds else None
 
     async def _kill(self, victims: list[Member], luck: float) -> None:
@@ -95,17 +116,6 @@ class Faults:
         (member,) = victims
         assert member.proxy is not None
         member.proxy.cut()
-
-    async def _roll(self, victims: list[Member], luck: float) -> None:
-        """Drain and restart one worker of a model after the other, as a rollout does."""
-        for member in victims:
-            await self._drain([member], luck)
-            await member.answers()
-
-    async def _roll_controllers(self, victims: list[Member], luck: float) -> None:
-        for member in victims:
-            await self._restart([member], luck)
-            await member.answers()
 
     async def _drain(self, victims: list[Member], luck: float) -> None:
         """By a controller's order; the worker leaves by itself."""

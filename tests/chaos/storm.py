@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from random import Random
 
 from tests.chaos.callers import Broken, Caller, GrpcCaller, HttpCaller, Lost, patiently
-from tests.chaos.faults import Fault, Faults
+from tests.chaos.disturbance import Disturbances, Excuses
+from tests.chaos.faults import Drawn, Faults
 from tests.chaos.fleet import ChaosFleet, Member
 from tests.chaos.workload import Answer, Ask, Workload, wrong
 from tests.integration.blackhole import TASK_NAME
@@ -31,7 +32,7 @@ class Plan:
         client: callers that know the workers of one model, and no controller.
         http: callers of the gateway, in direct mode; every second one streams.
         pause_s: mean time between two faults.
-        patience_s: how long a caller asks again after refusals.
+        patience_s: how long a caller asks again after refusals that nothing excuses.
     """
 
     seed: int
@@ -101,8 +102,8 @@ class Storm:
         self._workload = workload
         self._main = main
         self._rng = Random(plan.seed)
-        self._faults = Faults(fleet)
-        self._began = time.monotonic()
+        self._disturbances = Disturbances()
+        self._faults = Faults(fleet, self._disturbances)
         self._expected: dict[tuple[str, str, str], Answer] = {}
         self.report = Report()
 
@@ -152,13 +153,18 @@ class Storm:
             return [ask for ask in self._workload.grpc if ask.model == self._main]
         return self._workload.http if kind == "http" else self._workload.grpc
 
+    def _excuses(self, ask: Ask) -> Excuses:
+        return Excuses(self._disturbances, self._fleet.controllers, self._fleet.workers[ask.model])
+
     async def _learn(self) -> None:
         """The undisturbed answers; they must be the same whoever asks, and come in every way that is used."""
         for kind in {kind for kind, _ in self._callers()}:
             for number in range(2 if kind == "http" else 1):
                 caller = self._caller(kind, number)
                 asks = self._asks(kind)
-                answers = await asyncio.gather(*(patiently(caller, ask, self._plan.patience_s) for ask in asks))
+                answers = await asyncio.gather(
+                    *(patiently(caller, ask, self._plan.patience_s, self._excuses(ask)) for ask in asks)
+                )
                 for ask, (answer, _) in zip(asks, answers, strict=True):
                     known = self._expected.setdefault((kind, ask.name, ask.prompt), answer)
                     assert wrong(ask, answer, known) is None, f"undisturbed, over {kind}: {wrong(ask, answer, known)}"
@@ -180,10 +186,10 @@ class Storm:
         report = self.report
         report.requests[kind] += 1
         started = time.monotonic()
-        at_s = self._now_s()
         try:
-            answer, refusals = await patiently(caller, ask, self._plan.patience_s)
+            answer, refusals = await patiently(caller, ask, self._plan.patience_s, self._excuses(ask))
         except Lost as lost:
+            at_s = started - self._disturbances.began
             report.lost.append(f"{name}, asked at {at_s:.1f} s, after {time.monotonic() - started:.1f} s: {lost}")
             await asyncio.sleep(PAUSE_S)
             return
@@ -200,29 +206,21 @@ class Storm:
     # ------------------------------------------------------------------------------- faults
 
     async def _blow(self) -> None:
-        self._began = time.monotonic()
         end = time.monotonic() + self._plan.seconds
         healing: set[asyncio.Task[None]] = set()
         while time.monotonic() < end:
             await asyncio.sleep(self._rng.uniform(0.5, 1.5) * self._plan.pause_s)
-            chosen = self._faults.draw(self._rng)
-            if chosen is not None:
-                kind, victims, fault = chosen
-                self.report.faults[kind] += 1
-                for member in victims:
+            drawn = self._faults.draw(self._rng)
+            if drawn is not None:
+                self.report.faults[drawn.kind] += 1
+                for member in drawn.victims:
                     member.busy = True
                 # Drawn here, in order, so that the seed decides it whatever runs at the same time.
-                healing.add(asyncio.create_task(self._do(kind, victims, fault, self._rng.random())))
+                healing.add(asyncio.create_task(self._do(drawn, self._rng.random())))
         await asyncio.gather(*healing)
+        self.report.journal = self._disturbances.journal()
 
-    async def _do(self, kind: str, victims: list[Member], fault: Fault, luck: float) -> None:
-        began = self._now_s()
-        await fault(victims, luck)
-        for member in victims:
-            await member.answers()
+    async def _do(self, drawn: Drawn, luck: float) -> None:
+        await self._faults.do(drawn, luck)
+        for member in drawn.victims:
             member.busy = False
-        names = ", ".join(member.name for member in victims)
-        self.report.journal.append(f"{began:5.1f} to {self._now_s():5.1f} s: {kind} ({luck:.2f}) of {names}")
-
-    def _now_s(self) -> float:
-        return time.monotonic() - self._began

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from time import monotonic
+from types import SimpleNamespace
 
 import pytest
 
 from fastchat_grpc.config import BackendConfig, ModelConfig
 from fastchat_grpc.core import Delta, GenerateRequest, ResumedChoice, SamplingParams, StopConditions, TextPrompt
 from tests.chaos.__main__ import MAIN, SEEDLESS, SOLO, dice_groups
+from tests.chaos.callers import Lost, Refused, patiently
 from tests.chaos.dice import Dice, agrees, text_of
+from tests.chaos.disturbance import GRACE_S, Disturbances, Excuses
 from tests.chaos.fleet import ChaosFleet
 from tests.chaos.storm import Plan, Storm
-from tests.chaos.workload import dice_workload
+from tests.chaos.workload import Answer, Ask, dice_workload
 
 
 @pytest.mark.slow
@@ -33,6 +37,59 @@ async def test_no_request_is_lost_and_no_text_differs_while_members_die(tmp_path
     assert report.left == []
     assert sum(report.faults.values()) >= 5
     assert sum(report.requests.values()) > 40
+
+
+class Refusing:
+    """A caller who is refused, for want of workers or of room, and then answered."""
+
+    longest_gap_s = 0.0
+
+    def __init__(self, *refusals: Refused) -> None:
+        self._refusals = list(refusals)
+
+    async def ask(self, ask: Ask) -> Answer:
+        if self._refusals:
+            raise self._refusals.pop(0)
+        return Answer(())
+
+    async def close(self) -> None:
+        pass
+
+
+GONE, FULL = Refused("gone", full=False), Refused("full", full=True)
+
+
+async def refusals(excuses: Excuses, *told: Refused, patience_s: float = 60.0) -> int:
+    """How many refusals a caller has heard who got an answer at last."""
+    ask = Ask(name="solo", model="solo", prompt="a")
+    return (await patiently(Refusing(*told), ask, patience_s, excuses))[1]
+
+
+async def test_a_refusal_is_excused_only_where_all_that_are_asked_may_have_been_away() -> None:
+    names = [SimpleNamespace(name=name) for name in "abcde"]
+    workers, controllers = names[:3], names[3:]
+    faults = Disturbances()
+    excuses = Excuses(faults, controllers, workers)
+    assert await refusals(excuses, FULL, FULL) == 2
+    with pytest.raises(Lost, match="gone"):
+        await refusals(excuses, GONE)
+    with pytest.raises(Lost, match="refused 1 times"):
+        await refusals(excuses, FULL, patience_s=0)
+    with faults.during("kill", [*workers[:2], controllers[0]]), pytest.raises(Lost):
+        await refusals(excuses, GONE)
+    with faults.during("kill", workers[2:]):  # those before may not be back yet
+        assert await refusals(excuses, GONE, GONE, FULL, patience_s=0) == 3
+    now = monotonic()
+    assert excuses.refusal(now, now)
+    assert excuses.broken_stream(now, now)
+    assert not excuses.broken_stream(now + 2 * GRACE_S, now + 3 * GRACE_S)
+
+
+async def test_all_controllers_away_excuse_a_refusal_too() -> None:
+    worker, *controllers = [SimpleNamespace(name=name) for name in "abc"]
+    faults = Disturbances()
+    with faults.during("all controllers restart", controllers):
+        assert await refusals(Excuses(faults, controllers, [worker]), GONE) == 1
 
 
 def test_the_storm_sees_a_text_that_was_put_together_of_two() -> None:
