@@ -106,6 +106,11 @@ class Border(grpc.GenericRpcHandler):
             guarded = (_ending_stream if handler.response_streaming else _ending_unary)(guarded, self._until_closed)
         return _make(handler, guarded)
 
+    @property
+    def open_calls(self) -> int:
+        """Calls under way, but for those that keep a fleet together."""
+        return self._limits.open
+
     def close(self) -> None:
         """End the calls that would not end by themselves. A server that stops would wait for them in vain."""
         self._closed = True

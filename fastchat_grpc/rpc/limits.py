@@ -49,6 +49,11 @@ class CallLimits:
         self._calls = Limit(bounds.calls, bounds.calls_per_peer)
         self._watches = Limit(bounds.watches, bounds.watches_per_peer)
 
+    @property
+    def open(self) -> int:
+        """Calls that are counted now."""
+        return self._calls.open + self._watches.open
+
     def of(self, method: str) -> Limit | None:
         """The limit that a method counts against; None: it is not counted."""
         if method in UNBOUNDED:

@@ -155,3 +155,31 @@ async def test_an_answer_that_is_too_large_is_refused_with_its_size(
     assert isinstance(error, AnswerTooLarge)
     assert "at most 1024" in error.message
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_calls_that_a_stopping_server_ends_have_their_time_to_give_back_what_they_hold(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The process may be over a moment after `stop`, and what has not ended by then is cut off, with an error."""
+    given_back = 0
+
+    async def hold(context: Any) -> None:
+        nonlocal given_back
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.05)
+            given_back += 1
+
+    async def life() -> None:
+        servicer = Leavable(hold, busy_s=0)
+        async with serving(servicer) as address:
+            channel = open_channel(address)
+            stub = registry_pb2_grpc.ControllerServiceStub(channel)
+            calls = [stub.WatchWorkers(pb.WatchWorkersRequest()), stub.ListModels(pb.ListModelsRequest())]
+            await eventually(lambda: servicer.done == len(calls))
+        await channel.close()
+
+    asyncio.run(life())
+    assert given_back == 2
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
