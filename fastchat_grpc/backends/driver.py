@@ -98,6 +98,7 @@ class Job:
         self._tokenizer = tokenizer
         self._context_length = context_length
         self._arrival = monotonic() if arrival is None else arrival
+        self._prepared_s = 0.0
         self._queued_s = 0.0
         self._first_token_s = 0.0
         self._engine: TokenEngine | None = None
@@ -180,6 +181,7 @@ class Job:
     def _begin(self, engine: TokenEngine) -> None:
         """Choices that had their end in what was resumed end now; the rest goes to the engine."""
         self._engine = engine
+        self._prepared_s = monotonic() - self._arrival
         for choice in list(self._open.values()):
             if choice.finish_reason is not None:
                 self._emit(choice, ended_by_engine=True)
@@ -212,6 +214,7 @@ class Job:
             queued_s=self._queued_s,
             time_to_first_token_s=self._first_token_s,
             total_s=monotonic() - self._arrival,
+            prepared_s=self._prepared_s,
         )
 
     def _stop_all(self) -> None:

@@ -16,8 +16,10 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from time import monotonic
 from typing import Protocol, TypeVar
 
+from fastchat_grpc.backends.base import Steps
 from fastchat_grpc.backends.driver import Job, as_domain_error
 from fastchat_grpc.core import FinishReason, TokenLogprob
 from fastchat_grpc.errors import WorkerUnavailable
@@ -114,6 +116,8 @@ class EngineThread:
         self._running: set[Running] = set()  # of the thread
         self._engine: BatchEngine | None = None
         self._closed = False
+        self.steps = Steps()
+        """What its steps were like."""
         self._ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -253,16 +257,33 @@ class EngineThread:
 
     def _step(self) -> Sequence[Output]:
         assert self._engine is not None
+        began, processed = monotonic(), self._processed
         try:
             outputs = list(self._engine.step())
         except Exception as error:
             failure = as_domain_error(error)
+            self.steps.failures += 1
             outputs = [Output(sequence, error=failure) for sequence in self._running]
             self._engine.reset()
+        else:
+            self._count(outputs, monotonic() - began, self._processed - processed)
         for output in outputs:
             if output.finish_reason is not None or output.error is not None:
                 self._running.discard(output.sequence)
         return outputs
+
+    @property
+    def _processed(self) -> int:
+        """Tokens that the engine has processed, prompts included; 0 where it does not count."""
+        return getattr(self._engine, "processed_tokens", 0)
+
+    def _count(self, outputs: Sequence[Output], seconds: float, tokens: int) -> None:
+        if not outputs and not tokens:
+            return  # nothing ran
+        self.steps.seconds.observe(seconds)
+        self.steps.sequences.observe(len({id(output.sequence) for output in outputs if output.token_ids}))
+        if tokens:
+            self.steps.tokens.observe(tokens)
 
     def _deliver(self, outputs: Sequence[Output]) -> None:
         if outputs:

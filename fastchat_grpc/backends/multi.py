@@ -170,11 +170,14 @@ class MultiBackend:
     def load(self) -> BackendLoad:
         """The budget that all share, the fullest cache, and the tokens of all."""
         loads = [part.load() for part in self._parts]
+        usages = [load.kv_cache_usage for load in loads if load.kv_cache_usage is not None]
+        firsts = map(self._first, self._parts)
         return BackendLoad(
             max_running=self._config.model.max_running or max(load.max_running for load in loads),
-            kv_cache_usage=max(load.kv_cache_usage for load in loads),
+            kv_cache_usage=max(usages, default=None),
             kv_free_tokens=min(load.kv_free_tokens for load in loads),
             processed_tokens=sum(load.processed_tokens for load in loads),
+            parts=tuple((name, load) for names, load in zip(firsts, loads, strict=True) for name in names),
         )
 
     async def close(self) -> None:
@@ -188,6 +191,10 @@ class MultiBackend:
                 failures.append(error)
         if failures:
             raise failures[0]
+
+    def _first(self, part: Backend) -> list[str]:
+        """The first model of a part; none before it has started."""
+        return [name for name, owner in self._owners.items() if owner is part][:1]
 
     def _owner(self, model: str) -> Backend:
         owner = self._owners.get(model)

@@ -30,9 +30,9 @@ STOP_GRACE_S = 5.0
 """Time to stop beyond a part's own drain timeout."""
 COMMANDS: Mapping[str, click.Command] = {"controller": controller, "worker": worker, "gateway": gateway}
 SET_HERE: Mapping[str, frozenset[str]] = {
-    "controller": frozenset({"port", "worker_address", "worker_id"}),
-    "worker": frozenset({"port", "controller_address", "worker_address", "worker_id"}),
-    "gateway": frozenset({"port", "host", "controller_address", "worker_address"}),
+    "controller": frozenset({"port", "worker_address", "worker_id", "metrics_port"}),
+    "worker": frozenset({"port", "controller_address", "worker_address", "worker_id", "metrics_port"}),
+    "gateway": frozenset({"port", "host", "controller_address", "worker_address", "metrics_port"}),
 }
 """Flags of a part that `serve` sets by itself: parts find each other, and each has a port of its own."""
 NOT_OFFERED: Mapping[str, str] = {
@@ -77,16 +77,19 @@ def serve(ctx: click.Context, /, **flags: Any) -> None:
     own = ["--port", str(flags["controller_port"])]
     if not flags["expect_workers"]:
         own += ["--expect-workers", _expected(flags["host"], workers)]
+    names = ["controller", *(f"worker-{i}" for i in range(len(workers))), *(["gateway"] if flags["gateway"] else [])]
+    metrics = _metrics(flags, names)
     passed = {name: [name, *_passed(ctx, name), *_trust(flags, name)] for name in COMMANDS}
     parts = [
-        Part("controller", [*passed["controller"], *own], grace_s, stop_order=2),
+        Part("controller", [*passed["controller"], *own, *metrics["controller"]], grace_s, stop_order=2),
         *(
-            Part(f"worker-{i}", [*passed["worker"], *at_controller, *place], grace_s, stop_order=1)
-            for i, place in enumerate(workers)
+            Part(name, [*passed["worker"], *at_controller, *place, *metrics[name]], grace_s, stop_order=1)
+            for name, place in zip(names[1:], workers, strict=False)
         ),
     ]
     if flags["gateway"]:
         own = ["--host", flags["host"], "--port", str(flags["gateway_port"]), *at_controller]
+        own += metrics["gateway"]
         parts.append(Part("gateway", [*passed["gateway"], *own], grace_s, stop_order=0))
     run_until_signalled(Supervisor(parts, _secrets(ctx)).run, flags["log_level"])
 
@@ -126,10 +129,12 @@ def _refuse_taken(flags: dict[str, Any]) -> None:
     ]
     if flags["gateway"]:
         ports.append(("--gateway-port", flags["gateway_port"]))
-    for flag, port in ports:
-        if is_taken(flags["host"], port):
+    places = [(flag, flags["host"], port) for flag, port in ports]
+    places.append(("--metrics-port", flags["metrics_host"].strip("[]"), flags["metrics_port"] or 0))
+    for flag, host, port in places:
+        if is_taken(host, port):
             raise ConfigError(
-                f"cannot listen on {join_address(flags['host'], port)}: the port is in use, by another fleet perhaps; "
+                f"cannot listen on {join_address(host, port)}: the port is in use, by another fleet perhaps; "
                 f"choose another {flag}"
             )
 
@@ -151,6 +156,20 @@ def _worker_places(flags: dict[str, Any]) -> list[list[str]]:
             place += ["--worker-id", name if count == 1 else f"{name}-{i}"]
         places.append(place)
     return places
+
+
+def _metrics(flags: dict[str, Any], names: Sequence[str]) -> dict[str, list[str]]:
+    """The flags of each part's metrics: the gateway, or else the controller, has the port that was asked for, and the
+    others have free ones, which they keep when they are started again."""
+    from fastchat_grpc.gateway.machine import free_ports
+
+    if flags["metrics_port"] is None:
+        return {name: [] for name in names}
+    first = "gateway" if "gateway" in names else "controller"
+    others = [name for name in names if name != first]
+    ports = dict(zip(others, free_ports(flags["metrics_host"], len(others)), strict=True))
+    ports[first] = flags["metrics_port"]
+    return {name: ["--metrics-port", str(port)] for name, port in ports.items()}
 
 
 def _expected(host: str, places: Sequence[Sequence[str]]) -> str:

@@ -26,7 +26,7 @@ from fastchat_grpc.config.controller import (
     LeaseConfig,
 )
 from fastchat_grpc.config.gateway import GatewayConfig, GatewayMode
-from fastchat_grpc.config.servers import MAX_MESSAGE_BYTES, SSE_PING_S, ListenConfig, TlsConfig
+from fastchat_grpc.config.servers import MAX_MESSAGE_BYTES, SSE_PING_S, ListenConfig, MetricsConfig, TlsConfig
 from fastchat_grpc.config.worker import (
     MAX_WEIGHT,
     REASONING_PARSERS,
@@ -59,6 +59,7 @@ __all__ = [
     "GatewayMode",
     "LeaseConfig",
     "ListenConfig",
+    "MetricsConfig",
     "ModelConfig",
     "TlsConfig",
     "WorkerConfig",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fastchat_grpc.config.addresses import CONTROLLER_PORT, split_address
 from fastchat_grpc.config.checks import require, require_above, require_seconds, require_some_seconds, require_within
-from fastchat_grpc.config.servers import SSE_PING_S, ListenConfig, TlsConfig, require_reachable
+from fastchat_grpc.config.servers import SSE_PING_S, ListenConfig, MetricsConfig, TlsConfig, require_reachable
 from fastchat_grpc.errors import ConfigError
 
 
@@ -176,6 +176,7 @@ class ControllerConfig:
     """Controllers to register with, as a worker that serves the whole fleet."""
     parent_tls: TlsConfig | None = None
     parent_join_token: str | None = field(default=None, repr=False)
+    metrics: MetricsConfig = MetricsConfig()  # noqa: RUF009  # it is frozen
     strict_fields: bool = False
     """Members of OpenAI requests that nobody knows are refused; else they are ignored and named to the caller."""
     sse_ping_s: float = SSE_PING_S

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastchat_grpc.config.addresses import CONTROLLER_PORT, GATEWAY_PORT, GATEWAY_TLS_PORT, split_address
 from fastchat_grpc.config.checks import require, require_seconds, require_some_seconds
-from fastchat_grpc.config.servers import MAX_MESSAGE_BYTES, TlsConfig
+from fastchat_grpc.config.servers import MAX_MESSAGE_BYTES, MetricsConfig, TlsConfig
 
 
 class GatewayMode(Enum):
@@ -63,6 +63,7 @@ class GatewayConfig:
     node_id: str = ""
     """Name of this gateway towards the controller; empty: made up at the start."""
     drain_timeout_s: float = 30.0
+    metrics: MetricsConfig = MetricsConfig()  # noqa: RUF009  # it is frozen
 
     def __post_init__(self) -> None:
         require(bool(self.host), "--host must not be empty")

@@ -81,6 +81,20 @@ class ListenConfig:
         return join_address(self.host, self.port)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsConfig:
+    """Where a process tells what it counts (Prometheus). `port` None: it counts nothing; 0 takes a free port."""
+
+    port: int | None = None
+    host: str = "127.0.0.1"
+
+    def __post_init__(self) -> None:
+        require(bool(self.host), "--metrics-host must not be empty")
+        require(
+            self.port is None or 0 <= self.port <= 65535, f"--metrics-port must be from 0 to 65535, got {self.port}"
+        )
+
+
 def require_reachable(advertised: str, listen: ListenConfig, controllers: tuple[str, ...]) -> None:
     """Check that callers can be told where a server is."""
     if advertised:

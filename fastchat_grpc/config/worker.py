@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from fastchat_grpc.config.addresses import CONTROLLER_PORT, WORKER_PORT, split_address
 from fastchat_grpc.config.checks import require, require_above, require_seconds, require_some_seconds
-from fastchat_grpc.config.servers import SSE_PING_S, ListenConfig, TlsConfig, require_reachable
+from fastchat_grpc.config.servers import SSE_PING_S, ListenConfig, MetricsConfig, TlsConfig, require_reachable
 
 REASONING_PARSERS = ("auto", "none", "qwen3", "deepseek_r1", "mistral", "seed_oss", "gemma4")
 """How a model may mark its reasoning; all but the first two are names of vLLM's."""
@@ -165,6 +165,7 @@ class WorkerConfig:
     """Seconds without progress, with requests running, after which the worker calls itself DEGRADED."""
     send_timeout_s: float = 60.0
     """Seconds that what was generated may stay unread by its caller before the request loses its slot."""
+    metrics: MetricsConfig = MetricsConfig()  # noqa: RUF009  # it is frozen
     strict_fields: bool = False
     """Members of OpenAI requests that nobody knows are refused; else they are ignored and named to the caller."""
     sse_ping_s: float = SSE_PING_S

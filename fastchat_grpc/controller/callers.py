@@ -16,6 +16,8 @@ import grpc
 from fastchat_grpc.controller.registry import Registry
 from fastchat_grpc.errors import FastChatError, InvalidArgument, ModelNotFound, RelayLoop, Starting
 from fastchat_grpc.openai.jsonio import parse_object
+from fastchat_grpc.rpc.access import CLIENT
+from fastchat_grpc.rpc.bridge import CLIENT_HEADER
 
 FORWARDED = frozenset({"traceparent", "tracestate", "baggage", "x-request-id"})
 HOPS = "x-fastchat-grpc-hops"
@@ -60,6 +62,8 @@ def forwarded(metadata: Iterable[tuple[str, Any]] | None) -> list[tuple[str, str
     if hops >= MAX_HOPS:
         raise RelayLoop(f"the request has passed {hops} controllers; check --parent-address for a circle")
     passed.append((HOPS, str(hops + 1)))
+    if client := CLIENT.get():
+        passed.append((CLIENT_HEADER, client))
     return passed
 
 

@@ -9,6 +9,7 @@ such as the context length, is checked by the backend.
 from __future__ import annotations
 
 from fastchat_grpc.core.checks import json_object
+from fastchat_grpc.core.distribution import Distribution
 from fastchat_grpc.core.events import (
     Completion,
     Delta,
@@ -90,6 +91,7 @@ __all__ = [
     "ChatPrompt",
     "Completion",
     "Delta",
+    "Distribution",
     "EmbedRequest",
     "EmbedResult",
     "Event",

@@ -59,6 +59,8 @@ class Timings:
     queued_s: float = 0.0
     time_to_first_token_s: float = 0.0
     total_s: float = 0.0
+    prepared_s: float = 0.0
+    """When the prompt was tokenized and the engine got it; known on the worker alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

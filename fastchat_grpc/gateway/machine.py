@@ -74,6 +74,25 @@ def is_taken(host: str, port: int) -> bool:
     return False
 
 
+def free_ports(host: str, count: int) -> list[int]:
+    """Ports that nobody listens on now, all different. Raises ConfigError for a host that is none of this machine."""
+    probes: list[socket.socket] = []
+    try:
+        for _ in range(count):
+            family, kind, protocol, _, address = socket.getaddrinfo(
+                host.strip("[]"), 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            probe = socket.socket(family, kind, protocol)
+            probes.append(probe)
+            probe.bind(address)
+        return [probe.getsockname()[1] for probe in probes]
+    except OSError as error:
+        raise ConfigError(f"{host} is no address of this machine to listen on: {error.strerror or error}") from error
+    finally:
+        for probe in probes:
+            probe.close()
+
+
 def _quota(cgroup: Path) -> float | None:
     """Cores' worth of time that the cgroup has; None for no limit. Version 2, then version 1."""
     if (words := _words(cgroup / "cpu.max")) is not None:

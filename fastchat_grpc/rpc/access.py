@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
 from enum import Enum
 from typing import Any
 
 from fastchat_grpc.errors import PermissionDenied, Unauthenticated
 from fastchat_grpc.rpc.api_keys import ApiKeys
+from fastchat_grpc.rpc.bridge import CLIENT_HEADER
 from fastchat_grpc.rpc.security import JoinToken
 
 Metadata = Iterable[tuple[str, Any]]
@@ -20,6 +22,10 @@ Metadata = Iterable[tuple[str, Any]]
 
 SAN = "x509_subject_alternative_name"
 """Where grpc puts the names of a peer's verified certificate: DNS names, IP addresses and URIs alike."""
+
+
+CLIENT: ContextVar[str] = ContextVar("CLIENT", default="")
+"""Name of the key of the call's caller; empty: none was asked for. For counts and logs, never a permission."""
 
 
 class Level(Enum):
@@ -72,9 +78,13 @@ class Access:
     Args:
         keys: keys of callers; None: this server has none of its own.
         join_token: what members show; None: anybody is a member.
+        told_clients: whether whoever passes a call on has checked its key, and says whose it is (CLIENT_HEADER).
     """
 
-    def __init__(self, keys: ApiKeys | None = None, join_token: JoinToken | None = None) -> None:
+    def __init__(
+        self, keys: ApiKeys | None = None, join_token: JoinToken | None = None, *, told_clients: bool = False
+    ) -> None:
+        self._told_clients = told_clients
         self._keys = keys if keys is not None and keys.required else None
         self._token = join_token if join_token is not None and join_token.required else None
 
@@ -85,7 +95,9 @@ class Access:
                 return
             case Level.KEY:
                 if self._keys is not None:
-                    self._keys.check(metadata)
+                    CLIENT.set(self._keys.check(metadata))
+                elif self._told_clients:
+                    CLIENT.set(next((str(value) for name, value in metadata if name == CLIENT_HEADER), ""))
             case Level.MEMBER:
                 if self._token is not None:
                     self._token.check(metadata)

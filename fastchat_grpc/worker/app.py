@@ -25,6 +25,7 @@ from fastchat_grpc.v1 import generation_pb2_grpc, openai_pb2_grpc
 from fastchat_grpc.v1 import registry_pb2 as pb
 from fastchat_grpc.worker.admission import Admission
 from fastchat_grpc.worker.generation import LocalGeneration
+from fastchat_grpc.worker.metrics import WorkerMetrics
 from fastchat_grpc.worker.monitor import Monitor
 from fastchat_grpc.worker.servicer import GenerationServicer
 
@@ -68,6 +69,7 @@ class WorkerApp:
         )
         self.instance_id = uuid.uuid4().hex
         self._server: RpcServer | None = None
+        self._metrics = WorkerMetrics.of(config, self._backend, self._generation, self._monitor)
         self._registrations = Registrations(config.controller_addresses, self._registration)
         self._supervisor = Supervisor(self._set_healthy)
 
@@ -81,6 +83,11 @@ class WorkerApp:
     def worker_id(self) -> str:
         """Stable identity."""
         return self._config.worker_id or self.address
+
+    @property
+    def metrics_address(self) -> str:
+        """host:port of the metrics; empty where there are none."""
+        return self._metrics.address if self._metrics is not None else ""
 
     @property
     def registered(self) -> bool:
@@ -105,8 +112,12 @@ class WorkerApp:
     async def start(self) -> None:
         """Listen, load, then register: callers never meet a worker that cannot answer."""
         descriptors.raise_limit()
+        if self._metrics is not None:
+            self._metrics.start()
         await self._listen()
         models = await registry.start(self._backend, self._config.backend)
+        if self._metrics is not None:
+            self._metrics.open(models)
         self._generation.open(models, self._admission())
         self._monitor.set_state(WorkerState.SERVING)
         assert self._server is not None
@@ -145,6 +156,8 @@ class WorkerApp:
                 await self._backend.close()
         except TimeoutError:
             logger.warning("the backend does not give up loading and is left behind")
+        if self._metrics is not None:
+            self._metrics.stop()
         if self._generation.opened:
             logger.info("worker %s stopped", self.worker_id)
 
@@ -170,7 +183,8 @@ class WorkerApp:
                 ),
             ),
         ]
-        server = RpcServer(self._config.listen, services, Access(join_token=JoinToken(self._config.join_token)))
+        access = Access(join_token=JoinToken(self._config.join_token), told_clients=self._metrics is not None)
+        server = RpcServer(self._config.listen, services, access)
         await server.start()
         self._server = server
 

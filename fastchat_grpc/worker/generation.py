@@ -23,8 +23,10 @@ from fastchat_grpc.core import (
     SamplingDefaults,
 )
 from fastchat_grpc.errors import InvalidArgument, ModelNotFound, Starting, UnsupportedField
+from fastchat_grpc.rpc.access import CLIENT
 from fastchat_grpc.worker.active import Active, evicted
 from fastchat_grpc.worker.admission import Admission
+from fastchat_grpc.worker.records import NOTHING, Records
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,8 @@ class LocalGeneration:
         self._models: dict[str, ModelInfo] = {}
         self._active: set[Active] = set()
         self._dropping: set[asyncio.Task[None]] = set()
+        self.records: Records = NOTHING
+        """Where requests are noted; set before `open`."""
         self.output_tokens = 0
         """Tokens sent since start."""
 
@@ -89,21 +93,24 @@ class LocalGeneration:
         counter_based = Capability.SEEDED_RESUME in model.capabilities
         request = replace(request, model=model.name, sampling=request.sampling.seeded(counter_based=counter_based))
         resumed = request.resume is not None
-        async with (
-            self._evictable() as active,
-            self.admission.slot(request.priority, weight=_sequences(request), resumed=resumed) as active.slot,
-        ):
-            events = active.events = self._with_defaults(request, model.default_sampling)
-            try:
-                async for event in events:
-                    if isinstance(event, Delta):
-                        self.output_tokens += len(event.token_ids)
-                    active.sent()
-                    yield event
-                    active.task = _running()  # whoever asks for the next event may be another task
-                    active.read()
-            finally:
-                await active.end()
+        with self.records.begin(request, CLIENT.get()) as record:
+            async with (
+                self._evictable() as active,
+                self.admission.slot(request.priority, weight=_sequences(request), resumed=resumed) as active.slot,
+            ):
+                record.admitted()
+                events = active.events = self._with_defaults(request, model.default_sampling)
+                try:
+                    async for event in events:
+                        if isinstance(event, Delta):
+                            self.output_tokens += len(event.token_ids)
+                        record.event(event)
+                        active.sent()
+                        yield event
+                        active.task = _running()  # whoever asks for the next event may be another task
+                        active.read()
+                finally:
+                    await active.end()
 
     async def _with_defaults(self, request: GenerateRequest, defaults: SamplingDefaults) -> AsyncGenerator[Event, None]:
         """Events of a request with the model's own sampling defaults, as far as the backend takes them with it."""
@@ -133,8 +140,12 @@ class LocalGeneration:
                 f"has at most {MAX_MESSAGE_BYTES} bytes; embed at most {most} at a time",
             )
         request = replace(request, model=model.name)
-        async with self._evictable() as active, self.admission.slot() as active.slot:
-            return await self._backend.embed(request)
+        with self.records.begin(request, CLIENT.get()) as record:
+            async with self._evictable() as active, self.admission.slot() as active.slot:
+                record.admitted()
+                result = await self._backend.embed(request)
+                record.embedded(result)
+                return result
 
     async def tokenize(self, model: str, prompt: Prompt) -> Sequence[int]:
         """Token ids of a prompt. Needs no slot."""

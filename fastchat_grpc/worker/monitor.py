@@ -65,24 +65,35 @@ class Monitor:
         self._on_change(True)
 
     def load(self) -> Load:
-        """Load at this moment."""
+        """Load at this moment, which is told."""
         if self._state is WorkerState.STARTING:
             return Load(state=WorkerState.STARTING)
-        admission = self._generation.admission
-        backend = self._backend_load()
+        self._backend_load()
+        self._told = self.last_load()
+        return self._told
+
+    @property
+    def backend_load(self) -> BackendLoad:
+        """The backend's load as it was last read, some heartbeats ago at most. May be read in any thread."""
+        return self._read
+
+    def last_load(self) -> Load:
+        """Load at this moment, but for what the backend says. May be called in any thread."""
+        if self._state is WorkerState.STARTING:
+            return Load(state=WorkerState.STARTING)
+        admission, backend = self._generation.admission, self._read
         degraded = (self._stalled or self._unreadable) and self._state is WorkerState.SERVING
-        self._told = Load(
+        return Load(
             state=WorkerState.DEGRADED if degraded else self._state,
             running=admission.running,
             waiting=admission.waiting,
             max_running=admission.max_running,
             max_waiting=admission.max_waiting,
-            kv_cache_usage=backend.kv_cache_usage,
+            kv_cache_usage=backend.kv_cache_usage or 0.0,
             tokens_per_second=self._speed,
             kv_free_tokens=backend.kv_free_tokens,
             oldest_waiting_s=admission.oldest_waiting_s,
         )
-        return self._told
 
     async def run(self) -> None:
         """Sample until cancelled."""

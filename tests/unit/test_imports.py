@@ -26,9 +26,10 @@ MAY_IMPORT = {
     "engine": {"core", "errors", "config", "text", "models", "native"},
     "backends": {"core", "errors", "config", "text", "models", "engine"},
     "openai": {"core", "errors", "config", "text", "rpc", "v1"},
-    "worker": {"core", "errors", "config", "rpc", "backends", "openai", "v1"},
-    "controller": {"core", "errors", "config", "rpc", "openai", "v1"},
-    "gateway": {"core", "errors", "config", "rpc", "v1"},
+    "metrics": {"core", "errors", "config"},
+    "worker": {"core", "errors", "config", "rpc", "backends", "openai", "v1", "metrics"},
+    "controller": {"core", "errors", "config", "rpc", "openai", "v1", "metrics"},
+    "gateway": {"core", "errors", "config", "rpc", "v1", "metrics"},
     "client": {"core", "errors", "config", "rpc", "v1"},
     "cli": {"core", "errors", "config", "client", "worker", "controller", "gateway", "backends", "rpc"},
 }

@@ -127,6 +127,8 @@ class LlamaCppBackend(ServedBackend):
             kv_cache_usage=engine.kv_cache_usage if engine is not None else 0.0,
             kv_free_tokens=engine.kv_free_tokens if engine is not None else 0,
             processed_tokens=engine.processed_tokens if engine is not None else 0,
+            prefix_cache=True,
+            steps=self._thread.steps if self._thread is not None else None,
         )
 
     async def close(self) -> None:

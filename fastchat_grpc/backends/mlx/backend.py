@@ -109,7 +109,8 @@ class MlxBackend(ServedBackend):
         usage = 0.0
         if self._thread is not None and self._served_model is not None:  # of what so many requests may grow to
             usage = min(1.0, self._thread.held_tokens / (most * self._served_model.context_length))
-        return BackendLoad(max_running=most, kv_cache_usage=usage, processed_tokens=processed)
+        steps = self._thread.steps if self._thread is not None else None
+        return BackendLoad(max_running=most, kv_cache_usage=usage, processed_tokens=processed, steps=steps)
 
     async def close(self) -> None:
         thread, self._thread = self._thread, None

@@ -204,6 +204,7 @@ class SglangBackend(ServedBackend):
             max_running=self._max_running,
             kv_cache_usage=min(1.0, held / room) if room else 0.0,
             processed_tokens=self._processed_tokens,
+            prefix_cache=True,
         )
 
     async def close(self) -> None:

@@ -141,6 +141,10 @@ class TransformersBackend:
             kv_cache_usage=engine.scheduler.pool.usage,
             kv_free_tokens=engine.scheduler.pool.available * engine.scheduler.pool.block_size,
             processed_tokens=engine.processed_tokens,
+            kv_block_size=engine.scheduler.pool.block_size,
+            kv_block_count=engine.scheduler.pool.block_count,
+            prefix_cache=engine.scheduler.limits.reuse_prefixes,
+            preemptions=engine.scheduler.preemptions,
         )
 
     async def close(self) -> None:

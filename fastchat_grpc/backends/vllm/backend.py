@@ -195,6 +195,9 @@ class VllmBackend(ServedBackend):
             # vLLM reports when it steps, so what it said last is out of date once nothing runs.
             kv_cache_usage=self._statistics.kv_cache_usage if self._jobs else 0.0,
             processed_tokens=self._statistics.processed_tokens,
+            prefix_cache=True,
+            preemptions=self._statistics.preemptions,
+            steps=self._statistics.steps,
         )
 
     async def close(self) -> None:

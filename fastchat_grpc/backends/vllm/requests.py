@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastchat_grpc.backends import driver
+from fastchat_grpc.backends.base import Steps
 from fastchat_grpc.backends.driver import Piece
 from fastchat_grpc.core import FinishReason, GenerateRequest, Grammar, GrammarKind, TokenLogprob
 from fastchat_grpc.errors import FastChatError, InvalidArgument, UnsupportedField, WorkerUnavailable
@@ -69,6 +70,9 @@ class Statistics:
     def __init__(self) -> None:
         self.kv_cache_usage = 0.0
         self.processed_tokens = 0
+        self.preemptions = 0
+        self.steps = Steps()
+        """What vLLM tells of its steps: their tokens, and how many requests run. It does not say how long they take."""
 
     def logger(self) -> Any:
         """A factory of what vLLM calls a stat logger, writing here."""
@@ -94,7 +98,12 @@ class Statistics:
             self.kv_cache_usage = float(scheduler.kv_cache_usage)
         if iteration is not None:
             # A step that only reads a part of a long prompt reports no tokens, but is progress.
-            self.processed_tokens += max(1, iteration.num_generation_tokens + iteration.num_prompt_tokens)
+            tokens = iteration.num_generation_tokens + iteration.num_prompt_tokens
+            self.processed_tokens += max(1, tokens)
+            self.preemptions += getattr(iteration, "num_preempted_reqs", 0)
+            self.steps.tokens.observe(tokens)
+            if scheduler is not None:
+                self.steps.sequences.observe(scheduler.num_running_reqs)
         elif scheduler is not None and scheduler.num_running_reqs:
             self.processed_tokens += 1
 

