@@ -1,36 +1,20 @@
-"""The workers that may take one relayed call: who fits, who was tried, and what becomes of an attempt."""
+"""The workers that may take one relayed call, and what becomes of an attempt at one of them."""
 
 from __future__ import annotations
 
-import asyncio
-import math
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
 from fastchat_grpc.controller.dispatch import Dispatcher, PickRequest
 from fastchat_grpc.controller.evidence import Evidence, evidence
-from fastchat_grpc.controller.fleet import Change, ChangeKind, Replicas, Reservation, Worker
-from fastchat_grpc.controller.health import Tier
+from fastchat_grpc.controller.fleet import Change, ChangeKind, Reservation, Worker
+from fastchat_grpc.controller.search import Search
 from fastchat_grpc.core import ModelInfo, WorkerState
-from fastchat_grpc.errors import (
-    FastChatError,
-    ModelNotFound,
-    NoLiveWorker,
-    NotResumable,
-    Starting,
-    WorkerUnavailable,
-)
-from fastchat_grpc.rpc.failover import Attempt, Call, Nobody
-from fastchat_grpc.rpc.plan import Outlook
+from fastchat_grpc.errors import FastChatError, ModelNotFound, NoLiveWorker, WorkerUnavailable
+from fastchat_grpc.rpc.failover import Attempt, Call
 from fastchat_grpc.rpc.pool import ChannelPool, PooledChannel
 from fastchat_grpc.rpc.retry import Verdict
-
-UNNAMED_LOOK_S = 0.1
-_IN_USE = math.inf
-"""When an attempt failed that still runs, or at a worker that cannot do it at all."""
-
 
 Open = Callable[[PooledChannel, ModelInfo, Call[bytes]], Any]
 """Starts the call on a channel, to a worker that serves the model like this."""
@@ -38,9 +22,6 @@ Open = Callable[[PooledChannel, ModelInfo, Call[bytes]], Any]
 
 class Candidates:
     """The workers of one relayed call: the `Servers` of its failover.
-
-    A worker is picked once. When nobody untried is left, one that failed may be asked again if it has given
-    a sign of life since: a heartbeat, or a connection that stands again.
 
     Args:
         attempts: where its attempts are kept, and what makes them.
@@ -54,32 +35,19 @@ class Candidates:
         self, attempts: Attempts, model: str, key: str, wants: Callable[[Call[bytes]], PickRequest], open: Open
     ) -> None:
         self._attempts = attempts
-        self._registry = attempts.dispatcher.registry
-        self._model = model
-        self._key = key
+        self._search = Search(attempts.dispatcher, model, key)
         self._wants = wants
         self._open = open
-        self._tried: dict[str, float] = {}  # instance id to the time of the failure
-        self._full: set[str] = set()
-        self.origin: ModelInfo | None = None
-        """The model as the worker serves it that began the generation."""
 
     def pick(self, call: Call[bytes]) -> Attempt[bytes]:
-        """See Servers. Raises as `Dispatcher.pick`, too."""
-        request = self._wants(call)
-        try:
-            self._resolve(request.adapter)
-            request = self._completed(request)
-            reservation = self._attempts.dispatcher.pick(request, lambda: attempt.move())
-        except (NoLiveWorker, Starting) as error:
-            raise self._nobody(request, error) from None
-        self._tried[reservation.instance_id] = _IN_USE
+        """See Servers. Raises as `Search.reserve`."""
+        reservation = self._search.reserve(self._wants(call), lambda: attempt.move())
         channel = self._attempts.pool.get(reservation.address)
         try:
-            info = reservation.worker.model(self._model)
+            info = reservation.worker.model(self._search.model)
             assert info is not None, "it was found by this name"
             if not call.started:
-                self.origin = info
+                self._search.origin = info
             attempt = WorkerAttempt(self._attempts, self, call, reservation, channel, self._open(channel, info, call))
         except BaseException:
             reservation.release()
@@ -88,73 +56,15 @@ class Candidates:
 
     async def wait(self, call: Call[bytes], timeout_s: float) -> None:
         """See Servers."""
-        for instance_id in self._full:  # who is woken for one of them finds room there
-            self._tried.pop(instance_id, None)
-        self._full.clear()
-        if not self._model:  # no model is known yet, so that there is no queue to wait in
-            await asyncio.sleep(min(timeout_s, UNNAMED_LOOK_S))
-            return
-        request = self._completed(self._wants(call))
-        await self._registry.room.wait(self._model, timeout_s, request.accepts)
+        await self._search.wait(self._wants(call), timeout_s)
 
     def others(self, call: Call[bytes]) -> bool:
         """Whether a worker in good order could go on with the call now."""
-        request = self._completed(self._wants(call))
-        try:
-            _, pool = self._registry.pool(self._model)
-        except FastChatError:
-            return False
-        ready = pool.indexes(Tier.READY, request.suits)
-        return any(request.accepts(worker) for index in ready for worker in index.items)
+        return self._search.others(self._wants(call))
 
     def failed(self, instance_id: str, verdict: Verdict) -> None:
         """An attempt has ended with an error."""
-        if verdict is not Verdict.UNABLE:
-            self._tried[instance_id] = monotonic()
-        if verdict is Verdict.FULL:
-            self._full.add(instance_id)
-
-    def _completed(self, request: PickRequest) -> PickRequest:
-        request = request._replace(model=self._model, key=self._key, tried=self._tried)
-        if request.prefers:
-            with suppress(FastChatError):
-                return request.among(*self._registry.pool(self._model))
-        return request
-
-    def _resolve(self, adapter: str) -> None:
-        """Find the model's full name. Raises as `Registry.pool`."""
-        if adapter and not self._model:
-            with suppress(ModelNotFound):
-                infos = (worker.model(adapter) for worker in self._registry.pool(adapter)[1].members)
-                self._model = next((info.base_model for info in infos if info is not None), "")
-        self._model, _ = self._registry.pool(self._model)
-
-    def _nobody(self, request: PickRequest, error: FastChatError) -> Nobody:
-        if isinstance(error, Starting):
-            return Nobody(Outlook.COMING, error)
-        if request.needs and not self._capable(request):
-            lacking = ", ".join(sorted(capability.value for capability in request.needs))
-            why = f"no worker of model {self._model!r} can: such a request needs a backend that is capable of {lacking}"
-            return Nobody(Outlook.CLOSED, NotResumable(why, metadata={"model": self._model[:128]}))
-        if self._registry.recovering(self._model):
-            return Nobody(Outlook.COMING, error)
-        if request.fingerprint and self._members() and not any(map(request.suits, self._members())):
-            why = f"the workers of model {self._model!r} that are left serve another revision than the one that began"
-            error = NoLiveWorker(why, metadata={"model": self._model[:128]})
-        return Nobody(Outlook.OPEN, error)
-
-    def _capable(self, request: PickRequest) -> bool:
-        """Whether a worker that could do it is, or was, there: then one may come."""
-        if self.origin is None or request.needs <= self.origin.capabilities:
-            return True
-        return any(map(request.suits, self._members()))
-
-    def _members(self) -> Sequence[Replicas]:
-        """The workers of the model, replicas together."""
-        try:
-            return self._registry.pool(self._model)[1].replicas
-        except FastChatError:
-            return ()
+        self._search.failed(instance_id, verdict)
 
 
 class WorkerAttempt(Attempt[bytes]):
