@@ -78,7 +78,9 @@ class ControllerApp:
         self.generation = RelayedGeneration(self.relay)
         self.keys = ApiKeys(config.api_keys)
         self.bridge = _bridge(self.relay, self.keys, config)
-        self._servicer = ControllerServicer(self.dispatcher, self.pool, AllowedNetworks(config.allowed_networks))
+        going_on = self.bridge.going_on if self.bridge is not None else None
+        networks = AllowedNetworks(config.allowed_networks)
+        self._servicer = ControllerServicer(self.dispatcher, self.pool, networks, going_on)
         access = Access(self.keys, JoinToken(config.join_token, *config.other_join_tokens))
         self._server = RpcServer(config.listen, self._services(), access)
         self._parents: Parents | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
@@ -17,12 +17,15 @@ from fastchat_grpc.controller.picks import Picks
 from fastchat_grpc.controller.presented import capabilities_asked, excluded, spec_from_pb
 from fastchat_grpc.controller.refresh import Refresh
 from fastchat_grpc.controller.watch import Watch
-from fastchat_grpc.errors import InvalidArgument, WorkerIdInUse
+from fastchat_grpc.errors import InvalidArgument, NotSupported, WorkerIdInUse
 from fastchat_grpc.rpc import convert
 from fastchat_grpc.rpc.pool import ChannelPool
 from fastchat_grpc.rpc.security import AllowedNetworks
 from fastchat_grpc.v1 import registry_pb2 as pb
 from fastchat_grpc.v1 import registry_pb2_grpc
+
+if TYPE_CHECKING:
+    from fastchat_grpc.controller.envoy.going_on import GoingOn
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -33,7 +36,10 @@ WATCH_PAUSE_S = 0.1
 class ControllerServicer(registry_pb2_grpc.ControllerServiceServicer):
     """Messages in, messages out. The border lets callers in, and makes statuses of errors."""
 
-    def __init__(self, dispatcher: Dispatcher, pool: ChannelPool, networks: AllowedNetworks) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, pool: ChannelPool, networks: AllowedNetworks, going_on: GoingOn | None = None
+    ) -> None:
+        self._going_on = going_on
         self._dispatcher = dispatcher
         self._registry = dispatcher.registry
         self._refresh = Refresh(self._registry, pool)
@@ -135,6 +141,11 @@ class ControllerServicer(registry_pb2_grpc.ControllerServiceServicer):
     async def ReleasePick(self, request: pb.ReleasePickRequest, context: Context) -> pb.ReleasePickResponse:
         self._picks.release(request.pick_id)
         return pb.ReleasePickResponse()
+
+    async def ContinueStream(self, request: pb.ContinueStreamRequest, context: Context) -> pb.ContinueStreamResponse:
+        if self._going_on is None:
+            raise NotSupported("this controller picks for no gateways: the extra `gateway` is not installed")
+        return await self._going_on.answer(request)
 
     async def DrainWorker(self, request: pb.DrainWorkerRequest, context: Context) -> pb.DrainWorkerResponse:
         timeout_s = convert.seconds(request.timeout) if request.HasField("timeout") else None

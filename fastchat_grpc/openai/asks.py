@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastchat_grpc.core import Capability
+from fastchat_grpc.core import GREEDY_TEMPERATURE, GREEDY_TOP_P, Capability
 from fastchat_grpc.openai.grammar import GUIDED
+from fastchat_grpc.rpc.resume import ResumeNeeds, needs_of
 
 _GRAMMARS = ("structured_outputs", *GUIDED.values())
-ASKING_MEMBERS = frozenset({"response_format", "tool_choice", "logprobs", "seed", *_GRAMMARS})
-"""Members that `asks_for` looks at."""
+_PENALTIES = ("presence_penalty", "frequency_penalty")
+ASKING_MEMBERS = frozenset(
+    {"response_format", "tool_choice", "logprobs", "seed", "temperature", "top_p", *_PENALTIES, *_GRAMMARS}
+)
+"""Members that `asks_for` and `goes_on_with` look at."""
 
 
 def asks_for(values: Mapping[str, Any], *, chat: bool) -> frozenset[Capability]:
@@ -28,6 +32,20 @@ def asks_for(values: Mapping[str, Any], *, chat: bool) -> frozenset[Capability]:
     if values.get("seed") is not None:
         found.add(Capability.SEED)
     return frozenset(found)
+
+
+def goes_on_with(values: Mapping[str, Any]) -> ResumeNeeds:
+    """What a worker must have to go on with the answer of a request that has these members. Never raises."""
+    greedy = _below(values.get("temperature"), GREEDY_TEMPERATURE) or _below(values.get("top_p"), GREEDY_TOP_P)
+    grammar = _has_grammar(values) or _forces_call(values.get("tool_choice"))
+    return needs_of(
+        seeded=values.get("seed") is not None and not greedy,
+        stateful=grammar or any(map(values.get, _PENALTIES)),
+    )
+
+
+def _below(value: object, bound: float) -> bool:
+    return isinstance(value, (int, float)) and value < bound
 
 
 def _has_grammar(values: Mapping[str, Any]) -> bool:

@@ -54,6 +54,8 @@ METHODS: Mapping[str, Level] = {
     **_service("fastchat_grpc.v1.GenerationService", Level.KEY, _GENERATION),
     **_service("fastchat_grpc.v1.OpenAIService", Level.KEY, _OPENAI),
     **_service("fastchat_grpc.v1.ControllerService", Level.MEMBER, "Register Heartbeat Deregister"),
+    # A gateway's module, beside what Envoy asks below.
+    **_service("fastchat_grpc.v1.ControllerService", Level.MEMBER, "ContinueStream"),
     **_service("fastchat_grpc.v1.ControllerService", Level.KEY, "ListModels"),
     # These show, or change, what is inside: addresses, loads, who takes requests.
     **_service("fastchat_grpc.v1.ControllerService", Level.ADMIN, _CONTROL),

@@ -19,6 +19,20 @@ CLUSTER_HEADER = "x-fastchat-cluster"
 """Request header with the cluster that has the picker's places. Without it a request goes nowhere."""
 STREAM_HEADER = "x-fastchat-stream"
 """Request header that says that the answer comes in pieces, so that silence between them means something."""
+PLACE_HEADER = "x-fastchat-place"
+"""Request header with the "ip:port" of the worker that a stream of the gateway's module goes to."""
+CONTINUE_KEY = "continue"
+"""Dynamic metadata of the picker: what any controller must know to pick again for the stream."""
+PLACE_KEY, SERVED_KEY, ATTEMPTS_KEY, BROKEN_KEY, END_KEY, DETAILS_KEY = (
+    "place",
+    "served",
+    "attempts",
+    "broken",
+    "end",
+    "details",
+)
+"""Dynamic metadata of the module: where a stream is, the id of that worker, how many had it, what broke and how, and
+the status of the last one ("lost": none came) with its details, unless a controller has been told of it."""
 MISSED_HEADER = "x-fastchat-missed"
 """Request header in which a controller that has nobody for a request leaves its verdict, a code, to the next one."""
 FINAL_KEY = "final"

@@ -90,6 +90,26 @@ def resume_needs(request: pb.GenerateRequest, resume: pb.Resume) -> ResumeNeeds:
     return _needs(request, begun, continues, resume.model_fingerprint, resume.backend)
 
 
+def going_on_needs(request: pb.GenerateRequest) -> ResumeNeeds:
+    """What a server must be able to do to go on with a request that another has begun; `backend` says whether it must
+    be of the same one."""
+    return _needs(request, True, True, "", ANY_BACKEND)
+
+
+ANY_BACKEND = "*"
+"""Stands for a backend that is not known yet."""
+
+
+def needs_of(*, seeded: bool, stateful: bool) -> ResumeNeeds:
+    """As `going_on_needs`, by what a request has: a seed that decides what is drawn; penalties or a grammar."""
+    needs = {Capability.RESUME}
+    if seeded:
+        needs.add(Capability.SEEDED_RESUME)
+    if stateful:
+        needs.add(Capability.STATEFUL_RESUME)
+    return ResumeNeeds(frozenset(needs), "", ANY_BACKEND if seeded else "")
+
+
 def _needs(request: pb.GenerateRequest, begun: bool, continues: bool, fingerprint: str, backend: str) -> ResumeNeeds:
     """The request's own seed asks for more than the same distribution.
 
@@ -100,15 +120,11 @@ def _needs(request: pb.GenerateRequest, begun: bool, continues: bool, fingerprin
         begun: whether a choice has output already.
         continues: whether such a choice goes on.
     """
-    needs = {Capability.RESUME}
     seeded = begun and own_seed(request)
-    if seeded:
-        needs.add(Capability.SEEDED_RESUME)
     sampling = request.sampling
     stateful = sampling.presence_penalty or sampling.frequency_penalty or request.HasField("structured_output")
-    if stateful and continues:
-        needs.add(Capability.STATEFUL_RESUME)
-    return ResumeNeeds(frozenset(needs), fingerprint, backend if seeded else "")
+    needs = needs_of(seeded=seeded, stateful=bool(stateful and continues)).capabilities
+    return ResumeNeeds(needs, fingerprint, backend if seeded else "")
 
 
 EMBEDS = frozenset({Capability.EMBED})

@@ -272,6 +272,48 @@ class ReleasePickResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class ContinueStreamRequest(_message.Message):
+    __slots__ = ("pick", "place", "worker_id", "status_code", "status_details", "started", "loss_count", "parked", "model_fingerprint", "backend")
+    PICK_FIELD_NUMBER: _ClassVar[int]
+    PLACE_FIELD_NUMBER: _ClassVar[int]
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    STATUS_CODE_FIELD_NUMBER: _ClassVar[int]
+    STATUS_DETAILS_FIELD_NUMBER: _ClassVar[int]
+    STARTED_FIELD_NUMBER: _ClassVar[int]
+    LOSS_COUNT_FIELD_NUMBER: _ClassVar[int]
+    PARKED_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    pick: str
+    place: str
+    worker_id: str
+    status_code: int
+    status_details: str
+    started: bool
+    loss_count: int
+    parked: bool
+    model_fingerprint: str
+    backend: str
+    def __init__(self, pick: _Optional[str] = ..., place: _Optional[str] = ..., worker_id: _Optional[str] = ..., status_code: _Optional[int] = ..., status_details: _Optional[str] = ..., started: _Optional[bool] = ..., loss_count: _Optional[int] = ..., parked: _Optional[bool] = ..., model_fingerprint: _Optional[str] = ..., backend: _Optional[str] = ...) -> None: ...
+
+class ContinueStreamResponse(_message.Message):
+    __slots__ = ("place", "cluster", "ask_again", "status_code", "status_message", "status_details", "last_message")
+    PLACE_FIELD_NUMBER: _ClassVar[int]
+    CLUSTER_FIELD_NUMBER: _ClassVar[int]
+    ASK_AGAIN_FIELD_NUMBER: _ClassVar[int]
+    STATUS_CODE_FIELD_NUMBER: _ClassVar[int]
+    STATUS_MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    STATUS_DETAILS_FIELD_NUMBER: _ClassVar[int]
+    LAST_MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    place: str
+    cluster: str
+    ask_again: bool
+    status_code: int
+    status_message: str
+    status_details: str
+    last_message: bytes
+    def __init__(self, place: _Optional[str] = ..., cluster: _Optional[str] = ..., ask_again: _Optional[bool] = ..., status_code: _Optional[int] = ..., status_message: _Optional[str] = ..., status_details: _Optional[str] = ..., last_message: _Optional[bytes] = ...) -> None: ...
+
 class DrainWorkerRequest(_message.Message):
     __slots__ = ("worker_id", "timeout")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]

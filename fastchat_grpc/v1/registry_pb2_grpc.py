@@ -83,6 +83,11 @@ class ControllerServiceStub:
                 request_serializer=fastchat__grpc_dot_v1_dot_registry__pb2.ReleasePickRequest.SerializeToString,
                 response_deserializer=fastchat__grpc_dot_v1_dot_registry__pb2.ReleasePickResponse.FromString,
                 _registered_method=True)
+        self.ContinueStream = channel.unary_unary(
+                '/fastchat_grpc.v1.ControllerService/ContinueStream',
+                request_serializer=fastchat__grpc_dot_v1_dot_registry__pb2.ContinueStreamRequest.SerializeToString,
+                response_deserializer=fastchat__grpc_dot_v1_dot_registry__pb2.ContinueStreamResponse.FromString,
+                _registered_method=True)
         self.DrainWorker = channel.unary_unary(
                 '/fastchat_grpc.v1.ControllerService/DrainWorker',
                 request_serializer=fastchat__grpc_dot_v1_dot_registry__pb2.DrainWorkerRequest.SerializeToString,
@@ -190,6 +195,18 @@ class ControllerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ContinueStream(self, request, context):
+        """Says where a gateway goes on with a stream that has lost its worker: a
+        worker that can, reserved in place of the one before. Where there is none
+        now it waits for one, as long as the controller's own relay would.
+
+        A controller that did not pick for the stream answers, too. That nobody
+        goes on is an answer and no error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DrainWorker(self, request, context):
         """Stops new work on a worker and lets it leave when its streams have ended.
         NOT_FOUND: no such worker.
@@ -260,6 +277,11 @@ def add_ControllerServiceServicer_to_server(servicer, server):
                     servicer.ReleasePick,
                     request_deserializer=fastchat__grpc_dot_v1_dot_registry__pb2.ReleasePickRequest.FromString,
                     response_serializer=fastchat__grpc_dot_v1_dot_registry__pb2.ReleasePickResponse.SerializeToString,
+            ),
+            'ContinueStream': grpc.unary_unary_rpc_method_handler(
+                    servicer.ContinueStream,
+                    request_deserializer=fastchat__grpc_dot_v1_dot_registry__pb2.ContinueStreamRequest.FromString,
+                    response_serializer=fastchat__grpc_dot_v1_dot_registry__pb2.ContinueStreamResponse.SerializeToString,
             ),
             'DrainWorker': grpc.unary_unary_rpc_method_handler(
                     servicer.DrainWorker,
@@ -524,6 +546,33 @@ class ControllerService:
             '/fastchat_grpc.v1.ControllerService/ReleasePick',
             fastchat__grpc_dot_v1_dot_registry__pb2.ReleasePickRequest.SerializeToString,
             fastchat__grpc_dot_v1_dot_registry__pb2.ReleasePickResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ContinueStream(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fastchat_grpc.v1.ControllerService/ContinueStream',
+            fastchat__grpc_dot_v1_dot_registry__pb2.ContinueStreamRequest.SerializeToString,
+            fastchat__grpc_dot_v1_dot_registry__pb2.ContinueStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

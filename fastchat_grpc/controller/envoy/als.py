@@ -18,17 +18,19 @@ from typing import Any, NamedTuple
 import grpc
 from envoy.data.accesslog.v3 import accesslog_pb2
 from envoy.service.accesslog.v3 import als_pb2, als_pb2_grpc
+from google.protobuf import struct_pb2
 from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 
 from fastchat_grpc.config import join_address
 from fastchat_grpc.controller.envoy.tickets import Ticket, Tickets
 from fastchat_grpc.controller.evidence import Evidence, evidence
+from fastchat_grpc.controller.fleet import Worker
 from fastchat_grpc.controller.registry import Registry
-from fastchat_grpc.errors import Code
-from fastchat_grpc.rpc.bridge import TICKET_HEADER
+from fastchat_grpc.errors import Code, FastChatError
+from fastchat_grpc.rpc.bridge import DETAILS_KEY, END_KEY, LUA_NAMESPACE, PLACE_KEY, TICKET_HEADER
 from fastchat_grpc.rpc.printable import printable
-from fastchat_grpc.rpc.retry import judge
+from fastchat_grpc.rpc.retry import Verdict, judge
 from fastchat_grpc.rpc.status import error_from_status
 
 logger = logging.getLogger(__name__)
@@ -61,8 +63,10 @@ _LOST = Attempted(Evidence.LOST, goes_on=True)
 def attempted(entry: accesslog_pb2.HTTPAccessLogEntry) -> Attempted:
     """What the log entry of an attempt says. Pure."""
     status = _status(entry)
-    if status is None:
-        return _without_status(entry)
+    return _without_status(entry) if status is None else _with_status(status)
+
+
+def _with_status(status: status_pb2.Status) -> Attempted:
     if status.code == Code.OK:
         return _GOOD
     if status.code == Code.CANCELLED:
@@ -91,13 +95,22 @@ def _status(entry: accesslog_pb2.HTTPAccessLogEntry) -> status_pb2.Status | None
     for fields in (response.response_trailers, response.response_headers):
         told = fields.get("grpc-status", "")
         if told.isdecimal():
-            code = int(told) if int(told) in _CODES else int(Code.UNKNOWN)
-            found = _details(fields.get("grpc-status-details-bin", ""))
-            return found if found.code == code else status_pb2.Status(code=code)
+            return read_status(int(told), fields.get("grpc-status-details-bin", ""))
     return None
 
 
+def read_status(told: int, details: str) -> status_pb2.Status:
+    """A worker's status, from the code and the base64 text of its details in trailers."""
+    code = told if told in _CODES else int(Code.UNKNOWN)
+    found = _details(details)
+    return found if found.code == code else status_pb2.Status(code=code)
+
+
 _CODES = frozenset(map(int, Code))
+
+
+def _text(values: struct_pb2.Struct, key: str) -> str:
+    return values.fields[key].string_value if key in values.fields else ""
 
 
 def _details(encoded: str) -> status_pb2.Status:
@@ -108,15 +121,51 @@ def _details(encoded: str) -> status_pb2.Status:
         return status_pb2.Status()
 
 
+class Verdicts:
+    """What the ends of attempts say of their workers, told to the registry."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def apply(self, ticket: Ticket | None, worker: Worker, error: FastChatError, verdict: Verdict) -> None:
+        """An attempt of a stream has ended with an error.
+
+        Args:
+            ticket: of the stream, if it has its reservation there.
+        """
+        self.judge(ticket, worker, evidence(error, verdict))
+
+    def judge(self, ticket: Ticket | None, worker: Worker, found: Evidence) -> None:
+        """An attempt has ended."""
+        match found:
+            case Evidence.GOOD:
+                if ticket is not None and ticket.reservation is not None:
+                    ticket.reservation.succeeded()
+            case Evidence.FULL:
+                if ticket is not None:
+                    ticket.release()  # it is not there, and must not count as what fills the worker
+                self._registry.full(worker)
+            case Evidence.FAULT:
+                self._registry.failed(worker)
+            case Evidence.LOST:
+                self._registry.lost(worker)
+            case Evidence.AWAY:
+                self._registry.suspect(worker)
+            case Evidence.NOTHING:
+                pass
+
+
 class Completions(als_pb2_grpc.AccessLogServiceServicer):  # type: ignore[misc]
     """The access log service. It releases reservations, and tells the registry how workers did.
 
-    Args:
+    The attempts of streams that the gateway's module carries are no entries: it asks where to go on after each that
+    failed (`going_on`), and says with the end of the request how the last one ended.
     """
 
-    def __init__(self, registry: Registry, tickets: Tickets) -> None:
+    def __init__(self, registry: Registry, tickets: Tickets, verdicts: Verdicts) -> None:
         self._registry = registry
         self._tickets = tickets
+        self._verdicts = verdicts
         self._streams: Counter[str] = Counter()
 
     async def StreamAccessLogs(
@@ -138,37 +187,44 @@ class Completions(als_pb2_grpc.AccessLogServiceServicer):  # type: ignore[misc]
     def tell(self, entry: accesslog_pb2.HTTPAccessLogEntry) -> None:
         """Take one entry: an attempt of a request, or its end."""
         name = entry.request.request_headers.get(TICKET_HEADER, "")
-        if entry.common_properties.access_log_type != accesslog_pb2.UpstreamEnd:
-            self._tickets.take(name)
-        elif (ticket := self._tickets.get(name)) is not None:
+        ticket = self._tickets.get(name)
+        if ticket is None:
+            return
+        if entry.common_properties.access_log_type == accesslog_pb2.UpstreamEnd:
             self._attempted(ticket, entry)
+            return
+        told = entry.common_properties.metadata.filter_metadata
+        if LUA_NAMESPACE in told:
+            self._carried(ticket, told[LUA_NAMESPACE])
+        self._tickets.take(name)
+
+    def _carried(self, ticket: Ticket, told: struct_pb2.Struct) -> None:
+        """A stream that the gateway's module carried has ended; where that says nothing, its caller has left."""
+        end, place = (_text(told, key) for key in (END_KEY, PLACE_KEY))
+        if not end:
+            return
+        self._reached(ticket, place)
+        if place == ticket.place:
+            found = _LOST if not end.isdecimal() else _with_status(read_status(int(end), _text(told, DETAILS_KEY)))
+            self._judge(ticket, found)
+
+    def _reached(self, ticket: Ticket, place: str) -> None:
+        """The request was there, though nothing was said of it."""
+        if place in ticket.further:  # a worker before it was passed over without a word
+            ticket.move_on(place, self._registry.reserve(ticket.further[place]))
 
     def _attempted(self, ticket: Ticket, entry: accesslog_pb2.HTTPAccessLogEntry) -> None:
         """An attempt has ended: what it says of its worker, and where the request goes next."""
         upstream = entry.common_properties.upstream_remote_address.socket_address
         place = join_address(upstream.address, upstream.port_value) if upstream.address else ticket.place
-        if place in ticket.further:  # a worker before it was passed over without a word
-            ticket.move_on(place, self._registry.reserve(ticket.further[place]))
-        elif place != ticket.place:
+        self._reached(ticket, place)
+        if place != ticket.place:
             return
         self._judge(ticket, attempted(entry))
 
     def _judge(self, ticket: Ticket, found: Attempted) -> None:
-        worker = ticket.reservation.worker
-        match found.evidence:
-            case Evidence.GOOD:
-                ticket.reservation.succeeded()
-            case Evidence.FULL:
-                ticket.reservation.release()  # it is not there, and must not count as what fills the worker
-                self._registry.full(worker)
-            case Evidence.FAULT:
-                self._registry.failed(worker)
-            case Evidence.LOST:
-                self._registry.lost(worker)
-            case Evidence.AWAY:
-                self._registry.suspect(worker)
-            case Evidence.NOTHING:
-                pass
+        if ticket.reservation is not None:
+            self._verdicts.judge(ticket, ticket.reservation.worker, found.evidence)
         if found.goes_on and ticket.further:
             following, worker = next(iter(ticket.further.items()))
             ticket.move_on(following, self._registry.reserve(worker))

@@ -29,6 +29,7 @@ from google.rpc import status_pb2
 from fastchat_grpc.config import DispatchMethod
 from fastchat_grpc.controller.dispatch import PickRequest
 from fastchat_grpc.controller.envoy.eds import Endpoints
+from fastchat_grpc.controller.envoy.pick import Pick
 from fastchat_grpc.controller.envoy.requests import Asked, read_request
 from fastchat_grpc.controller.envoy.tickets import Tickets
 from fastchat_grpc.controller.fleet import Reservation, Worker
@@ -90,6 +91,7 @@ class Picker(external_auth_pb2_grpc.AuthorizationServicer):  # type: ignore[misc
         self._endpoints = endpoints
         self._tickets = tickets
         self._keys = keys
+        self._budget = relay.failover.budget
 
     async def Check(self, request: auth.CheckRequest, context: Context) -> auth.CheckResponse:
         http, extensions = request.attributes.request.http, request.attributes.context_extensions
@@ -183,14 +185,17 @@ class Picker(external_auth_pb2_grpc.AuthorizationServicer):  # type: ignore[misc
     def _admit(
         self, asked: Asked, terms: _Terms, client: str, reservation: Reservation, place: str
     ) -> auth.CheckResponse:
+        self._budget.request()
         worker = reservation.worker
         further = self._further(asked, terms, {worker.spec.instance_id})
         further.pop(place, None)
         ticket = self._tickets.issue(terms.gateway, reservation, place, further)
         metadata = struct_pb2.Struct()
+        pick = Pick.of(asked, ticket, terms.gateway, terms.choices, events=asked.stream and not asked.typed)
         metadata.update(
             {
                 bridge.PLACES_KEY: ",".join((place, *further)),
+                bridge.CONTINUE_KEY: pick.encode(),
                 "client": client,
                 "model": asked.model,
                 "worker": worker.spec.worker_id,

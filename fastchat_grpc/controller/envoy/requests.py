@@ -21,9 +21,9 @@ from fastchat_grpc.config import MAX_MESSAGE_BYTES
 from fastchat_grpc.controller.relay import AFFINITY_CHARACTERS
 from fastchat_grpc.core import Capability
 from fastchat_grpc.errors import InvalidArgument
-from fastchat_grpc.openai.asks import ASKING_MEMBERS, asks_for
+from fastchat_grpc.openai.asks import ASKING_MEMBERS, asks_for, goes_on_with
 from fastchat_grpc.openai.jsonio import parse_object, type_name
-from fastchat_grpc.rpc.resume import EMBEDS, ResumeNeeds, resume_needs, uses
+from fastchat_grpc.rpc.resume import EMBEDS, ResumeNeeds, going_on_needs, resume_needs, uses
 from fastchat_grpc.v1 import generation_pb2 as pb
 
 SMALL_BYTES = 64 * 1024
@@ -55,16 +55,20 @@ class Asked(NamedTuple):
         adapter: name of a LoRA adapter that is given apart from the model.
         key: what prefix_affinity goes by, where it is asked for.
         stream: whether the answer comes in pieces.
+        typed: whether it is one of the native API.
         prefers: what the request asks of a model that not every backend can do.
         resumed: what goes on with an answer that another server has begun must have.
+        goes_on: what goes on with this request's answer must have; `backend` is set where it must be the same.
     """
 
     model: str
     adapter: str = ""
     key: str = ""
     stream: bool = False
+    typed: bool = False
     prefers: frozenset[Capability] = frozenset()
     resumed: ResumeNeeds | None = None
+    goes_on: ResumeNeeds = ResumeNeeds(frozenset())
 
 
 async def read_request(
@@ -85,8 +89,10 @@ async def read_request(
                 generate.lora_adapter,
                 key,
                 stream=True,
+                typed=True,
                 prefers=uses(generate),
                 resumed=resume_needs(generate, generate.resume) if generate.HasField("resume") else None,
+                goes_on=going_on_needs(generate),
             )
         if path == _EMBED:
             return Asked(pb.EmbedRequest.FromString(message).model, prefers=EMBEDS)
@@ -105,7 +111,8 @@ def _of_openai(method: str, values: Mapping[str, Any], *, wants_key: bool) -> As
         raise InvalidArgument("model", f"must be a string, not {type_name(model)}")
     key = _json_key(values) if wants_key else ""
     prefers = EMBEDS if method == _EMBEDDINGS else asks_for(values, chat=method == _CHAT)
-    return Asked(model or "", key=key, stream=values.get("stream") is True, prefers=prefers)
+    stream = values.get("stream") is True
+    return Asked(model or "", key=key, stream=stream, prefers=prefers, goes_on=goes_on_with(values))
 
 
 def unframe(body: bytes, encoding: str) -> bytes:

@@ -11,9 +11,10 @@ from envoy.service.auth.v3 import external_auth_pb2_grpc
 from envoy.service.endpoint.v3 import eds_pb2_grpc
 
 from fastchat_grpc.controller.envoy import als, eds, ext_authz
-from fastchat_grpc.controller.envoy.als import Completions
+from fastchat_grpc.controller.envoy.als import Completions, Verdicts
 from fastchat_grpc.controller.envoy.eds import Endpoints
 from fastchat_grpc.controller.envoy.ext_authz import Picker
+from fastchat_grpc.controller.envoy.going_on import GoingOn
 from fastchat_grpc.controller.envoy.tickets import Tickets
 from fastchat_grpc.controller.relay import Relay
 from fastchat_grpc.rpc.api_keys import ApiKeys
@@ -35,7 +36,9 @@ class EnvoyServices:
         self.tickets = Tickets()
         self.endpoints = Endpoints(registry, settle_s)
         self.picker = Picker(relay, self.endpoints, self.tickets, keys)
-        self.completions = Completions(registry, self.tickets)
+        verdicts = Verdicts(registry)
+        self.completions = Completions(registry, self.tickets, verdicts)
+        self.going_on = GoingOn(relay, self.endpoints, self.tickets, verdicts)
 
     def services(self) -> list[Service]:
         """Full names, and the functions that add them to a server."""

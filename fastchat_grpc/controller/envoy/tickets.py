@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
+from typing import Any
 
 from fastchat_grpc.controller.fleet import Reservation, Worker
 
@@ -20,21 +21,29 @@ class Ticket:
     """One request of a gateway: where it is, as far as is known, and where it goes if that worker fails it.
 
     Attributes:
+        reservation: None for a request of another controller, before it has a worker of this one.
         place: "ip:port" of the worker that `reservation` is for.
         further: workers that come next, by their places.
+        journey: what a stream has been through that has lost a worker (`going_on`).
     """
 
     gateway: str
-    reservation: Reservation
+    reservation: Reservation | None
     place: str
     further: dict[str, Worker]
     issued_at: float
+    journey: Any = None
 
     def move_on(self, place: str, reservation: Reservation) -> None:
-        """The request has gone on to one of the further workers."""
-        self.reservation.release()
+        """The request has gone on to another worker."""
+        self.release()
         self.reservation, self.place = reservation, place
-        del self.further[place]
+        self.further.pop(place, None)
+
+    def release(self) -> None:
+        """It is with no worker now."""
+        if self.reservation is not None:
+            self.reservation.release()
 
 
 class Tickets:
@@ -54,6 +63,12 @@ class Tickets:
         self._open[name] = Ticket(gateway, reservation, place, further, self._clock())
         return name
 
+    def adopt(self, name: str, gateway: str) -> Ticket:
+        """A ticket that another controller has issued, and that is this one's, too, from now on."""
+        self._void_old()
+        self._open[name] = ticket = Ticket(gateway, None, "", {}, self._clock())
+        return ticket
+
     def get(self, name: str) -> Ticket | None:
         """An open ticket; None for one that is unknown, or another controller's."""
         return self._open.get(name)
@@ -62,7 +77,7 @@ class Tickets:
         """End a ticket and release its reservation; None for one that is unknown, or another controller's."""
         ticket = self._open.pop(name, None)
         if ticket is not None:
-            ticket.reservation.release()
+            ticket.release()
         return ticket
 
     def void(self, gateway: str, before: float = math.inf) -> int:

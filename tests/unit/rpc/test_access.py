@@ -80,7 +80,7 @@ def asked_of(method: str) -> str:
             return "key"
         case "fastchat_grpc.v1.ControllerService" if name == "ListModels":
             return "key"
-        case "fastchat_grpc.v1.ControllerService" if name in {"Register", "Heartbeat", "Deregister"}:
+        case "fastchat_grpc.v1.ControllerService" if name in {"Register", "Heartbeat", "Deregister", "ContinueStream"}:
             return "member"
         case "fastchat_grpc.v1.ControllerService" | "grpc.channelz.v1.Channelz":
             return "admin"
