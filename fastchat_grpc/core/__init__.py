@@ -24,6 +24,8 @@ from fastchat_grpc.core.events import (
 )
 from fastchat_grpc.core.limits import (
     DEFAULT_MAX_NEW_TOKENS,
+    INT32_MAX,
+    INT32_MIN,
     INT64_MAX,
     INT64_MIN,
     MAX_CHOICES,
@@ -74,6 +76,8 @@ __all__ = [
     "DEFAULT_MAX_NEW_TOKENS",
     "GREEDY_TEMPERATURE",
     "GREEDY_TOP_P",
+    "INT32_MAX",
+    "INT32_MIN",
     "INT64_MAX",
     "INT64_MIN",
     "MAX_CHOICES",

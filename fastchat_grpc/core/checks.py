@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from fastchat_grpc.core.limits import INT32_MAX
 from fastchat_grpc.errors import InvalidArgument
 
 
@@ -15,11 +16,17 @@ def require(ok: bool, path: str, value: object, limit: str) -> None:
         raise InvalidArgument(path, f"must be {limit}, got {value}")
 
 
+def require_int32(path: str, value: int, low: int) -> None:
+    """Raise for a number below `low`, and for one that no message can carry."""
+    require(value >= low, path, value, f"at least {low}")
+    require(value <= INT32_MAX, path, value, f"at most {INT32_MAX}")
+
+
 def require_token_ids(token_ids: Sequence[int], path: str) -> None:
-    """Raise for the first negative id. A prompt has up to millions of them: no text is made while all is well."""
-    if token_ids and min(token_ids) < 0:
-        i, token_id = next((i, token_id) for i, token_id in enumerate(token_ids) if token_id < 0)
-        raise InvalidArgument(f"{path}[{i}]", f"must be at least 0, got {token_id}")
+    """Raise for the first that is no id. A prompt has up to millions of them: no text is made while all is well."""
+    if token_ids and (min(token_ids) < 0 or max(token_ids) > INT32_MAX):
+        for i, token_id in enumerate(token_ids):
+            require_int32(f"{path}[{i}]", token_id, 0)
 
 
 def within(path: str, value: float, low: float, high: float) -> None:

@@ -6,10 +6,11 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastchat_grpc.core.checks import require, require_token_ids, within
+from fastchat_grpc.core.checks import require, require_int32, require_token_ids, within
 from fastchat_grpc.core.limits import (
     DEFAULT_MAX_NEW_TOKENS,
     INT32_MAX,
+    INT32_MIN,
     MAX_CHOICES,
     MAX_EMBED_INPUTS,
     MAX_LOGPROBS,
@@ -34,7 +35,7 @@ class StopConditions:
     include_stop: bool = False
 
     def __post_init__(self) -> None:
-        require(self.max_new_tokens >= 1, "stopping.max_new_tokens", self.max_new_tokens, "at least 1")
+        require_int32("stopping.max_new_tokens", self.max_new_tokens, 1)
         require(
             0 <= self.min_new_tokens <= self.max_new_tokens,
             "stopping.min_new_tokens",
@@ -76,7 +77,7 @@ class OutputOptions:
         if self.prompt_logprobs is not None:
             within("output.prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         if self.stream_interval is not None:
-            require(self.stream_interval >= 1, "output.stream_interval", self.stream_interval, "at least 1")
+            require_int32("output.stream_interval", self.stream_interval, 1)
 
 
 class GrammarKind(enum.Enum):
@@ -106,14 +107,9 @@ class ResumedChoice:
     finished: bool = False
 
     def __post_init__(self) -> None:
-        require(self.index >= 0, "resume.choices.index", self.index, "at least 0")
+        require_int32("resume.choices.index", self.index, 0)
         require_token_ids(self.output_token_ids, "resume.choices.output_token_ids")
-        require(
-            0 <= self.text_length <= INT32_MAX,
-            "resume.choices.text_length",
-            self.text_length,
-            "at least 0, and below 2**31",
-        )
+        require_int32("resume.choices.text_length", self.text_length, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,10 +141,11 @@ class GenerateRequest:
             f"{len(self.request_id)} characters",
             f"at most {MAX_REQUEST_ID_LENGTH} characters long",
         )
+        require(
+            INT32_MIN <= self.priority <= INT32_MAX, "priority", self.priority, f"from {INT32_MIN} to {INT32_MAX}"
+        )
         if self.truncate_prompt_tokens is not None:
-            require(
-                self.truncate_prompt_tokens >= 1, "truncate_prompt_tokens", self.truncate_prompt_tokens, "at least 1"
-            )
+            require_int32("truncate_prompt_tokens", self.truncate_prompt_tokens, 1)
         for choice in self.resume or ():
             require(
                 choice.index < self.output.n, "resume.choices.index", choice.index, f"below output.n ({self.output.n})"

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
-from fastchat_grpc.core.checks import require, within
-from fastchat_grpc.core.limits import INT64_MAX, INT64_MIN
+from fastchat_grpc.core.checks import require, require_int32, within
+from fastchat_grpc.core.limits import INT32_MAX, INT64_MAX, INT64_MIN
 
 GREEDY_TEMPERATURE = 1e-5
 """Below this temperature the likeliest token is taken (FastChat's rule)."""
@@ -56,6 +56,7 @@ class SamplingParams:
         within("sampling.temperature", self.temperature, 0, 100)
         within("sampling.top_p", self.top_p, 0, 1)
         require(self.top_k >= -1, "sampling.top_k", self.top_k, "at least 1, or -1 or 0 for off")
+        require_int32("sampling.top_k", self.top_k, -1)
         within("sampling.min_p", self.min_p, 0, 1)
         within("sampling.repetition_penalty", self.repetition_penalty, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
         within("sampling.presence_penalty", self.presence_penalty, -2, 2)
@@ -65,9 +66,12 @@ class SamplingParams:
             if seed is not None:
                 require(INT64_MIN <= seed <= INT64_MAX, f"sampling.{name}", seed, "a 64-bit integer")
         for token_id, bias in self.logit_bias.items():
-            if token_id < 0 or not -100 <= bias <= 100:
+            if not 0 <= token_id <= INT32_MAX or not -100 <= bias <= 100:
                 require(
-                    token_id >= 0, "sampling.logit_bias", f"token id {token_id}", "keyed by token ids of at least 0"
+                    0 <= token_id <= INT32_MAX,
+                    "sampling.logit_bias",
+                    f"token id {token_id}",
+                    f"keyed by token ids from 0 to {INT32_MAX}",
                 )
                 within(f"sampling.logit_bias[{token_id}]", bias, -100, 100)
 

@@ -11,11 +11,10 @@ import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fastchat_grpc.core import INT64_MAX, INT64_MIN
+from fastchat_grpc.core import INT32_MAX, INT32_MIN, INT64_MAX, INT64_MIN
 from fastchat_grpc.errors import InvalidArgument, UnsupportedField
 from fastchat_grpc.openai.jsonio import type_name
 
-INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 MAX_UNKNOWN = 16
 """Unknown members that are told by name."""
 

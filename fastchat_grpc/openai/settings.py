@@ -7,6 +7,7 @@ from typing import Any
 
 from fastchat_grpc.core import (
     DEFAULT_MAX_NEW_TOKENS,
+    INT32_MAX,
     MAX_REQUEST_ID_LENGTH,
     GenerateRequest,
     Grammar,
@@ -20,7 +21,7 @@ from fastchat_grpc.core import (
 from fastchat_grpc.errors import InvalidArgument
 from fastchat_grpc.openai.call import Reply
 from fastchat_grpc.openai.elsewhere import refuse_elsewhere
-from fastchat_grpc.openai.fields import INT32_MAX, Fields, integers, number, shorten, strings
+from fastchat_grpc.openai.fields import Fields, integers, number, shorten, strings
 from fastchat_grpc.openai.jsonio import type_name
 from fastchat_grpc.openai.paths import renamed_errors
 

@@ -6,6 +6,8 @@ from functools import lru_cache
 from typing import Any
 
 from fastchat_grpc.core import (
+    INT32_MAX,
+    INT64_MAX,
     Capability,
     Load,
     ModelInfo,
@@ -15,7 +17,6 @@ from fastchat_grpc.errors import InvalidArgument
 from fastchat_grpc.rpc.convert.fields import duration, seconds
 from fastchat_grpc.v1 import generation_pb2 as pb
 
-_INT32_MAX, _INT64_MAX = 2**31 - 1, 2**63 - 1
 _STATE_TO_PB = {
     WorkerState.STARTING: pb.WORKER_STATE_STARTING,
     WorkerState.SERVING: pb.WORKER_STATE_SERVING,
@@ -81,13 +82,13 @@ def load_to_pb(load: Load) -> pb.WorkerLoad:
     """Convert a load. What is more than a field holds, as the sum of a fleet may be, is as much as it holds."""
     return pb.WorkerLoad(
         state=_STATE_TO_PB[load.state],
-        running_count=min(load.running, _INT32_MAX),
-        waiting_count=min(load.waiting, _INT32_MAX),
-        max_running_count=min(load.max_running, _INT32_MAX),
-        max_waiting_count=min(load.max_waiting, _INT32_MAX),
+        running_count=min(load.running, INT32_MAX),
+        waiting_count=min(load.waiting, INT32_MAX),
+        max_running_count=min(load.max_running, INT32_MAX),
+        max_waiting_count=min(load.max_waiting, INT32_MAX),
         kv_cache_usage=load.kv_cache_usage,
         tokens_per_second=load.tokens_per_second,
-        kv_free_token_count=min(load.kv_free_tokens, _INT64_MAX),
+        kv_free_token_count=min(load.kv_free_tokens, INT64_MAX),
         oldest_waiting_age=None if load.oldest_waiting_s is None else duration(load.oldest_waiting_s),
     )
 
