@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 
 from fastchat_grpc import __version__
+from fastchat_grpc.config import MAX_WEIGHT
 from fastchat_grpc.controller.callers import CALLER, caller_of
 from fastchat_grpc.controller.relay import Relay, naming
 from fastchat_grpc.core import (

@@ -12,32 +12,26 @@ import logging
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
-from typing import Any, TypeAlias, TypeVar
+from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
 
 from fastchat_grpc.config import MAX_MESSAGE_BYTES
-from fastchat_grpc.errors import AnswerTooLarge, BackendFailed, Draining, FastChatError, InvalidArgument, RequestLate
+from fastchat_grpc.errors import AnswerTooLarge, BackendFailed, Draining, FastChatError
 from fastchat_grpc.rpc.ended import has_ended
 from fastchat_grpc.rpc.limits import WATCHES, CallBounds, CallLimits, Limit
+from fastchat_grpc.rpc.receiving import Context, FirstMessages, Handler, Receive, receiving
 from fastchat_grpc.rpc.status import abort
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-Context = grpc.aio.ServicerContext[Any, Any]
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Admit = Callable[[str, Any], None]
 """Raises a FastChatError for a call that is not let in; gets its full method name and its metadata."""
 AdmitPeer = Callable[[str, Context], None]
 """The same of the connection; gets the call's context."""
-Receive = Callable[[Context], Awaitable[Any]]
-"""Reads what a behavior takes: the request, or an iterator of them. Raises FastChatError."""
 Span = Callable[[Context], AbstractAsyncContextManager[None]]
 """What a call runs in."""
 
-EOF = grpc.aio.EOF
 _UNCOUNTED = nullcontext()
 
 
@@ -60,6 +54,7 @@ class Border(grpc.GenericRpcHandler):
         self._max_bytes = max_message_bytes
         self._admit_peer = admit_peer
         self._limits = CallLimits(bounds)
+        self._firsts = FirstMessages(self._limits.first_message_s)
         self._endless: set[asyncio.Task[Any]] = set()
         self._closed = False
         self._methods: dict[str, Handler] = {}
@@ -100,7 +95,7 @@ class Border(grpc.GenericRpcHandler):
             behavior = _of_peer(behavior, method, self._admit_peer)
         render = _rendering(handler.response_serializer, self._max_bytes)
         guard = _guard_stream if handler.response_streaming else _guard_unary
-        receive = _receiving(handler, self._limits.first_message_s)
+        receive = receiving(handler, self._firsts)
         guarded = guard(behavior, method, receive, render, self._limits.of(method))
         if handler.request_streaming or method in WATCHES:
             guarded = (_ending_stream if handler.response_streaming else _ending_unary)(guarded, self._until_closed)
@@ -136,60 +131,12 @@ class Border(grpc.GenericRpcHandler):
             self._endless.discard(task)
 
 
-def parse_request(deserialize: Callable[[bytes], T], raw: bytes) -> T:
-    """The message that a caller sent. Raises InvalidArgument for bytes that are none."""
-    try:
-        return deserialize(raw)
-    except DecodeError:
-        # Its message names the type alone; a traceback would say no more, and anybody could fill the log with them.
-        raise InvalidArgument("", "the request is not a message of this method's type") from None
-
-
 def _of_peer(behavior: Callable[..., Any], method: str, admit_peer: AdmitPeer) -> Callable[..., Any]:
     def checked(request: Any, context: Context) -> Any:
         admit_peer(method, context)
         return behavior(request, context)
 
     return checked
-
-
-def _receiving(handler: Handler, first_message_s: float) -> Receive:
-    """How the request of a method is had from its call: its message, or an iterator of its messages.
-
-    Grpc itself would wait for a message for ever, never answer a call that ends without one, and answer bytes that
-    are no message with UNKNOWN, and log each.
-    """
-    deserialize = handler.request_deserializer or _as_it_is
-
-    async def first(context: Context) -> Any:
-        try:
-            async with asyncio.timeout(first_message_s):
-                raw = await context.read()
-        except TimeoutError:
-            raise RequestLate(f"no message came within {first_message_s:g} s of the beginning of the call") from None
-        return raw if raw is EOF else parse_request(deserialize, raw)
-
-    async def single(context: Context) -> Any:
-        request = await first(context)
-        if request is EOF:
-            raise InvalidArgument("", "the call has ended without a request message")
-        return request
-
-    async def messages(context: Context) -> AsyncIterator[Any]:
-        request = await first(context)
-        while request is not EOF:
-            yield request
-            raw = await context.read()
-            request = raw if raw is EOF else parse_request(deserialize, raw)
-
-    async def streamed(context: Context) -> Any:
-        return messages(context)
-
-    return streamed if handler.request_streaming else single
-
-
-def _as_it_is(raw: bytes) -> bytes:
-    return raw
 
 
 def _rendering(serialize: Callable[[Any], bytes] | None, max_bytes: int) -> Callable[[Any], bytes]:

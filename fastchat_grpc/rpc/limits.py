@@ -6,7 +6,6 @@ calls that are open and ask for nothing, streams that nobody reads, watches that
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -68,7 +67,7 @@ class Limit:
         self._total = total
         self._per_peer = per_peer
         self.open = 0
-        self.by_peer: Counter[str] = Counter()
+        self.by_peer: dict[str, int] = {}
 
     def call(self, peer: str) -> _Call:
         """A call from a peer, as grpc names it ("ipv4:10.0.0.1:5000"); counted while the context lasts.
@@ -80,15 +79,18 @@ class Limit:
     def enter(self, host: str) -> None:
         if self.open >= self._total:
             raise TooManyCalls(f"this server has {self.open} calls open, as many as it takes", retry_after_s=1.0)
-        if self.by_peer[host] >= self._per_peer:
+        of_peer = self.by_peer.get(host, 0)
+        if of_peer >= self._per_peer:
             raise TooManyCalls(f"this peer has {self._per_peer} calls open here, as many as it may", retry_after_s=1.0)
         self.open += 1
-        self.by_peer[host] += 1
+        self.by_peer[host] = of_peer + 1
 
     def leave(self, host: str) -> None:
         self.open -= 1
-        self.by_peer[host] -= 1
-        if self.by_peer[host] <= 0:
+        of_peer = self.by_peer[host] - 1
+        if of_peer:
+            self.by_peer[host] = of_peer
+        else:
             del self.by_peer[host]
 
 
