@@ -72,12 +72,8 @@ class Refresh:
 
     async def _asked(self, worker: Worker) -> bool:
         """Ask the process at the worker's address who it is; whether the worker is gone."""
-        try:
-            async with asyncio.timeout(TIMEOUT_S):
-                if await _leads_nowhere(worker.spec.address):
-                    return True
-        except TimeoutError:
-            return True  # not even the kernel there answers
+        if await _leads_nowhere(worker.spec.address):
+            return True
         try:
             raw = await self._pool.ask(worker.spec.address, GET_STATUS, b"", TIMEOUT_S)
         except grpc.aio.AioRpcError:
@@ -89,11 +85,26 @@ async def _leads_nowhere(address: str) -> bool:
     """Whether nobody accepts connections at an address. A failure of this side's own is no evidence."""
     host, port = split_address(address)
     try:
-        _, writer = await asyncio.open_connection(host, port)
-    except socket.gaierror as error:
-        return error.errno == socket.EAI_NONAME
+        # Apart from the connection: a name server that is slow, or busy with other names, is no evidence either.
+        async with asyncio.timeout(TIMEOUT_S):
+            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except TimeoutError:
+        return False
+    except UnicodeError:
+        return True  # a name that is none
     except OSError as error:
-        # Of several addresses behind a name, asyncio tells the failures in the message alone.
-        return error.errno in _GONE if error.errno is not None else "refused" in str(error)
+        return error.errno == socket.EAI_NONAME
+    return all(await asyncio.gather(*(_refuses(str(where[0]), port) for *_, where in found)))
+
+
+async def _refuses(ip: str, port: int) -> bool:
+    """Whether nobody accepts connections at one address."""
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            _, writer = await asyncio.open_connection(ip, port)
+    except TimeoutError:
+        return True  # not even the kernel there answers
+    except OSError as error:
+        return error.errno in _GONE
     writer.close()
     return False

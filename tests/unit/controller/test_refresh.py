@@ -139,13 +139,37 @@ async def test_a_name_that_is_gone_leads_nowhere_and_a_resolver_that_is_away_say
 ) -> None:
     told = socket.EAI_NONAME
 
-    async def fails(host: str, port: int) -> Any:
+    async def fails(host: str, port: int, **options: Any) -> Any:
         raise socket.gaierror(told, "resolver")
 
-    monkeypatch.setattr(asyncio, "open_connection", fails)
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", fails)
     assert await refresh._leads_nowhere("pod-1:1")
     told = socket.EAI_AGAIN
     assert not await refresh._leads_nowhere("pod-1:1")
+
+
+async def test_a_name_server_that_is_slow_is_no_evidence(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def hangs(host: str, port: int, **options: Any) -> Any:
+        await asyncio.sleep(3600)
+
+    site.add("a", "pod-1:1")
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", hangs)
+    assert await site.removed() == []
+
+
+async def test_a_name_of_several_addresses_leads_somewhere_while_one_of_them_answers(
+    process: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = int(process.rpartition(":")[2])
+    found = ["127.0.0.3", "127.0.0.1"]
+
+    async def resolves(host: str, port: int, **options: Any) -> Any:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, port)) for ip in found]
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolves)
+    assert not await refresh._leads_nowhere(f"pod-1:{port}")
+    found.pop()
+    assert await refresh._leads_nowhere(f"pod-1:{port}")
 
 
 async def test_it_leaves_no_channel_in_the_pool(site: Site, process: str) -> None:
