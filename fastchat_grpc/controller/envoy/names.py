@@ -12,6 +12,7 @@ import heapq
 import ipaddress
 import itertools
 import logging
+import math
 import socket
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -29,7 +30,8 @@ RESOLVE_S = 30.0
 FIRST_RETRY_S = 0.5
 LOOKUP_TIMEOUT_S = 5.0
 LOOKUPS = 32
-"""Lookups at a time."""
+"""Lookups at a time, of names that failed when they were last looked up and of all others each: names that hang again
+and again hold up their like alone."""
 
 Resolve = Callable[[str], Awaitable[str | None]]
 
@@ -44,14 +46,13 @@ class Names:
 
     def __init__(self, on_change: Callable[[], None], resolve: Resolve | None = None) -> None:
         self._on_change = on_change
-        self._threads: ThreadPoolExecutor | None = None
         self._resolve = resolve or self._ask_resolver
         self._users: Counter[str] = Counter()
         self._places: dict[str, str] = {}
         self._failures: Counter[str] = Counter()
-        self._due: list[tuple[float, int, str]] = []
-        self._order = itertools.count()
         self._wake = asyncio.Event()
+        self._usual = _Due()
+        self._failing = _Due()
         self._looking: dict[str, asyncio.Task[None]] = {}
 
     def __len__(self) -> int:
@@ -101,32 +102,34 @@ class Names:
         try:
             while True:
                 self._wake.clear()
-                self._start_lookups()
+                for due in (self._usual, self._failing):
+                    self._start_lookups(due)
+                left_s = min(self._usual.next_at, self._failing.next_at) - monotonic()
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(max(0.0, self._due[0][0] - monotonic()) if self._has_place() else None):
+                    async with asyncio.timeout(left_s if left_s < math.inf else None):
                         await self._wake.wait()
         finally:
             for task in self._looking.values():
                 task.cancel()
             self._looking.clear()
-            if self._threads is not None:
-                self._threads.shutdown(wait=False, cancel_futures=True)
-                self._threads = None
-
-    def _has_place(self) -> bool:
-        return bool(self._due) and len(self._looking) < LOOKUPS
+            for due in (self._usual, self._failing):
+                due.close()
 
     def _look_at(self, address: str, when: float) -> None:
-        heapq.heappush(self._due, (when, next(self._order), address))
+        self._due(address).add(address, when)
         self._wake.set()
 
-    def _start_lookups(self) -> None:
-        while self._has_place() and self._due[0][0] <= monotonic():
-            _, _, address = heapq.heappop(self._due)
-            if address in self._users and address not in self._looking:
-                self._looking[address] = asyncio.create_task(self._look_up(address))
+    def _due(self, address: str) -> _Due:
+        return self._failing if self._failures[address] else self._usual
 
-    async def _look_up(self, address: str) -> None:
+    def _start_lookups(self, due: _Due) -> None:
+        while due.next_at <= monotonic():
+            address = due.pop()
+            if address in self._users and address not in self._looking:
+                due.running += 1
+                self._looking[address] = asyncio.create_task(self._look_up(address, due))
+
+    async def _look_up(self, address: str, due: _Due) -> None:
         """One lookup. A name that does not resolve now keeps the place that it had."""
         place = None
         try:
@@ -134,8 +137,10 @@ class Names:
                 place = await self._resolve(address)
         except Exception as error:  # whatever a resolver does to a name, it is that name's trouble alone
             logger.debug("looking up %s: %r", printable(address), error)
+        finally:
+            due.running -= 1
+            self._wake.set()
         self._looking.pop(address, None)
-        self._wake.set()
         if address not in self._users:
             return
         if place is None:
@@ -155,12 +160,10 @@ class Names:
         self._look_at(address, monotonic() + pause_s)
 
     async def _ask_resolver(self, address: str) -> str | None:
-        # Threads of its own: a resolver that hangs must not take those of others.
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(LOOKUPS, thread_name_prefix="resolver")
         host, port = split_address(address)
+        threads = self._due(address).threads
         try:
-            found = await asyncio.get_running_loop().run_in_executor(self._threads, _addresses, host, port)
+            found = await asyncio.get_running_loop().run_in_executor(threads, _addresses, host, port)
         except OSError:
             return None
         usable = [(family, ip) for family, ip in found if family in (socket.AF_INET, socket.AF_INET6)]
@@ -168,6 +171,40 @@ class Names:
             return None
         _, ip = min(usable, key=lambda entry: entry[0] != socket.AF_INET)
         return join_address(ip, port)
+
+
+class _Due:
+    """Names that are to be looked up, each at its time and LOOKUPS of them at once."""
+
+    def __init__(self) -> None:
+        self.running = 0
+        self._threads: ThreadPoolExecutor | None = None
+        self._names: list[tuple[float, int, str]] = []
+        self._order = itertools.count()
+
+    @property
+    def next_at(self) -> float:
+        """When the next lookup may begin, by the monotonic clock; never, while so many run."""
+        return self._names[0][0] if self._names and self.running < LOOKUPS else math.inf
+
+    @property
+    def threads(self) -> ThreadPoolExecutor:
+        """Threads for these lookups alone: one that hangs keeps its thread for longer than anybody waits for it."""
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(LOOKUPS, thread_name_prefix="resolver")
+        return self._threads
+
+    def close(self) -> None:
+        """Leave the threads."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+            self._threads = None
+
+    def add(self, address: str, when: float) -> None:
+        heapq.heappush(self._names, (when, next(self._order), address))
+
+    def pop(self) -> str:
+        return heapq.heappop(self._names)[2]
 
 
 def _addresses(host: str, port: int) -> list[tuple[int, str]]:

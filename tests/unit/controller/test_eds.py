@@ -19,6 +19,7 @@ from fastchat_grpc.controller.envoy.eds import Endpoints
 from fastchat_grpc.controller.fleet import Worker, WorkerSpec
 from fastchat_grpc.controller.registry import Registry
 from fastchat_grpc.core import Load, ModelInfo
+from tests.conftest import eventually
 
 
 class Context:
@@ -212,6 +213,30 @@ async def test_a_slow_or_malformed_name_holds_no_other_worker_up(site: Site) -> 
         site.add(1, "slow:1")
         site.add(2, "10.0.0.2:5")
         assert places(await anext(told)) == {"workers": {"10.0.0.2:5"}}
+
+
+async def test_many_names_that_hang_again_hold_up_their_like_alone(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(names, "LOOKUPS", 2)
+    monkeypatch.setattr(names, "FIRST_RETRY_S", 0.01)
+    hanging: Counter[str] = Counter()
+
+    async def hang(address: str) -> str | None:
+        if address.startswith("good"):
+            return "10.0.0.9:5"
+        hanging[address] += 1
+        if hanging[address] > 1:  # at first it is unknown at once
+            await asyncio.sleep(3600)
+        return None
+
+    site.service.names._resolve = hang
+    async with site.running() as told:
+        site.ask("workers")
+        await anext(told)
+        for i in range(5):
+            site.add(i, f"slow-{i}:1")
+        await eventually(lambda: sorted(hanging.values()) == [1, 1, 1, 2, 2])  # no more at once than they may
+        site.add(9, "good:5")
+        assert places(await anext(told)) == {"workers": {"10.0.0.9:5"}}
 
 
 @pytest.mark.parametrize("address", ["a..b:80", "x" * 300 + ":80", "no-port", ":1", "\udc80:1", "[::1:5", "a b:70000"])
