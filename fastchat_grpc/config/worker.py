@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from fastchat_grpc.config.addresses import CONTROLLER_PORT, WORKER_PORT, split_address
-from fastchat_grpc.config.checks import require, require_above, require_seconds, require_some_seconds
+from fastchat_grpc.config.checks import require, require_seconds, require_some_seconds, require_within
 from fastchat_grpc.config.servers import SSE_PING_S, ListenConfig, MetricsConfig, TlsConfig, require_reachable
 
 REASONING_PARSERS = ("auto", "none", "qwen3", "deepseek_r1", "mistral", "seed_oss", "gemma4")
 """How a model may mark its reasoning; all but the first two are names of vLLM's."""
-MAX_WEIGHT = 1e6
+MIN_WEIGHT, MAX_WEIGHT = 1e-6, 1e6
+"""Messages carry weights as 32-bit floats: a much smaller one would arrive as 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +180,7 @@ class WorkerConfig:
             split_address(address)
         require_reachable(self.advertised_address, self.listen, self.controller_addresses)
         require(len(self.worker_id) <= 128, f"--worker-id must have at most 128 characters, got {len(self.worker_id)}")
-        require_above("--weight", self.weight, 0, MAX_WEIGHT)
+        require_within("--weight", self.weight, MIN_WEIGHT, MAX_WEIGHT)
         require_seconds("--drain-timeout", self.drain_timeout_s)
         require_seconds("--sse-ping-interval", self.sse_ping_s)
         require_some_seconds("--stall-timeout", self.stall_timeout_s)

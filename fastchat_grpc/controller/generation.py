@@ -28,8 +28,8 @@ from fastchat_grpc.core import (
 )
 from fastchat_grpc.errors import Draining
 from fastchat_grpc.rpc import convert
-from fastchat_grpc.rpc.border import parse_request
 from fastchat_grpc.rpc.events import event_from_pb
+from fastchat_grpc.rpc.receiving import parse_request
 from fastchat_grpc.rpc.request_ids import request_id, told
 from fastchat_grpc.rpc.resume import EMBEDS, ResumeState
 from fastchat_grpc.v1 import generation_pb2 as pb
@@ -121,8 +121,8 @@ class RelayedGeneration:
         )
 
     def weight(self) -> float:
-        """Weight of all workers together."""
-        return sum(worker.weight for worker in self._registry.workers())
+        """Weight of all workers together, as far as a weight goes."""
+        return min(MAX_WEIGHT, sum(worker.weight for worker in self._registry.workers()))
 
     def check(self) -> None:
         """Raise Draining after `close`."""

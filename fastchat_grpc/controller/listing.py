@@ -75,20 +75,18 @@ def change_batches(
     changes: Sequence[tuple[ChangeKind, Worker]], registry: Registry, version: str, *, snapshot: bool = False
 ) -> Iterator[pb.WatchWorkersResponse]:
     """Changes as messages of bounded size; at least one. The last alone says where the watcher is after it."""
-    for start in range(0, max(1, len(changes)), CHANGES_PER_MESSAGE):
-        batch = changes[start : start + CHANGES_PER_MESSAGE]
-        last = start + CHANGES_PER_MESSAGE >= len(changes)
-        yield pb.WatchWorkersResponse(
-            changes=[
-                pb.WorkerChange(
-                    type=_KINDS[kind],
-                    worker=(load_to_pb if kind is ChangeKind.LOAD else worker_to_pb)(worker, registry),
-                )
-                for kind, worker in batch
-            ],
-            version=version if last else "",
-            snapshot=snapshot,
-        )
+    message = pb.WatchWorkersResponse(snapshot=snapshot)
+    held = 0
+    for kind, worker in changes:
+        if len(message.changes) == CHANGES_PER_MESSAGE or held > MAX_PAGE_BYTES:
+            yield message
+            message = pb.WatchWorkersResponse(snapshot=snapshot)
+            held = 0
+        entry = (load_to_pb if kind is ChangeKind.LOAD else worker_to_pb)(worker, registry)
+        held += entry.ByteSize()
+        message.changes.append(pb.WorkerChange(type=_KINDS[kind], worker=entry))
+    message.version = version
+    yield message
 
 
 def worker_to_pb(worker: Worker, registry: Registry) -> pb.Worker:

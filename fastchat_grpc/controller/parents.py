@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 
 from fastchat_grpc import __version__
 from fastchat_grpc.config import ControllerConfig
 from fastchat_grpc.controller.generation import RelayedGeneration
+from fastchat_grpc.controller.presented import MAX_MODELS
 from fastchat_grpc.controller.registry import Registry
 from fastchat_grpc.controller.watch import Watch
+from fastchat_grpc.core import ModelInfo
 from fastchat_grpc.rpc import convert
 from fastchat_grpc.rpc.registration import Registration
 from fastchat_grpc.rpc.registrations import Registrations
 from fastchat_grpc.rpc.security import bearer
 from fastchat_grpc.v1 import registry_pb2 as pb
+
+logger = logging.getLogger(__name__)
 
 GATHER_S = 0.1
 """Changes are gathered this long, so that a fleet's start is not one registration per worker."""
@@ -41,6 +46,7 @@ class Parents:
         self._generation = generation
         self._address = address
         self._on_drain = on_drain
+        self._warned = False
         self._registrations = Registrations(config.parent_addresses, self._registration)
 
     def push(self) -> None:
@@ -86,13 +92,26 @@ class Parents:
             server_name=name,
         )
 
+    def _models(self) -> Sequence[ModelInfo]:
+        """The models of the fleet by name, as far as a parent takes them."""
+        models = self._generation.models()
+        if len(models) > MAX_MODELS and not self._warned:
+            self._warned = True
+            logger.error(
+                "the fleet serves %d models, and parents take %d of one child: they do not hear of those after %s",
+                len(models),
+                MAX_MODELS,
+                models[MAX_MODELS - 1].name,
+            )
+        return models[:MAX_MODELS]
+
     def _describe(self) -> pb.RegisterRequest:
         worker_id, instance_id = self._generation.identity
         return pb.RegisterRequest(
             worker_id=worker_id,
             instance_id=instance_id,
             address=self._address,
-            models=[convert.model_to_pb(model) for model in self._generation.models()],
+            models=[convert.model_to_pb(model) for model in self._models()],
             weight=self._generation.weight(),
             version=__version__,
         )

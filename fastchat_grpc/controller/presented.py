@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from fastchat_grpc.config import MAX_WEIGHT, split_address
@@ -18,7 +19,8 @@ from fastchat_grpc.rpc.printable import printable
 from fastchat_grpc.v1 import generation_pb2, registry_pb2
 
 MAX_ID_LENGTH = 128
-MAX_MODELS = 1024
+MAX_MODELS = 16_384
+"""Names of one worker. A child controller registers those of its whole fleet: 100 models with 100 adapters each."""
 MAX_LABELS = 32
 MAX_LABEL_LENGTH = 256
 MAX_CAPABILITIES = 64
@@ -51,6 +53,8 @@ def capabilities_asked(numbers: Sequence[int]) -> frozenset[Capability]:
 
     A worker may say more of itself than its controller knows; what is asked for must be understood.
     """
+    if not numbers:
+        return frozenset()
     if len(numbers) > MAX_CAPABILITIES:
         raise InvalidArgument("capabilities", f"must be at most {MAX_CAPABILITIES}, got {len(numbers)}")
     return frozenset(convert.capability_from_pb(number, f"capabilities[{i}]") for i, number in enumerate(numbers))
@@ -95,10 +99,9 @@ def _models(messages: Sequence[generation_pb2.ModelInfo]) -> tuple[ModelInfo, ..
     if not 1 <= len(messages) <= MAX_MODELS:
         raise InvalidArgument("models", f"must hold 1 to {MAX_MODELS} models, got {len(messages)}")
     models = tuple(_model(message, f"models[{i}]") for i, message in enumerate(messages))
-    if len({model.name for model in models}) < len(models):
-        names = [model.name for model in models]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InvalidArgument("models", f"must have different names, got {twice!r} twice")
+    names = Counter(model.name for model in models)
+    if len(names) < len(models):
+        raise InvalidArgument("models", f"must have different names, got {names.most_common(1)[0][0]!r} twice")
     return models
 
 

@@ -141,9 +141,7 @@ class GenerateRequest:
             f"{len(self.request_id)} characters",
             f"at most {MAX_REQUEST_ID_LENGTH} characters long",
         )
-        require(
-            INT32_MIN <= self.priority <= INT32_MAX, "priority", self.priority, f"from {INT32_MIN} to {INT32_MAX}"
-        )
+        require(INT32_MIN <= self.priority <= INT32_MAX, "priority", self.priority, f"from {INT32_MIN} to {INT32_MAX}")
         if self.truncate_prompt_tokens is not None:
             require_int32("truncate_prompt_tokens", self.truncate_prompt_tokens, 1)
         for choice in self.resume or ():

@@ -307,7 +307,7 @@ class TestRegistryService:
             ({"models": [_model(max_output_length=-1)]}, "models[0].max_output_length"),
             ({"models": [_model(fingerprint="x" * 129)]}, "models[0].fingerprint"),
             ({"models": [_model(backend="b\x00")]}, "models[0].backend"),
-            ({"models": [_model(name=str(i)) for i in range(1025)]}, "must hold 1 to 1024 models, got 1025"),
+            ({"models": [_model(name=str(i)) for i in range(16_385)]}, "must hold 1 to 16384 models, got 16385"),
             ({"models": [_model(capabilities=[1] * 65)]}, "models[0].capabilities: must be at most 64, got 65"),
         ],
     )

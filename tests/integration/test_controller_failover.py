@@ -12,8 +12,9 @@ from fastchat_grpc import errors
 from fastchat_grpc.client import AsyncClient
 from fastchat_grpc.config import BreakerConfig, FailoverConfig, LeaseConfig
 from fastchat_grpc.controller.app import ControllerApp
+from fastchat_grpc.controller.fleet import WorkerSpec
 from fastchat_grpc.controller.health import Tier
-from fastchat_grpc.core import Completion, Delta, PromptEcho
+from fastchat_grpc.core import Capability, Completion, Delta, Load, ModelInfo, PromptEcho
 from fastchat_grpc.worker.app import WorkerApp
 from tests.conftest import StartWorker, eventually
 from tests.integration.controllers import QUICK, in_use, running_controller, silence, vanish
@@ -331,6 +332,22 @@ class TestSeveralControllers:
             assert (seen.spec.worker_id, seen.weight) == ("child", 5.0)
             assert (await client.complete("x", model="b")).text == "x"
 
+    async def test_a_parent_takes_a_fleet_of_thousands_of_models(self) -> None:
+        async with (
+            running_controller() as parent,
+            running_controller(parent_addresses=(parent.address,), worker_id="child") as child,
+        ):
+            for i in range(2):
+                models = tuple(ModelInfo(name=f"m{i}-{j:04}", context_length=9) for j in range(1000))
+                child.registry.register(
+                    WorkerSpec(
+                        worker_id=f"w{i}", instance_id=f"i{i}", address="127.0.0.1:1", models=models, weight=1e6
+                    ),
+                    Load(),
+                )
+            await eventually(lambda: len(parent.registry.models()) == 2000)
+            assert parent.registry.workers()[0].weight == 1e6  # what is more is no weight
+
     async def test_a_parent_sees_an_empty_child_leave(self, start_worker: StartWorker) -> None:
         async with (
             running_controller() as parent,
@@ -343,9 +360,6 @@ class TestSeveralControllers:
 
     async def test_controllers_in_a_circle_are_noticed(self) -> None:
         async with running_controller() as controller:
-            from fastchat_grpc.controller.fleet import WorkerSpec
-            from fastchat_grpc.core import Capability, Load, ModelInfo
-
             controller.registry.register(
                 WorkerSpec(
                     worker_id="me",

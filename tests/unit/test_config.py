@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 import typing
+from contextlib import nullcontext
 from typing import Any
 
 import click
@@ -16,6 +17,7 @@ from fastchat_grpc.cli import cli
 from fastchat_grpc.client import AsyncClient
 from fastchat_grpc.config import BackendConfig, ModelConfig, split_address
 from fastchat_grpc.errors import ConfigError, FastChatError, InvalidArgument
+from fastchat_grpc.v1 import registry_pb2
 
 NO_NUMBERS = (math.nan, math.inf, -math.inf, -1.0, 1e300)
 NEEDED: dict[str, dict[str, Any]] = {"WorkerConfig": {"backend": BackendConfig(model=ModelConfig(path="m"))}}
@@ -39,6 +41,13 @@ def test_a_number_out_of_range_is_refused(kind: type, name: str, value: float) -
         kind(**NEEDED.get(kind.__name__, {}), **{name: value})
     assert f"got {value:g}" in str(caught.value)
     assert re.search(r"at most|from .* to", str(caught.value)), "the limit is said"
+
+
+@pytest.mark.parametrize(("weight", "ok"), [(1e-300, False), (9e-7, False), (1e-6, True), (1e6, True), (1.1e6, False)])
+def test_a_weight_is_one_that_messages_can_carry(weight: float, ok: bool) -> None:
+    with nullcontext() if ok else pytest.raises(ConfigError, match=r"--weight must be from 1e-06 to 1e\+06, got"):
+        config.WorkerConfig(**NEEDED["WorkerConfig"], weight=weight)
+    assert not ok or registry_pb2.Worker(weight=weight).weight > 0
 
 
 def float_flags() -> list[tuple[str, str]]:

@@ -68,6 +68,17 @@ def test_a_snapshot_comes_in_messages_of_which_the_last_has_the_version() -> Non
     assert all(message.snapshot for message in messages)
 
 
+def test_no_message_of_a_snapshot_is_too_large_to_be_sent() -> None:
+    fleet = Fleet()
+    names = ",".join(f"model-{'x' * 200}-{i}" for i in range(500))
+    workers = [fleet.join(f"w{i}", names) for i in range(50)]
+    changes = [(ChangeKind.ADDED, worker) for worker in workers]
+    messages = list(change_batches(changes, fleet.registry, "v", snapshot=True))
+    assert sum(len(message.changes) for message in messages) == 50
+    assert max(message.ByteSize() for message in messages) < 2 * MAX_PAGE_BYTES
+    assert [message.version for message in messages] == [""] * (len(messages) - 1) + ["v"]
+
+
 def test_a_change_of_load_tells_nothing_else() -> None:
     fleet = Fleet()
     worker = fleet.join("a", labels={"zone": "x"}, load=Load(running=2))
