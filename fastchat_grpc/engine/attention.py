@@ -18,22 +18,20 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from fastchat_grpc.native.kernels import Kernels, rows_are_plain
+from fastchat_grpc.native.kernels import StepKernels, rows_are_plain
 
 PACKED = "fastchat_packed"
 
 Shape = tuple[int, int, int, torch.dtype, torch.device]
 """Of what a layer stores of a token: heads, key size, value size, dtype, device."""
-Singles = tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]
-"""Keys, values, places, contexts and lengths of a `PagedStep`."""
 
 
 class Step(Protocol):
     """One step's attention."""
 
     @property
-    def singles(self) -> Singles | None:
-        """What a kernel needs to know of a step of single tokens; None where the step is no such, or no kernel can."""
+    def decode_kernels(self) -> StepKernels | None:
+        """The kernels over a step of decoding alone; None where the step is no such, or there are none."""
         ...
 
     def attend(
@@ -93,8 +91,8 @@ def register() -> None:
 
 
 _SHORT = 256
-"""Places up to which the kernel attends to a piece of a prompt faster than torch does: 2 to 3 times at 50 places,
-the same at some hundreds."""
+"""Length of a context up to which the kernel attends to a prefill chunk faster than torch does: 2 to 3 times at 50
+tokens, the same at some hundreds."""
 _IGNORED = {"position_ids", "cache_position", "use_cache", "is_causal", "output_attentions", "output_hidden_states"}
 
 
@@ -132,78 +130,111 @@ def _packed_attention(
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
-    """A piece of a prompt in a step: its rows, and the places of all its tokens so far in the pool."""
+    """A prefill chunk in a step: its rows, and the slots of its sequence so far."""
 
     begin: int
     end: int
     context: torch.Tensor
-    """(past + new tokens,) places."""
+    """(past + new tokens,) slots."""
 
     @property
     def past(self) -> int:
-        """Tokens before the piece."""
+        """Tokens before the chunk."""
         return len(self.context) - (self.end - self.begin)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PagedStep:
-    """A step over a block pool. The first `lengths` rows are single tokens; the rest are pieces of prompts."""
+    """A step over a paged cache. The first `len(lengths)` rows decode, one token of each sequence; then come chunks.
+
+    A slot is a token's place in the pools, as in vLLM's slot mapping.
+    """
 
     keys: list[torch.Tensor]
-    """Per layer (tokens, heads, size)."""
+    """Per layer (slots, heads, size)."""
     values: list[torch.Tensor]
-    places: torch.Tensor
+    slot_mapping: torch.Tensor
     """(tokens of the step,) where their keys and values go."""
     contexts: torch.Tensor
-    """(single tokens, longest context) places of each one's context, itself last; padded with any place."""
+    """(decoding tokens, longest context) slots of each one's sequence, itself last; padded with any slot."""
     lengths: torch.Tensor
-    """(single tokens,) lengths of the contexts."""
+    """(decoding tokens,) lengths of the contexts."""
     prefills: tuple[Prefill, ...]
-    kernels: Kernels | None = None
+    kernels: StepKernels | None = None
+    """Over the same pools and slots."""
 
     def to(self, device: torch.device) -> PagedStep:
         """The step for layers of another device."""
         return replace(
             self,
-            places=self.places.to(device),
+            slot_mapping=self.slot_mapping.to(device),
             contexts=self.contexts.to(device),
             lengths=self.lengths.to(device),
-            prefills=tuple(replace(piece, context=piece.context.to(device)) for piece in self.prefills),
+            prefills=tuple(replace(chunk, context=chunk.context.to(device)) for chunk in self.prefills),
+            kernels=None,
         )
 
     @property
-    def singles(self) -> Singles | None:
-        if self.prefills or self.kernels is None:
-            return None
-        return self.keys, self.values, self.places, self.contexts, self.lengths
+    def decode_kernels(self) -> StepKernels | None:
+        return None if self.prefills else self.kernels
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
     ) -> torch.Tensor:
+        kernels = self.kernels
+        if kernels is not None and rows_are_plain(query) and rows_are_plain(key) and rows_are_plain(value):
+            return self._attend_natively(kernels, layer, query, key, value, scale, window)
         keys, values = self.keys[layer], self.values[layer]
-        native = self.kernels is not None and rows_are_plain(query) and rows_are_plain(key) and rows_are_plain(value)
-        kernels = self.kernels if native else None
-        store = _store if kernels is None else kernels.store
-        store(keys, key, self.places)
-        store(values, value, self.places)
-        singles = len(self.lengths)
-        together = attend_singles if kernels is None else kernels.attend_singles
-        if singles == len(query):
-            return together(query, keys, values, self.contexts, self.lengths, scale, window)
+        keys.index_copy_(0, self.slot_mapping, key)
+        values.index_copy_(0, self.slot_mapping, value)
+        decoding = len(self.lengths)
         out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
-        if singles:
-            out[:singles] = together(query[:singles], keys, values, self.contexts, self.lengths, scale, window)
-        for piece in self.prefills:
-            rows = slice(piece.begin, piece.end)
-            if kernels is not None and len(piece.context) <= _SHORT:
-                kernels.attend_piece(out[rows], query[rows], keys, values, piece.context, scale, window)
-                continue
-            if piece.past:
-                context_keys, context_values = keys[piece.context], values[piece.context]
-            else:
-                context_keys, context_values = key[rows], value[rows]
-            out[rows] = attend_piece(query[rows], context_keys, context_values, scale, window)
+        if decoding:
+            out[:decoding] = attend_decode(query[:decoding], keys, values, self.contexts, self.lengths, scale, window)
+        for chunk in self.prefills:
+            out[chunk.begin : chunk.end] = self._attend_chunk(chunk, layer, query, key, value, scale, window)
         return out
+
+    def _attend_natively(
+        self,
+        kernels: StepKernels,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        kernels.store(layer, key, value)
+        kv_heads, decoding = key.shape[1], len(self.lengths)
+        if not self.prefills:
+            return kernels.attend_decode(layer, query, kv_heads, scale, window)
+        out = torch.empty(query.shape[0], query.shape[1], value.shape[2])
+        if decoding:
+            out[:decoding] = kernels.attend_decode(layer, query[:decoding], kv_heads, scale, window)
+        for chunk in self.prefills:
+            rows = slice(chunk.begin, chunk.end)
+            if len(chunk.context) <= _SHORT:
+                kernels.attend_chunk(out[rows], layer, query[rows], chunk.context, kv_heads, scale, window)
+            else:
+                out[rows] = self._attend_chunk(chunk, layer, query, key, value, scale, window)
+        return out
+
+    def _attend_chunk(
+        self,
+        chunk: Prefill,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        rows = slice(chunk.begin, chunk.end)
+        if not chunk.past:
+            return attend_chunk(query[rows], key[rows], value[rows], scale, window)
+        keys, values = self.keys[layer][chunk.context], self.values[layer][chunk.context]
+        return attend_chunk(query[rows], keys, values, scale, window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +242,7 @@ class SpreadStep:
     """A step of a model whose layers are on other devices than the step was made on, or on several."""
 
     steps: dict[torch.device, PagedStep]
-    singles: None = None
+    decode_kernels: None = None
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
@@ -222,13 +253,13 @@ class SpreadStep:
 def spread(step: PagedStep) -> Step:
     """A step made on the CPU, for the devices of the model's layers."""
     devices = {keys.device for keys in step.keys}
-    if devices == {step.places.device}:
+    if devices == {step.slot_mapping.device}:
         return step
     return SpreadStep({device: step.to(device) for device in devices})
 
 
 def make_pools(shapes: Sequence[Shape], tokens: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Room for so many tokens' keys and values in each layer. Zeros: padding reads arbitrary places, and no
+    """Room for so many tokens' keys and values in each layer. Zeros: padding reads arbitrary slots, and no
     garbage may be NaN there."""
     keys = [_zeros((tokens, heads, k), t, d) for heads, k, _, t, d in shapes]
     values = [_zeros((tokens, heads, v), t, d) for heads, _, v, t, d in shapes]
@@ -249,11 +280,7 @@ def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
     return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(shape)
 
 
-def _store(pool: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> None:
-    pool.index_copy_(0, places, rows)
-
-
-def attend_singles(
+def attend_decode(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -276,7 +303,7 @@ def attend_singles(
     return out.reshape(count, query.shape[1], values.shape[2])
 
 
-def attend_piece(
+def attend_chunk(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: int | None
 ) -> torch.Tensor:
     """Successive query tokens, (n, heads, size), over the keys of all tokens up to the last of them."""
@@ -307,11 +334,11 @@ class WholeStep:
     lengths: list[int]
     shapes: dict[int, Shape] = field(default_factory=dict)
     """By layer."""
-    singles: None = None
+    decode_kernels: None = None
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
     ) -> torch.Tensor:
         self.shapes[layer] = (key.shape[1], key.shape[2], value.shape[2], key.dtype, key.device)
         parts = zip(*(torch.split(x, self.lengths) for x in (query, key, value)), strict=True)
-        return torch.cat([attend_piece(q, k, v, scale, window) for q, k, v in parts])
+        return torch.cat([attend_chunk(q, k, v, scale, window) for q, k, v in parts])

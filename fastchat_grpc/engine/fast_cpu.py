@@ -20,7 +20,7 @@ import torch
 from fastchat_grpc.engine.attention import current_step
 from fastchat_grpc.models.cpu_linear import OneDnnLinear
 from fastchat_grpc.models.quantization import Int8Linear
-from fastchat_grpc.native.kernels import DecodeKernel, Int8Layer, Kernels, LayerKernels
+from fastchat_grpc.native.kernels import DecodeKernel, Int8Layer, Kernels, LayerKernels, Qkv, Rotary
 
 log = logging.getLogger(__name__)
 
@@ -82,11 +82,10 @@ class FastLayer:
         self._heads: int = attention.config.num_attention_heads
         self._kv_heads: int = attention.config.num_key_value_heads
         self._norms = [(n.weight, n.variance_epsilon) for n in (layer.input_layernorm, layer.post_attention_layernorm)]
-        self._head_norms = [
-            (n.weight, n.variance_epsilon)
-            for n in (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None))
-            if n
-        ]
+        head_norms = [n for n in (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)) if n]
+        query_norm, key_norm = (norm.weight for norm in head_norms) if head_norms else (None, None)
+        epsilon = head_norms[0].variance_epsilon if head_norms else self._norms[0][1]
+        self._shape = Qkv(self._heads, self._kv_heads, query_norm, key_norm, epsilon)
         self._qkv = fuse([attention.q_proj, attention.k_proj, attention.v_proj])
         self._o = fuse([attention.o_proj])
         self._gate_up = fuse([mlp.gate_proj, mlp.up_proj])
@@ -111,22 +110,18 @@ class FastLayer:
         parts = [self._qkv, self._o, self._gate_up, self._down]
         weights = [part.exact for part in parts if isinstance(part, Int8Linear)]
         known = [w for w in weights if w is not None]
-        epsilons = {epsilon for _, epsilon in self._norms + self._head_norms}
+        epsilons = {epsilon for _, epsilon in self._norms} | {self._shape.epsilon}
         if len(known) < len(parts) or len(epsilons) > 1:
             return None
         qkv, o, gate_up, down = known
-        norms = [weight for weight, _ in self._norms + (self._head_norms or [(None, 0.0)] * 2)]
         layer = Int8Layer(
-            heads=self._heads,
-            kv_heads=self._kv_heads,
             size=self._size,
             window=self._window,
             epsilon=epsilons.pop(),
             scale=self._scale,
-            attention_norm=norms[0],
-            mlp_norm=norms[1],
-            query_norm=norms[2],
-            key_norm=norms[3],
+            attention_norm=self._norms[0][0],
+            mlp_norm=self._norms[1][0],
+            heads=self._shape,
             qkv=qkv,
             o=o,
             gate_up=gate_up,
@@ -140,31 +135,21 @@ class FastLayer:
             out: torch.Tensor = self._ordinary(hidden_states, *args, **kwargs)
             return out
         kernels, x = self._kernels, hidden_states[0]
-        cosine, sine = (part[0] for part in kwargs["position_embeddings"])
-        if self.decoder is not None and (singles := step.singles) is not None:
+        rotary = Rotary(*(part[0] for part in kwargs["position_embeddings"]))
+        if self.decoder is not None and step.decode_kernels is not None:
             # The first layer computes all of them, and the others hand it on.
-            return hidden_states if self._index > 0 else self.decoder(x, cosine, sine, *singles)[None]
+            return hidden_states if self._index > 0 else self.decoder(x, rotary, step.decode_kernels)[None]
         if self._whole is not None:
-            qkv = self._whole.before_attention(x, cosine, sine)
+            qkv = self._whole.before_attention(x, rotary)
             return self._whole.after_attention(x, self._attend(step, qkv))[None]
         weight, epsilon = self._norms[0]
-        qkv = self._project(kernels.rms_norm(x, weight, epsilon, 0.0), cosine, sine)
+        qkv = self._qkv(kernels.rms_norm(x, weight, epsilon)).contiguous()
+        kernels.norm_and_rotate(qkv, self._shape, rotary)
         x = x + self._o(self._attend(step, qkv))
         weight, epsilon = self._norms[1]
-        both = self._gate_up(kernels.rms_norm(x, weight, epsilon, 0.0))
-        half = both.shape[1] // 2
-        x += self._down(kernels.silu_and_multiply(both[:, :half], both[:, half:]))
+        gate_up = self._gate_up(kernels.rms_norm(x, weight, epsilon)).contiguous()
+        x += self._down(kernels.silu_and_multiply(gate_up))
         return x[None]
-
-    def _project(self, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-        heads, kv_heads = self._heads, self._kv_heads
-        qkv = self._qkv(x).view(len(x), heads + 2 * kv_heads, self._size)
-        if self._head_norms:
-            parts = zip(torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)[:2], self._head_norms, strict=True)
-            for part, (weight, epsilon) in parts:
-                part.copy_(self._kernels.rms_norm(part, weight, epsilon, 0.0))
-        self._kernels.rotate(qkv[:, : heads + kv_heads], cosine, sine)
-        return qkv
 
     def _attend(self, step: Any, qkv: torch.Tensor) -> torch.Tensor:
         """Attention's output (n, heads * size)."""

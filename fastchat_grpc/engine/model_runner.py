@@ -29,7 +29,7 @@ from fastchat_grpc.engine.lengths import limits_sight, short_windows, turns_by_l
 from fastchat_grpc.engine.probe import Probe
 from fastchat_grpc.engine.request import Batch, Chunk, Sequence
 from fastchat_grpc.models.quantization import Int8Linear
-from fastchat_grpc.native.kernels import Kernels, kernels
+from fastchat_grpc.native.kernels import Kernels, Pools, kernels
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +110,7 @@ class PackedRunner:
         self._kernels = native if on_cpu else None
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
+        self._pools: Pools | None = None
 
     def cache_sizes(self) -> dict[torch.device, CacheSize]:
         sizes: dict[torch.device, int] = {}
@@ -120,6 +121,7 @@ class PackedRunner:
     def allocate(self, block_count: int) -> None:
         """Make the cache."""
         self._keys, self._values = make_pools(self._shapes, block_count * BLOCK_SIZE)
+        self._pools = Pools(self._keys, self._values)
 
     def run(self, batch: Batch) -> StepLogits:
         wanted = Wanted(batch)
@@ -146,24 +148,27 @@ class PackedRunner:
         sequence.runner_state = None
 
     def _pack(self, chunks: Rows[Chunk]) -> tuple[PagedStep, NDArray[np.int64], NDArray[np.int64]]:
-        singles = sum(chunk.count == 1 for chunk in chunks)
-        contexts = [_places(chunk.sequence, chunk.start + chunk.count) for chunk in chunks]
-        lengths = np.array([len(places) for places in contexts[:singles]], dtype=np.int64)
-        padded = np.zeros((singles, max(lengths, default=0)), dtype=np.int64)
-        for row, places in zip(padded, contexts, strict=False):
-            row[: len(places)] = places
-        prefills, begin = [], singles
-        for chunk, places in zip(chunks[singles:], contexts[singles:], strict=True):
-            prefills.append(Prefill(begin, begin + chunk.count, torch.from_numpy(places)))
+        decoding = sum(chunk.count == 1 for chunk in chunks)
+        contexts = [_slots(chunk.sequence, chunk.start + chunk.count) for chunk in chunks]
+        lengths = np.array([len(slots) for slots in contexts[:decoding]], dtype=np.int64)
+        padded = np.zeros((decoding, max(lengths, default=0)), dtype=np.int64)
+        for row, slots in zip(padded, contexts, strict=False):
+            row[: len(slots)] = slots
+        prefills, begin = [], decoding
+        for chunk, slots in zip(chunks[decoding:], contexts[decoding:], strict=True):
+            prefills.append(Prefill(begin, begin + chunk.count, torch.from_numpy(slots)))
             begin += chunk.count
+        slot_mapping = np.concatenate([slots[c.start :] for c, slots in zip(chunks, contexts, strict=True)])
+        tensors = tuple(map(torch.from_numpy, (slot_mapping, padded, lengths)))
+        kernels = self._kernels
         step = PagedStep(
             keys=self._keys,
             values=self._values,
-            places=torch.from_numpy(np.concatenate([p[c.start :] for c, p in zip(chunks, contexts, strict=True)])),
-            contexts=torch.from_numpy(padded),
-            lengths=torch.from_numpy(lengths),
+            slot_mapping=tensors[0],
+            contexts=tensors[1],
+            lengths=tensors[2],
             prefills=tuple(prefills),
-            kernels=self._kernels,
+            kernels=None if kernels is None or self._pools is None else kernels.step(self._pools, *tensors),
         )
         input_ids = [t for c in chunks for t in c.sequence.tokens[c.start : c.start + c.count]]
         positions = np.concatenate([np.arange(c.start, c.start + c.count) for c in chunks])
@@ -181,29 +186,29 @@ class PackedRunner:
         return torch.from_numpy(array).to(self.device)
 
 
-class _Places:
-    """Where a sequence's tokens are in the pool, as numbers that grow with its table."""
+class _Slots:
+    """Slots of a sequence's tokens in the pools, as numbers that grow with its table."""
 
-    __slots__ = ("blocks", "known", "places")
+    __slots__ = ("blocks", "known", "slots")
 
     def __init__(self, blocks: list[int]) -> None:
         self.blocks = blocks
         self.known = 0
-        self.places = np.zeros(0, dtype=np.int64)
+        self.slots = np.zeros(0, dtype=np.int64)
 
 
-def _places(sequence: Sequence, count: int) -> NDArray[np.int64]:
-    """Places of a sequence's first tokens."""
-    state: _Places | None = sequence.runner_state
+def _slots(sequence: Sequence, count: int) -> NDArray[np.int64]:
+    """Slots of a sequence's first tokens."""
+    state: _Slots | None = sequence.runner_state
     blocks = sequence.table.blocks
     # A preempted sequence comes back with another list.
     if state is None or state.blocks is not blocks:
-        state = sequence.runner_state = _Places(blocks)
+        state = sequence.runner_state = _Slots(blocks)
     if state.known < len(blocks):
         fresh = np.array(blocks[state.known :], dtype=np.int64)[:, None] * BLOCK_SIZE + np.arange(BLOCK_SIZE)
-        state.places = np.concatenate((state.places, fresh.reshape(-1)))
+        state.slots = np.concatenate((state.slots, fresh.reshape(-1)))
         state.known = len(blocks)
-    return state.places[:count]
+    return state.slots[:count]
 
 
 def by_adapter(batch: Batch) -> dict[str, list[Chunk]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from fastchat_grpc.engine.attention import (
     running,
     spread,
 )
-from fastchat_grpc.native.kernels import Kernels
+from fastchat_grpc.native.kernels import Kernels, Pools
 
 LENGTHS = 7, 5
 
@@ -63,44 +62,39 @@ class Probe:
         count = len(self._ids)
         keys, values = make_pools(self.shapes, count)
         sequences = torch.split(torch.arange(count), list(LENGTHS))
-        lengths = torch.tensor(LENGTHS)
-        last = lengths.cumsum(0) - 1
-        before = torch.cat([places[:-1] for places in sequences])
+        last = torch.tensor(LENGTHS).cumsum(0) - 1
+        before = torch.cat([slots[:-1] for slots in sequences])
         begin = LENGTHS[0] - 1
-        prompts = PagedStep(
-            keys=keys,
-            values=values,
-            places=before,
-            contexts=torch.zeros(0, 0, dtype=torch.int64),
-            lengths=torch.zeros(0, dtype=torch.int64),
-            prefills=(Prefill(0, begin, sequences[0][:-1]), Prefill(begin, len(before), sequences[1][:-1])),
-            kernels=kernels,
-        )
-        singles = replace(
-            prompts,
-            places=last,
-            contexts=torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True),
-            lengths=lengths,
-            prefills=(),
-        )
+        chunks = Prefill(0, begin, sequences[0][:-1]), Prefill(begin, len(before), sequences[1][:-1])
+        nothing = torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+        contexts = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
+        pools = Pools(keys, values)
+
+        def step(prefills: tuple[Prefill, ...], *tensors: torch.Tensor) -> PagedStep:
+            names = zip(("slot_mapping", "contexts", "lengths"), tensors, strict=True)
+            native = None if kernels is None else kernels.step(pools, *tensors)
+            return PagedStep(keys=keys, values=values, prefills=prefills, kernels=native, **dict(names))
+
+        prompts = step(chunks, before, *nothing)
+        decode = step((), last, contexts, torch.tensor(LENGTHS))
         # Of a step only some logits are wanted. A model that makes them all would be read in wrong rows.
         if len(self._run(spread(prompts), before, keep=1)) != 1:
             return False
-        return self._is_close(self._run(spread(singles), last), last, tolerance)
+        return self._is_close(self._run(spread(decode), last), last, tolerance)
 
-    def _run(self, step: Step, places: torch.Tensor, keep: int | None = None) -> torch.Tensor:
-        """Logits of the tokens at `places`, or of the first ones of them."""
+    def _run(self, step: Step, indices: torch.Tensor, keep: int | None = None) -> torch.Tensor:
+        """Logits of the tokens at `indices`, or of the first ones of them."""
         with running(step):
             output = self.model(
-                input_ids=self._ids[places].to(self._device)[None],
-                position_ids=self._positions[places].to(self._device)[None],
+                input_ids=self._ids[indices].to(self._device)[None],
+                position_ids=self._positions[indices].to(self._device)[None],
                 use_cache=False,
-                logits_to_keep=np.arange(len(places) if keep is None else keep),
+                logits_to_keep=np.arange(len(indices) if keep is None else keep),
             )
         logits: torch.Tensor = output.logits[0].float()
         return logits
 
-    def _is_close(self, logits: torch.Tensor, places: torch.Tensor, tolerance: float) -> bool:
-        expected = self.expected[places.to(self.expected.device)].to(logits.device)
+    def _is_close(self, logits: torch.Tensor, indices: torch.Tensor, tolerance: float) -> bool:
+        expected = self.expected[indices.to(self.expected.device)].to(logits.device)
         self.error = float((logits - expected).norm() / expected.norm())
         return self.error < tolerance

@@ -43,7 +43,7 @@ class Int8Linear(PackedLinear):
             rows = rows.contiguous()
         y = self._kernels.multiply_int8(rows, self._weights)
         if y.shape[1] != self.out_features:
-            y = y[:, : self.out_features]
+            y = y[:, : self.out_features].contiguous()
         if self._weights.bias is not None:
             y += self._weights.bias
         return y.view(*x.shape[:-1], self.out_features) if x.dim() != 2 else y

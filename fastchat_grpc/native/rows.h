@@ -7,6 +7,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels.h"
+
 #define INLINE static inline __attribute__((always_inline))
 
 // Floating point operations that are worth waking a second thread for.
@@ -36,14 +38,14 @@ INLINE float top_of(const float *x, int64_t size) {
     return top;
 }
 
-// out = x / sqrt(mean(x^2) + epsilon) * (offset + weight); out may be x.
-INLINE void norm_row(float *out, const float *x, const float *weight, int64_t size, float epsilon, float offset) {
+// out = x / sqrt(mean(x^2) + epsilon) * weight; out may be x.
+INLINE void norm_row(float *out, const float *x, const float *weight, int64_t size, float epsilon) {
     float sum = 0.0f;
     #pragma omp simd reduction(+ : sum)
     for (int64_t d = 0; d < size; d++) sum += x[d] * x[d];
     float factor = 1.0f / sqrtf(sum / (float)size + epsilon);
     #pragma omp simd
-    for (int64_t d = 0; d < size; d++) out[d] = x[d] * factor * (offset + weight[d]);
+    for (int64_t d = 0; d < size; d++) out[d] = x[d] * factor * weight[d];
 }
 
 // out = silu(gate) * up; out may be gate.
@@ -72,4 +74,14 @@ INLINE void rotate_row(float *restrict x, const float *restrict cosine, const fl
             b[d] = right * cosine[d] + left * sine[d];
         }
     }
+}
+
+// Queries and keys of one token, row `i` of the step, normalised where the layer does so, and rotated.
+INLINE void turn_row(float *row, const Qkv *shape, const Rotary *rotary, int64_t i) {
+    int64_t size = rotary->size, turned = shape->heads + shape->kv_heads;
+    for (int64_t h = 0; h < turned; h++) {
+        const float *weight = h < shape->heads ? shape->query_norm : shape->key_norm;
+        if (weight != NULL) norm_row(row + h * size, row + h * size, weight, size, shape->epsilon);
+    }
+    rotate_row(row, rotary->cosine + i * size, rotary->sine + i * size, turned, size);
 }

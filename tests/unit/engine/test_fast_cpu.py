@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from fastchat_grpc.engine import model_runner
-from fastchat_grpc.engine.attention import PagedStep, WholeStep, attend_piece, attend_singles, running
+from fastchat_grpc.engine.attention import PagedStep, WholeStep, attend_chunk, attend_decode, running
 from fastchat_grpc.engine.fast_cpu import FastLayer, fuse, speed_up
 from fastchat_grpc.engine.model_runner import make_packed_runner
 from fastchat_grpc.models.cpu_linear import OneDnnLinear
 from fastchat_grpc.models.quantization import quantize_int8
-from fastchat_grpc.native.kernels import SWITCH, DecodeKernel, kernels
+from fastchat_grpc.native.kernels import SWITCH, DecodeKernel, Pools, Qkv, Rotary, kernels
 from tests.unit.engine.test_engine import ask, prompt
-from tests.unit.engine.tiny import VOCABULARY_SIZE, Harness, greedy_by_generate, tiny
+from tests.unit.engine.tiny import LLAMA, VOCABULARY_SIZE, Harness, greedy_by_generate, tiny
 
 needs_kernels = pytest.mark.skipif(kernels() is None, reason="no C compiler on this machine")
+
+
+def step_over(keys, values, contexts, lengths):
+    """A step over one layer's pool."""
+    return kernels().step(Pools([keys], [values]), torch.zeros(0, dtype=torch.int64), contexts, lengths)
 
 
 def runner_of(model, **options):
@@ -147,17 +150,20 @@ def test_single_tokens_run_through_all_layers_in_one_call_and_say_the_same(name,
     assert max(rows) == 3
     assert len({tuple(tokens) for tokens in together}) == 3
     rows.clear()
-    monkeypatch.setattr(PagedStep, "singles", None)
+    monkeypatch.setattr(PagedStep, "decode_kernels", None)
     assert say() == together
     assert not rows
 
 
 @needs_kernels
 def test_8_bit_layers_of_odd_sizes_are_computed_by_their_parts():
-    model = tiny("llama")  # 32 inputs fill half a group
+    """32 inputs fill half a group, and 120 or 200 outputs no whole number of panels."""
+    sizes = {"num_key_value_heads": 1, "head_dim": 20, "intermediate_size": 100}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**{**LLAMA, **sizes})).eval().requires_grad_(False)
     quantize_int8(model, kernels())
     runner_of(model)
-    assert all(layer.forward._whole is None for layer in model.model.layers)
+    assert all(isinstance(layer.forward, FastLayer) and layer.forward._whole is None for layer in model.model.layers)
     with Harness(model) as harness:
         assert len(harness.run(ask(prompt(20)))[0].tokens()) == 12
 
@@ -182,22 +188,24 @@ def test_native_attention_equals_torchs(heads, kv_heads, size, window):
     query = torch.randn(6, heads + 2, size)[:, :heads]
     contexts = torch.randint(300, (6, 90))
     lengths = torch.tensor([1, 90, 33, 7, 64, 8])
-    arguments = query, keys, values, contexts, lengths, size**-0.5, window
-    assert torch.allclose(kernels().attend_singles(*arguments), attend_singles(*arguments), atol=1e-5)
+    step = step_over(keys, values, contexts, lengths)
+    expected = attend_decode(query, keys, values, contexts, lengths, size**-0.5, window)
+    assert torch.allclose(step.attend_decode(0, query, kv_heads, size**-0.5, window), expected, atol=1e-5)
 
 
 @needs_kernels
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(9, 3, 64), (4, 4, 128), (6, 2, 20)])
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize(("count", "total"), [(1, 1), (3, 3), (4, 90), (21, 21), (22, 133)])
-def test_native_attention_of_a_piece_equals_torchs(heads, kv_heads, size, window, count, total):
+def test_native_attention_of_a_chunk_equals_torchs(heads, kv_heads, size, window, count, total):
     torch.manual_seed(0)
     keys, values = torch.randn(300, kv_heads, size), torch.randn(300, kv_heads, size)
     query = torch.randn(count, heads + 2, size)[:, :heads]
     context = torch.randperm(300)[:total]
     out = torch.full((count, heads, size), float("nan"))
-    kernels().attend_piece(out, query, keys, values, context, size**-0.5, window)
-    expected = attend_piece(query, keys[context], values[context], size**-0.5, window)
+    step = step_over(keys, values, torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
+    step.attend_chunk(out, 0, query, context, kv_heads, size**-0.5, window)
+    expected = attend_chunk(query, keys[context], values[context], size**-0.5, window)
     assert torch.allclose(out, expected, atol=1e-5)
 
 
@@ -206,7 +214,7 @@ def test_a_kernel_without_memory_says_so():
     contexts = torch.zeros(1, 1, dtype=torch.int64).expand(1, 2**57)
     x = torch.zeros(1, 1, 8)
     with pytest.raises(MemoryError, match="no memory for attention scores"):
-        kernels().attend_singles(x, x, x, contexts, torch.tensor([1]), 1.0, None)
+        step_over(x, x, contexts, torch.tensor([1])).attend_decode(0, x, 1, 1.0, None)
 
 
 @needs_kernels
@@ -215,24 +223,42 @@ def test_native_attention_survives_huge_scores():
     keys[2] = -1e3
     values = torch.arange(32.0).view(4, 1, 8)
     query = torch.full((1, 1, 8), 1e3)
-    arguments = query, keys, values, torch.tensor([[0, 1, 2, 3]]), torch.tensor([3]), 1.0, None
-    assert torch.allclose(kernels().attend_singles(*arguments)[0, 0], values[:2].mean(0)[0])
+    step = step_over(keys, values, torch.tensor([[0, 1, 2, 3]]), torch.tensor([3]))
+    assert torch.allclose(step.attend_decode(0, query, 1, 1.0, None)[0, 0], values[:2].mean(0)[0])
 
 
 @needs_kernels
-def test_native_norm_activation_and_rotation_equal_torchs():
+def test_new_keys_and_values_go_to_their_slots():
+    torch.manual_seed(0)
+    keys, values = torch.zeros(9, 2, 8), torch.zeros(9, 2, 6)
+    key, value = torch.randn(3, 5, 8)[:, 2:4], torch.randn(3, 2, 6)
+    slots = torch.tensor([7, 0, 4])
+    kernels().step(Pools([keys], [values]), slots, slots[None], slots[:1]).store(0, key, value)
+    assert torch.equal(keys[slots], key)
+    assert torch.equal(values[slots], value)
+    assert keys.count_nonzero() == key.numel()
+
+
+@needs_kernels
+@pytest.mark.parametrize("normed", [False, True])
+def test_native_norm_activation_and_rotation_equal_torchs(normed):
     torch.manual_seed(0)
     k = kernels()
     x, weight = torch.randn(7, 33) * 5, torch.randn(33)
-    expected = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * (1 + weight)
-    assert torch.allclose(k.rms_norm(x, weight, 1e-5, 1.0), expected, atol=1e-5)
-    both = torch.randn(7, 66) * 30
-    expected = torch.nn.functional.silu(both[:, :33]) * both[:, 33:]
-    assert torch.allclose(k.silu_and_multiply(both[:, :33], both[:, 33:]), expected, atol=1e-4, rtol=1e-5)
-    heads, angles = torch.randn(7, 5, 16), torch.randn(7, 8)
-    cosine, sine = (torch.cat((f(angles), f(angles)), dim=-1).contiguous() for f in (torch.cos, torch.sin))
-    turned = torch.cat((-heads[..., 8:], heads[..., :8]), dim=-1)
-    expected = heads * cosine[:, None] + turned * sine[:, None]
-    rotated = copy.deepcopy(heads)
-    k.rotate(rotated, cosine, sine)
-    assert torch.allclose(rotated, expected, atol=1e-5)
+    expected = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * weight
+    assert torch.allclose(k.rms_norm(x, weight, 1e-5), expected, atol=1e-5)
+    gate_up = torch.randn(7, 66) * 30
+    expected = torch.nn.functional.silu(gate_up[:, :33]) * gate_up[:, 33:]
+    assert torch.allclose(k.silu_and_multiply(gate_up), expected, atol=1e-4, rtol=1e-5)
+    qkv, angles = torch.randn(7, 3 + 2 * 2, 16), torch.randn(7, 8)  # three query heads, two of keys, two of values
+    cosine, sine = (torch.cat((f(angles), f(angles)), dim=-1) for f in (torch.cos, torch.sin))
+    norms = [torch.randn(16), torch.randn(16)] if normed else [None, None]
+    expected = qkv.clone()
+    for part, norm in ((slice(0, 3), norms[0]), (slice(3, 5), norms[1])):
+        heads = expected[:, part]
+        if norm is not None:
+            heads = heads * torch.rsqrt(heads.pow(2).mean(-1, keepdim=True) + 1e-6) * norm
+        turned = torch.cat((-heads[..., 8:], heads[..., :8]), dim=-1)
+        expected[:, part] = heads * cosine[:, None] + turned * sine[:, None]
+    k.norm_and_rotate(qkv, Qkv(3, 2, *norms, 1e-6), Rotary(cosine, sine))
+    assert torch.allclose(qkv, expected, atol=1e-5)

@@ -11,14 +11,17 @@ import torch
 
 from fastchat_grpc.models.detect import ModelKind
 from fastchat_grpc.models.quantization import Int8Linear, WrongProducts, quantize_int8
+from fastchat_grpc.models.quantization_plan import fast_instructions
 from fastchat_grpc.native import kernels as native
 from fastchat_grpc.native.kernels import INT8_INPUTS, Kernels
 from fastchat_grpc.native.library import FLAGS, compile_library, find_compiler
 
+FLAGS_OF = {"avx2": ["-mavx2", "-mfma"], "portable": []}
 
-@pytest.fixture(scope="module", params=["native", "portable"])
+
+@pytest.fixture(scope="module", params=["native", *FLAGS_OF])
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    """The kernels as this machine has them, and as a processor without 8-bit instructions has them."""
+    """The kernels as this machine has them, and as processors with less have them."""
     if request.param == "native":
         found = native.kernels()
         if found is None:
@@ -26,11 +29,13 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         return found
     if platform.machine() != "x86_64":
         pytest.skip("elsewhere the portable code is the native one")
+    if request.param == "avx2" and not fast_instructions():
+        pytest.skip("the processor has no AVX2")
     compiler = find_compiler()
     if compiler is None:
         pytest.skip("no C compiler")
-    path = tmp_path_factory.mktemp("kernels") / "portable.so"
-    compile_library(compiler, path, [flag for flag in FLAGS if flag != "-march=native"])
+    path = tmp_path_factory.mktemp("kernels") / f"{request.param}.so"
+    compile_library(compiler, path, [flag for flag in FLAGS if flag != "-march=native"] + FLAGS_OF[request.param])
     return Kernels(path)
 
 

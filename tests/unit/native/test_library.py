@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from fastchat_grpc.models.embedded import CACHE_VARIABLE
-from fastchat_grpc.native import kernels as native
-from fastchat_grpc.native import library
+from fastchat_grpc.native import library, structs
 from fastchat_grpc.native.kernels import Kernels, kernels
 from fastchat_grpc.native.library import CannotCompile, load_library
 
@@ -181,14 +180,23 @@ def test_a_compiler_that_hangs_or_is_none_is_said(tmp_path, monkeypatch):
         library.compile_library("no-such-compiler", tmp_path / "k.so")
 
 
-def test_structs_of_other_sizes_are_noticed(tmp_path, made, monkeypatch):
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        (lambda fields: [*fields, ("one_more", ctypes.c_int64)], "Heads"),
+        (lambda fields: fields[:-1], "Heads"),
+        (lambda fields: [fields[1], fields[0], *fields[2:]], "Heads.kv_heads"),  # of one size: only names tell
+        (lambda fields: [(fields[0][0], ctypes.c_double), *fields[1:-1], (fields[-1][0], ctypes.c_double)], "Heads"),
+    ],
+)
+def test_structs_that_c_has_otherwise_are_noticed(tmp_path, made, monkeypatch, fields, told):
     (tmp_path / "k.so").write_bytes(made)
 
-    class Longer(ctypes.Structure):
-        _fields_ = [*native._Shape._fields_, ("one_more", ctypes.c_int64)]
+    class Heads(ctypes.Structure):
+        _fields_ = fields(structs.Heads._fields_)
 
-    monkeypatch.setattr(native, "_Shape", Longer)
-    with pytest.raises(OSError, match="its structs have"):
+    monkeypatch.setattr(structs, "STRUCTS", (Heads, *structs.STRUCTS[1:]))
+    with pytest.raises(OSError, match=rf"its structs are others than those of Python: \('{told}"):
         Kernels(tmp_path / "k.so")
 
 
