@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random
+import hashlib
 import string
 from typing import Any
 
@@ -18,7 +18,6 @@ from fastchat_grpc.openai.tools.pieces import CallArguments, CallStart, Content,
 from fastchat_grpc.text.offsets import TextOffsets
 
 _ID_LETTERS = string.ascii_letters + string.digits
-_random = random.SystemRandom()
 
 
 def _parser(reply: Reply) -> ToolCallParser | NamedCallParser | None:
@@ -38,17 +37,26 @@ def _finish_reason(end: Completion | None, reply: Reply, *, called: bool) -> str
     return "tool_calls" if called and reason == "stop" and reply.tools.mode is not ToolMode.NAMED else reason
 
 
-def _call_id() -> str:
-    """A name for a call. Chat templates of Mistral's models take nine letters and digits, and nothing else."""
-    return "".join(_random.choices(_ID_LETTERS, k=9))
+def _call_id(reply_id: str, choice: int, call: int) -> str:
+    """The name of a call, the same at every worker that makes the reply.
+
+    Chat templates of Mistral's models take nine letters and digits, and nothing else.
+    """
+    number = int.from_bytes(hashlib.blake2b(f"{reply_id}/{choice}/{call}".encode(), digest_size=8).digest())
+    letters = []
+    for _ in range(9):
+        number, letter = divmod(number, len(_ID_LETTERS))
+        letters.append(_ID_LETTERS[letter])
+    return "".join(letters)
 
 
 class _StreamedChoice:
     """What a streamed choice has pending."""
 
-    __slots__ = ("head", "logprobs", "parser", "places")
+    __slots__ = ("head", "index", "logprobs", "parser", "places")
 
-    def __init__(self, head: bytes, reply: Reply) -> None:
+    def __init__(self, index: int, head: bytes, reply: Reply) -> None:
+        self.index = index
         self.head = head
         self.parser = _parser(reply)
         self.places = TextOffsets()
@@ -59,6 +67,7 @@ class ChatStream:
     """Renders chunks: per choice a role chunk, content chunks and a finish chunk; usage and [DONE] at the end."""
 
     def __init__(self, call: Call, reply_id: str, created: int) -> None:
+        self._id = reply_id
         self._reply = call.reply
         self._tally = Tally(call.choices_per_prompt)
         base = base_of(call.reply, reply_id, "chat.completion.chunk", created)
@@ -74,6 +83,11 @@ class ChatStream:
                 return self._completion(event)
             case PromptEcho():
                 return b""
+
+    def settled(self, index: int) -> bool:
+        """Whether all log probabilities of a choice have been told."""
+        choice = self._choices.get(index)
+        return choice is None or (choice.places.settled and not choice.logprobs)
 
     def end(self) -> bytes:
         """What follows the last choice."""
@@ -117,7 +131,7 @@ class ChatStream:
         return opening + rest + choice.head + self._chunks.last_tail(_take_logprobs(choice), finish, event.matched)
 
     def _open(self, index: int) -> tuple[_StreamedChoice, bytes]:
-        choice = self._choices[index] = _StreamedChoice(self._chunks.head(index), self._reply)
+        choice = self._choices[index] = _StreamedChoice(index, self._chunks.head(index), self._reply)
         tail = self._chunks.tail()
         opening = choice.head + b'"role":"assistant","content":""' + tail
         if self._reply.prefix:
@@ -129,8 +143,26 @@ class ChatStream:
         for piece in pieces:
             if isinstance(piece, Content) and not piece.text and not choice.logprobs:
                 continue
-            chunks.append(choice.head + _piece(piece) + self._chunks.tail(_take_logprobs(choice)))
+            chunks.append(choice.head + self._piece(choice, piece) + self._chunks.tail(_take_logprobs(choice)))
         return b"".join(chunks)
+
+    def _piece(self, choice: _StreamedChoice, piece: Piece) -> bytes:
+        """The members of a chunk's delta."""
+        match piece:
+            case Content(text):
+                return b'"content":' + quote(text)
+            case Reasoning(text):
+                # The name that most servers and clients know, and vLLM's newer one.
+                quoted = quote(text)
+                return b'"reasoning_content":' + quoted + b',"reasoning":' + quoted
+            case CallStart(call, name):
+                name_of_call = _call_id(self._id, choice.index, call)
+                function = {"name": name, "arguments": ""}
+                return b'"tool_calls":' + dumps(
+                    [{"index": call, "id": name_of_call, "type": "function", "function": function}]
+                )
+            case CallArguments(call, text):
+                return b'"tool_calls":' + dumps([{"index": call, "function": {"arguments": text}}])
 
 
 def _take_logprobs(choice: _StreamedChoice) -> bytes:
@@ -142,34 +174,17 @@ def _take_logprobs(choice: _StreamedChoice) -> bytes:
     return rendered
 
 
-def _piece(piece: Piece) -> bytes:
-    """The members of a chunk's delta."""
-    match piece:
-        case Content(text):
-            return b'"content":' + quote(text)
-        case Reasoning(text):
-            # The name that most servers and clients know, and vLLM's newer one.
-            quoted = quote(text)
-            return b'"reasoning_content":' + quoted + b',"reasoning":' + quoted
-        case CallStart(index, name):
-            function = {"name": name, "arguments": ""}
-            return b'"tool_calls":' + dumps(
-                [{"index": index, "id": _call_id(), "type": "function", "function": function}]
-            )
-        case CallArguments(index, text):
-            return b'"tool_calls":' + dumps([{"index": index, "function": {"arguments": text}}])
-
-
 class ChatBody:
     """Collects a whole generation into one body."""
 
     def __init__(self, call: Call, reply_id: str, created: int) -> None:
+        self._id = reply_id
         self._reply = call.reply
         self._tally = Tally(call.choices_per_prompt)
         self._base = base_of(call.reply, reply_id, "chat.completion", created)
         self._choices = {index: Collected() for index in range(call.choices_per_prompt)}
 
-    def feed(self, event: Event, base: int = 0) -> None:
+    def feed(self, event: Event, base: int = 0) -> bytes:
         """Take an event. A chat has one prompt, so `base` is 0."""
         match event:
             case Delta():
@@ -181,6 +196,11 @@ class ChatBody:
             case Completion():
                 self._choices[event.index].end = event
                 self._tally.note(event.index, event.usage)
+        return b""
+
+    def settled(self, index: int) -> bool:
+        """Nothing is told before the end."""
+        return False
 
     def end(self) -> bytes:
         """The body."""
@@ -189,7 +209,7 @@ class ChatBody:
 
     def _render(self, index: int, choice: Collected) -> dict[str, Any]:
         text, reasoning = "".join(choice.texts), "".join(choice.reasoning)
-        content, calls = self._split(text)
+        content, calls = self._split(index, text)
         message: dict[str, Any] = {"role": "assistant", "content": self._reply.prefix + content, "refusal": None}
         if calls or reasoning or self._reply.tools.forced:
             message["content"] = message["content"] or None
@@ -210,7 +230,7 @@ class ChatBody:
             "stop_reason": choice.matched,
         }
 
-    def _split(self, text: str) -> tuple[str, list[dict[str, Any]]]:
+    def _split(self, index: int, text: str) -> tuple[str, list[dict[str, Any]]]:
         parser = _parser(self._reply)
         if parser is None:
             return text, []
@@ -220,8 +240,9 @@ class ChatBody:
             match piece:
                 case Content(more):
                     content.append(more)
-                case CallStart(_, name):
-                    calls.append({"id": _call_id(), "type": "function", "function": {"name": name, "arguments": ""}})
-                case CallArguments(index, more):
-                    calls[index]["function"]["arguments"] += more
+                case CallStart(call, name):
+                    function = {"name": name, "arguments": ""}
+                    calls.append({"id": _call_id(self._id, index, call), "type": "function", "function": function})
+                case CallArguments(call, more):
+                    calls[call]["function"]["arguments"] += more
         return "".join(content), calls

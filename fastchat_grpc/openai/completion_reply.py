@@ -46,6 +46,11 @@ class CompletionStream:
                 choices = range(base, base + self._per_prompt)
                 return b"".join(self._text(index, event.text, event.logprobs) for index in choices)
 
+    def settled(self, index: int) -> bool:
+        """Whether all log probabilities of a choice have been told."""
+        choice = self._choices.get(index)
+        return choice is None or choice.places.settled
+
     def end(self) -> bytes:
         """What follows the last choice."""
         return self._chunks.end()
@@ -92,7 +97,7 @@ class CompletionBody:
         self._base = base_of(call.reply, reply_id, "text_completion", created)
         self._choices = {index: Collected() for index in range(len(call.generations) * self._per_prompt)}
 
-    def feed(self, event: Event, base: int = 0) -> None:
+    def feed(self, event: Event, base: int = 0) -> bytes:
         """Take an event; `base` is the index of the first choice of its prompt."""
         match event:
             case Delta():
@@ -107,6 +112,11 @@ class CompletionBody:
                 for index in range(base, base + self._per_prompt):
                     self._choices[index].texts.append(event.text)
                     self._choices[index].logprobs.extend(event.logprobs)
+        return b""
+
+    def settled(self, index: int) -> bool:
+        """Nothing is told before the end."""
+        return False
 
     def end(self) -> bytes:
         """The body."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import random
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import grpc
 from google.api.httpbody_pb2 import HttpBody
 
-from fastchat_grpc.core import Completion, Event, GenerateRequest, ModelInfo, PromptEcho
-from fastchat_grpc.errors import InvalidArgument, ModelNotFound
-from fastchat_grpc.openai import pings, sse
+from fastchat_grpc.core import ModelInfo
+from fastchat_grpc.errors import ModelNotFound
+from fastchat_grpc.openai import sse
+from fastchat_grpc.openai.answer import Answer, Reply
 from fastchat_grpc.openai.beside import Beside
 from fastchat_grpc.openai.call import Call
 from fastchat_grpc.openai.chat_reply import ChatBody, ChatStream
@@ -24,10 +27,10 @@ from fastchat_grpc.openai.embeddings import RENAMES as EMBED_RENAMES
 from fastchat_grpc.openai.embeddings import parse_embeddings, render_embeddings
 from fastchat_grpc.openai.ignored import Ignored
 from fastchat_grpc.openai.jsonio import dumps, parse_object
-from fastchat_grpc.openai.merge import merge
-from fastchat_grpc.openai.paths import rename, renamed_errors
+from fastchat_grpc.openai.paths import renamed_errors
 from fastchat_grpc.openai.port import GenerationPort
 from fastchat_grpc.openai.settings import find_model
+from fastchat_grpc.openai.state import ReplyPieces, read_state, seeded_apart
 from fastchat_grpc.openai.tokens import (
     TOKENIZE_RENAMES,
     parse_detokenize,
@@ -37,7 +40,7 @@ from fastchat_grpc.openai.tokens import (
     render_token_check,
     render_tokenize,
 )
-from fastchat_grpc.rpc.border import to_domain_error
+from fastchat_grpc.rpc.pieces import Room, asked_for, beginning, can_go_on
 from fastchat_grpc.rpc.request_ids import request_id, told
 from fastchat_grpc.v1 import openai_pb2 as pb
 from fastchat_grpc.v1 import openai_pb2_grpc
@@ -50,18 +53,22 @@ _OWNER = "fastchat_grpc"
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class StreamReply(Protocol):
-    """Renders the events of a stream as they come."""
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """One of the two kinds of completions."""
 
-    def feed(self, event: Event, base: int = 0) -> bytes: ...
-    def end(self) -> bytes: ...
+    parse: Callable[..., Call]
+    stream: Callable[[Call, str, int], Reply]
+    whole: Callable[[Call, str, int], Reply]
+    prefix: str
+
+    def id(self) -> str:
+        """The id of a new reply."""
+        return self.prefix + uuid.uuid4().hex
 
 
-class BodyReply(Protocol):
-    """Collects the events of a generation into one body."""
-
-    def feed(self, event: Event, base: int = 0) -> None: ...
-    def end(self) -> bytes: ...
+_CHAT = _Kind(parse_chat, ChatStream, ChatBody, "chatcmpl-")
+_TEXT = _Kind(parse_completion, CompletionStream, CompletionBody, "cmpl-")
 
 
 class OpenAIServicer(openai_pb2_grpc.OpenAIServiceServicer):
@@ -72,12 +79,22 @@ class OpenAIServicer(openai_pb2_grpc.OpenAIServiceServicer):
     Args:
         strict_fields: members of requests that nobody knows are refused; else they are ignored and named to the caller.
         ping_s: seconds of silence after which a stream says that it lives; 0: never.
+        worker_id: who answers, where that is a worker: one hands out the state of its answers to bridges that ask.
     """
 
-    def __init__(self, port: GenerationPort, *, strict_fields: bool = False, ping_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        port: GenerationPort,
+        *,
+        strict_fields: bool = False,
+        ping_s: float = 0.0,
+        worker_id: Callable[[], str] | None = None,
+    ) -> None:
         self._port = port
         self._strict = strict_fields
         self._ping_s = ping_s
+        self._worker_id = worker_id
+        self._rng = random.Random()
         self._ignored = Ignored()
         self._beside = Beside()
         self._catalog: Sequence[ModelInfo] = ()
@@ -85,26 +102,14 @@ class OpenAIServicer(openai_pb2_grpc.OpenAIServiceServicer):
         self._started = int(time.time())
 
     async def ChatCompletions(self, request: HttpBody, context: Context) -> AsyncGenerator[HttpBody, None]:
-        call = await self._parse(parse_chat, request, context)
-        reply_id, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
-        if call.reply.stream:
-            chunks = self._stream(call, ChatStream(call, reply_id, created))
-        else:
-            chunks = self._body(call, ChatBody(call, reply_id, created))
-        async with aclosing(self._named(chunks, call, context)) as named:
-            async for chunk in named:
-                yield chunk
+        async with aclosing(self._answer(_CHAT, request, context)) as bodies:
+            async for body in bodies:
+                yield body
 
     async def Completions(self, request: HttpBody, context: Context) -> AsyncGenerator[HttpBody, None]:
-        call = await self._parse(parse_completion, request, context)
-        reply_id, created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
-        if call.reply.stream:
-            chunks = self._stream(call, CompletionStream(call, reply_id, created))
-        else:
-            chunks = self._body(call, CompletionBody(call, reply_id, created))
-        async with aclosing(self._named(chunks, call, context)) as named:
-            async for chunk in named:
-                yield chunk
+        async with aclosing(self._answer(_TEXT, request, context)) as bodies:
+            async for body in bodies:
+                yield body
 
     async def Embeddings(self, request: HttpBody, context: Context) -> HttpBody:
         with renamed_errors(EMBED_RENAMES):
@@ -176,85 +181,45 @@ class OpenAIServicer(openai_pb2_grpc.OpenAIServiceServicer):
         name = request_id("", context.invocation_metadata())
         return await self._beside.run(len(request.data), parse, values, self._catalog, name, strict=self._strict)
 
-    async def _named(
-        self, chunks: AsyncGenerator[HttpBody, None], call: Call, context: Context
-    ) -> AsyncGenerator[HttpBody, None]:
-        """The same, with metadata, which bridges make headers: the request's name, and what is ignored of it.
+    async def _answer(self, kind: _Kind, request: HttpBody, context: Context) -> AsyncGenerator[HttpBody, None]:
+        """The bodies of an answer, with metadata, which bridges make headers.
 
-        A refusal comes before it: what has begun is not tried elsewhere.
+        These name the request, and what is ignored of it. A refusal comes before them: what has begun is not tried
+        elsewhere.
         """
-        begun = False
-        async with aclosing(chunks):
-            async for chunk in chunks:
-                if not begun:
-                    begun = True
-                    name = told(request_id=call.generations[0].request_id)
-                    await context.send_initial_metadata(name + self._ignored.header(call.ignored))
-                yield chunk
+        call = await self._parse(kind.parse, request, context)
+        size = request.ByteSize()
+        begun = await self._beside.write(size, read_state, request.extensions, call) if request.extensions else None
+        if begun is not None and begun.complete:
+            return
+        start = begun.start if begun is not None else pb.ReplyStart(id=kind.id(), created=int(time.time()))
+        header = told(request_id=call.generations[0].request_id) + self._ignored.header(call.ignored)
+        pieces = None
+        if self._worker_id is not None and asked_for(context.invocation_metadata()):
+            header += told(served_by=self._worker_id())
+            pieces = self._pieces(call, start, size, begun=begun is not None)
+        call = replace(call, generations=seeded_apart(call.generations, start.resume))
+        answer = Answer(self._port, self._beside, call, pieces=pieces, begun=begun, ping_s=self._ping_s)
+        reply = (kind.stream if call.reply.stream else kind.whole)(call, start.id, start.created)
+        if begun is not None:
+            await self._beside.write(size, begun.replay, reply)
+        told_header = False
+        async with aclosing(answer.bodies(reply)) as bodies:
+            async for body in bodies:
+                if not told_header:
+                    told_header = True
+                    await context.send_initial_metadata(header)
+                yield body
 
-    async def _stream(self, call: Call, reply: StreamReply) -> AsyncGenerator[HttpBody, None]:
-        """One body per event of the generation that says something new; a failure midway ends the stream in band."""
-        begun, said = False, 0.0
-        try:
-            async with (
-                aclosing(self._events(call)) as events,
-                aclosing(pings.with_pings(events, self._ping_s)) as items,
-            ):
-                async for item in items:
-                    chunk = sse.PING
-                    if item is not None:
-                        base, event = item
-                        chunk = await self._beside.write(_weight(event, call), reply.feed, event, base)
-                    now = time.monotonic()
-                    if not chunk and begun and 0 < self._ping_s < now - said:
-                        chunk = sse.PING  # text is held back, such as a long argument of a call
-                    if chunk:
-                        yield HttpBody(data=chunk) if begun else HttpBody(content_type=sse.CONTENT_TYPE, data=chunk)
-                        begun, said = True, now
-            yield HttpBody(data=reply.end())
-        except Exception as failure:
-            if not begun or isinstance(failure, grpc.aio.AbortError):
-                raise
-            error = to_domain_error(failure, "OpenAIService")
-            yield HttpBody(data=sse.failure(error))
-            # For gRPC callers and metrics; over HTTP the status is already sent, and the event above tells.
-            raise error from None
-
-    async def _body(self, call: Call, reply: BodyReply) -> AsyncGenerator[HttpBody, None]:
-        size = 0
-        async with aclosing(self._events(call)) as events:
-            async for base, event in events:
-                reply.feed(event, base)
-                size += _weight(event, call)
-        yield _json(await self._beside.write(size, reply.end))
-
-    async def _events(self, call: Call) -> AsyncGenerator[tuple[int, Event], None]:
-        """Events of all prompts, each with the index of the first choice of its prompt."""
-        generations = [self._generate(call, i, generation) for i, generation in enumerate(call.generations)]
-        async with aclosing(merge(generations)) as merged:
-            async for position, event in merged:
-                yield position * call.choices_per_prompt, event
-
-    async def _generate(self, call: Call, position: int, generation: GenerateRequest) -> AsyncGenerator[Event, None]:
-        try:
-            async with aclosing(self._port.generate(generation)) as events:
-                async for event in events:
-                    yield event
-        except InvalidArgument as error:
-            renames = call.reply.renames
-            if len(call.generations) > 1:
-                own = {path: f"prompt[{position}]" for path, shown in renames.items() if shown == "prompt"}
-                renames = {**renames, **own, "prompt": f"prompt[{position}]"}
-            raise rename(error, renames) from None
-
-
-def _weight(event: Event, call: Call) -> int:
-    """Bytes that an event adds to an answer, roughly."""
-    if isinstance(event, Completion):
-        return 0
-    tokens = len(event.logprobs) * (1 + len(event.logprobs[-1].top)) if event.logprobs else 0
-    size = len(event.text) + len(getattr(event, "reasoning", "")) + 100 * tokens
-    return size * call.choices_per_prompt if isinstance(event, PromptEcho) else size
+    def _pieces(self, call: Call, start: pb.ReplyStart, size: int, *, begun: bool) -> ReplyPieces | None:
+        """What makes pieces of an answer's state; None: its model cannot go on with it."""
+        request = call.generations[0]
+        model = find_model(self._catalog, request.model)
+        if model is None or not can_go_on(request, model.capabilities):
+            return None
+        if not begun:
+            start.resume.CopyFrom(beginning(request, model, self._rng))
+        return ReplyPieces(None if begun else start, call, Room(size))
 
 
 def _json(body: bytes) -> HttpBody:

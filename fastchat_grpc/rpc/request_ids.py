@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from fastchat_grpc.core import MAX_REQUEST_ID_LENGTH
+from fastchat_grpc.rpc.bridge import WORKER_HEADER
 
 REQUEST_ID = "x-request-id"
 WORKER_ID = "x-fastchat-grpc-worker"
@@ -14,7 +15,13 @@ FINGERPRINT = "x-fastchat-grpc-fingerprint"
 """Of the model that answers: whoever goes on with the answer needs it before the answer's end."""
 BACKEND = "x-fastchat-grpc-backend"
 """That runs it: likewise."""
-_KEYS = {"request_id": REQUEST_ID, "worker_id": WORKER_ID, "fingerprint": FINGERPRINT, "backend": BACKEND}
+_KEYS = {
+    "served_by": WORKER_HEADER,
+    "request_id": REQUEST_ID,
+    "worker_id": WORKER_ID,
+    "fingerprint": FINGERPRINT,
+    "backend": BACKEND,
+}
 _ORIGIN = {FINGERPRINT: "fingerprint", BACKEND: "backend"}
 
 
@@ -32,7 +39,7 @@ def told(**values: str) -> tuple[tuple[str, str], ...]:
     """Metadata that tells a caller who answers which request. What cannot be metadata, or is empty, is left out.
 
     Args:
-        values: `request_id`, `worker_id`, `fingerprint` and `backend`.
+        values: `request_id`, `worker_id`, `fingerprint` and `backend`; `served_by` is the worker, for a bridge.
     """
     return tuple((_KEYS[name], value) for name, value in values.items() if value and _printable(value))
 

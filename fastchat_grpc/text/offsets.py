@@ -35,6 +35,11 @@ class TextOffsets:
         self._even = True
         """Whether text and tokens so far are the same characters."""
 
+    @property
+    def settled(self) -> bool:
+        """Whether every token has found its place, and all text its token."""
+        return self._even
+
     def feed(self, entries: Sequence[TokenLogprob], text: str) -> list[Placed]:
         """The tokens whose place is known now, given the text that came with some."""
         if self._even and len(entries) == 1 and entries[0].token == text and "\ufffd" not in text:

@@ -27,7 +27,7 @@ from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from google.api import httpbody_pb2 as google_dot_api_dot_httpbody__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66\x61stchat_grpc/v1/openai.proto\x12\x10\x66\x61stchat_grpc.v1\x1a!fastchat_grpc/v1/generation.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x19google/api/httpbody.proto\"\x19\n\x17ListOpenAIModelsRequest\"&\n\x15GetOpenAIModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"~\n\nReplyPiece\x12+\n\x05start\x18\x01 \x01(\x0b\x32\x1c.fastchat_grpc.v1.ReplyStart\x12\x31\n\x05\x65vent\x18\x02 \x01(\x0b\x32\".fastchat_grpc.v1.GenerateResponse\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\"S\n\nReplyStart\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x03\x12(\n\x06resume\x18\x03 \x01(\x0b\x32\x18.fastchat_grpc.v1.Resume2\xe6\x05\n\rOpenAIService\x12`\n\x0f\x43hatCompletions\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\x1f\x82\xd3\xe4\x93\x02\x19\"\x14/v1/chat/completions:\x01*0\x01\x12W\n\x0b\x43ompletions\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\x1a\x82\xd3\xe4\x93\x02\x14\"\x0f/v1/completions:\x01*0\x01\x12S\n\nEmbeddings\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\x19\x82\xd3\xe4\x93\x02\x13\"\x0e/v1/embeddings:\x01*\x12L\n\x08Tokenize\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\x14\x82\xd3\xe4\x93\x02\x0e\"\t/tokenize:\x01*\x12P\n\nDetokenize\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\x16\x82\xd3\xe4\x93\x02\x10\"\x0b/detokenize:\x01*\x12X\n\nTokenCheck\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\x1e\x82\xd3\xe4\x93\x02\x18\"\x13/api/v1/token_check:\x01*\x12\x61\n\nListModels\x12).fastchat_grpc.v1.ListOpenAIModelsRequest\x1a\x14.google.api.HttpBody\"\x12\x82\xd3\xe4\x93\x02\x0c\x12\n/v1/models\x12h\n\x08GetModel\x12\'.fastchat_grpc.v1.GetOpenAIModelRequest\x1a\x14.google.api.HttpBody\"\x1d\x82\xd3\xe4\x93\x02\x17\x12\x15/v1/models/{model=**}b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66\x61stchat_grpc/v1/openai.proto\x12\x10\x66\x61stchat_grpc.v1\x1a!fastchat_grpc/v1/generation.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x19google/api/httpbody.proto\"\x19\n\x17ListOpenAIModelsRequest\"&\n\x15GetOpenAIModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x94\x01\n\nReplyPiece\x12+\n\x05start\x18\x01 \x01(\x0b\x32\x1c.fastchat_grpc.v1.ReplyStart\x12\x31\n\x05\x65vent\x18\x02 \x01(\x0b\x32\".fastchat_grpc.v1.GenerateResponse\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\x12\x14\n\x0cprompt_index\x18\x04 \x01(\x05\"S\n\nReplyStart\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x03\x12(\n\x06resume\x18\x03 \x01(\x0b\x32\x18.fastchat_grpc.v1.Resume2\xe6\x05\n\rOpenAIService\x12`\n\x0f\x43hatCompletions\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\x1f\x82\xd3\xe4\x93\x02\x19\"\x14/v1/chat/completions:\x01*0\x01\x12W\n\x0b\x43ompletions\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\x1a\x82\xd3\xe4\x93\x02\x14\"\x0f/v1/completions:\x01*0\x01\x12S\n\nEmbeddings\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\x19\x82\xd3\xe4\x93\x02\x13\"\x0e/v1/embeddings:\x01*\x12L\n\x08Tokenize\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\x14\x82\xd3\xe4\x93\x02\x0e\"\t/tokenize:\x01*\x12P\n\nDetokenize\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\x16\x82\xd3\xe4\x93\x02\x10\"\x0b/detokenize:\x01*\x12X\n\nTokenCheck\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\x1e\x82\xd3\xe4\x93\x02\x18\"\x13/api/v1/token_check:\x01*\x12\x61\n\nListModels\x12).fastchat_grpc.v1.ListOpenAIModelsRequest\x1a\x14.google.api.HttpBody\"\x12\x82\xd3\xe4\x93\x02\x0c\x12\n/v1/models\x12h\n\x08GetModel\x12\'.fastchat_grpc.v1.GetOpenAIModelRequest\x1a\x14.google.api.HttpBody\"\x1d\x82\xd3\xe4\x93\x02\x17\x12\x15/v1/models/{model=**}b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -54,10 +54,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTOPENAIMODELSREQUEST']._serialized_end=168
   _globals['_GETOPENAIMODELREQUEST']._serialized_start=170
   _globals['_GETOPENAIMODELREQUEST']._serialized_end=208
-  _globals['_REPLYPIECE']._serialized_start=210
-  _globals['_REPLYPIECE']._serialized_end=336
-  _globals['_REPLYSTART']._serialized_start=338
-  _globals['_REPLYSTART']._serialized_end=421
-  _globals['_OPENAISERVICE']._serialized_start=424
-  _globals['_OPENAISERVICE']._serialized_end=1166
+  _globals['_REPLYPIECE']._serialized_start=211
+  _globals['_REPLYPIECE']._serialized_end=359
+  _globals['_REPLYSTART']._serialized_start=361
+  _globals['_REPLYSTART']._serialized_end=444
+  _globals['_OPENAISERVICE']._serialized_start=447
+  _globals['_OPENAISERVICE']._serialized_end=1189
 # @@protoc_insertion_point(module_scope)

@@ -19,14 +19,16 @@ class GetOpenAIModelRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class ReplyPiece(_message.Message):
-    __slots__ = ("start", "event", "complete")
+    __slots__ = ("start", "event", "complete", "prompt_index")
     START_FIELD_NUMBER: _ClassVar[int]
     EVENT_FIELD_NUMBER: _ClassVar[int]
     COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_INDEX_FIELD_NUMBER: _ClassVar[int]
     start: ReplyStart
     event: _generation_pb2.GenerateResponse
     complete: bool
-    def __init__(self, start: _Optional[_Union[ReplyStart, _Mapping]] = ..., event: _Optional[_Union[_generation_pb2.GenerateResponse, _Mapping]] = ..., complete: _Optional[bool] = ...) -> None: ...
+    prompt_index: int
+    def __init__(self, start: _Optional[_Union[ReplyStart, _Mapping]] = ..., event: _Optional[_Union[_generation_pb2.GenerateResponse, _Mapping]] = ..., complete: _Optional[bool] = ..., prompt_index: _Optional[int] = ...) -> None: ...
 
 class ReplyStart(_message.Message):
     __slots__ = ("id", "created", "resume")

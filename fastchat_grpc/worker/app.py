@@ -177,7 +177,10 @@ class WorkerApp:
                 "fastchat_grpc.v1.OpenAIService",
                 lambda s: openai_pb2_grpc.add_OpenAIServiceServicer_to_server(
                     OpenAIServicer(
-                        self._generation, strict_fields=self._config.strict_fields, ping_s=self._config.sse_ping_s
+                        self._generation,
+                        strict_fields=self._config.strict_fields,
+                        ping_s=self._config.sse_ping_s,
+                        worker_id=lambda: self.worker_id,
                     ),
                     s,
                 ),

@@ -22,7 +22,7 @@ from fastchat_grpc.core import (
     Prompt,
     SamplingDefaults,
 )
-from fastchat_grpc.errors import InvalidArgument, ModelNotFound, Starting, UnsupportedField
+from fastchat_grpc.errors import InvalidArgument, ModelDiffers, ModelNotFound, Starting, UnsupportedField
 from fastchat_grpc.rpc.access import CLIENT
 from fastchat_grpc.worker.active import Active, evicted
 from fastchat_grpc.worker.admission import Admission
@@ -90,6 +90,7 @@ class LocalGeneration:
         Raises ReaderTooSlow to a caller that comes back after its slot was taken for want of reading.
         """
         model = self.model(request.model)
+        _check_origin(request, model)
         counter_based = Capability.SEEDED_RESUME in model.capabilities
         request = replace(request, model=model.name, sampling=request.sampling.seeded(counter_based=counter_based))
         resumed = request.resume is not None
@@ -207,3 +208,22 @@ def _running() -> asyncio.Task[object]:
 def _sequences(request: GenerateRequest) -> int:
     """How many sequences a request generates: its choices, without those that a resumed one has finished."""
     return request.output.n - sum(choice.finished for choice in request.resume or ())
+
+
+def _check_origin(request: GenerateRequest, model: ModelInfo) -> None:
+    """Raise ModelDiffers if the request goes on with what other weights, or other random numbers, began."""
+    began, here = request.resume_fingerprint, model.fingerprint
+    if began and here and began != here:
+        raise ModelDiffers(
+            f"the generation began with another revision of model {model.name!r} than this worker serves",
+            metadata={"model": model.name, "fingerprint": here},
+        )
+    drawn_by = request.resume_backend
+    seeded = request.sampling.seed is not None and not request.sampling.greedy
+    drawn = seeded and any(choice.output_token_ids or choice.finished for choice in request.resume or ())
+    if drawn and drawn_by and drawn_by != model.backend:
+        raise ModelDiffers(
+            f"the generation began at the backend {drawn_by[:64]!r}, and this worker's, {model.backend!r}, draws "
+            "other random numbers for its seed",
+            metadata={"model": model.name, "backend": model.backend},
+        )

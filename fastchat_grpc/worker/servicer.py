@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import replace
@@ -12,10 +13,10 @@ from typing import Any
 import grpc
 
 from fastchat_grpc import __version__
-from fastchat_grpc.core import Completion, GenerateRequest, Load, ModelInfo, Origin
-from fastchat_grpc.errors import ModelDiffers
+from fastchat_grpc.core import Completion, Load, Origin
 from fastchat_grpc.rpc import convert
 from fastchat_grpc.rpc.events import event_to_pb
+from fastchat_grpc.rpc.pieces import GenerationPieces, Room, asked_for, beginning, can_go_on, seeded
 from fastchat_grpc.rpc.request_ids import request_id, told
 from fastchat_grpc.v1 import generation_pb2 as pb
 from fastchat_grpc.v1 import generation_pb2_grpc
@@ -35,28 +36,38 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self._generation = generation
         self._identity = identity
         self._load = load
+        self._rng = random.Random()
         self._started = monotonic()
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         request.request_id = request_id(request.request_id, context.invocation_metadata())
         domain = convert.generate_request_from_pb(request)
         model = self._generation.model(request.model)
-        _check_origin(domain, model)
         worker_id, _ = self._identity()
         origin = Origin(
             model=model.name, worker_id=worker_id, request_id=domain.request_id, model_fingerprint=model.fingerprint
         )
         logger.debug("request %r runs", domain.request_id)
+        who = {"worker_id": worker_id, "fingerprint": model.fingerprint, "backend": model.backend}
+        header = told(request_id=domain.request_id, **who)
+        made: GenerationPieces | None = None
+        if asked_for(context.invocation_metadata()):
+            header += told(served_by=worker_id)
+            if can_go_on(domain, model.capabilities):
+                begins = beginning(domain, model, self._rng)
+                domain, made = seeded(domain, begins), GenerationPieces(begins, Room(request.ByteSize()))
         begun = False
         async with aclosing(self._generation.generate(domain)) as events:
             async for event in events:
                 if not begun:  # no sooner: a refusal must be able to go without, for proxies that retry it
                     begun = True
-                    who = {"worker_id": worker_id, "fingerprint": model.fingerprint, "backend": model.backend}
-                    await context.send_initial_metadata(told(request_id=domain.request_id, **who))
+                    await context.send_initial_metadata(header)
                 if isinstance(event, Completion):
                     event = replace(event, origin=origin)
-                yield await event_to_pb(event)
+                message = await event_to_pb(event)
+                if made is not None and made.resumable:
+                    message.resume_piece = made.of(event)
+                yield message
 
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
         return convert.embed_result_to_pb(await self._generation.embed(convert.embed_request_from_pb(request)))
@@ -90,23 +101,4 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             models=[convert.model_to_pb(model) for model in self._generation.models()],
             load=convert.load_to_pb(self._load()),
             uptime=convert.duration(monotonic() - self._started),
-        )
-
-
-def _check_origin(request: GenerateRequest, model: ModelInfo) -> None:
-    """Raise ModelDiffers if the request goes on with what other weights, or other random numbers, began."""
-    began, here = request.resume_fingerprint, model.fingerprint
-    if began and here and began != here:
-        raise ModelDiffers(
-            f"the generation began with another revision of model {model.name!r} than this worker serves",
-            metadata={"model": model.name, "fingerprint": here},
-        )
-    drawn_by = request.resume_backend
-    seeded = request.sampling.seed is not None and not request.sampling.greedy
-    drawn = seeded and any(choice.output_token_ids or choice.finished for choice in request.resume or ())
-    if drawn and drawn_by and drawn_by != model.backend:
-        raise ModelDiffers(
-            f"the generation began at the backend {drawn_by[:64]!r}, and this worker's, {model.backend!r}, draws "
-            "other random numbers for its seed",
-            metadata={"model": model.name, "backend": model.backend},
         )

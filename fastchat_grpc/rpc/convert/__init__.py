@@ -13,7 +13,7 @@ from fastchat_grpc.rpc.convert.embeddings import (
     embed_result_from_pb,
     embed_result_to_pb,
 )
-from fastchat_grpc.rpc.convert.events import event_from_pb, event_to_pb, logprob_from_pb, logprob_to_pb
+from fastchat_grpc.rpc.convert.events import event_from_pb, event_to_pb, logprob_from_pb, logprob_to_pb, usage_to_pb
 from fastchat_grpc.rpc.convert.fields import duration, seconds
 from fastchat_grpc.rpc.convert.requests import generate_request_from_pb, generate_request_to_pb, text_or_chat
 from fastchat_grpc.rpc.convert.workers import (
@@ -47,4 +47,5 @@ __all__ = [
     "seconds",
     "state_to_pb",
     "text_or_chat",
+    "usage_to_pb",
 ]
