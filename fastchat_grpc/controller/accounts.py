@@ -9,16 +9,30 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from time import monotonic
 
 from fastchat_grpc.config import BreakerConfig
+from fastchat_grpc.controller.breaker import BreakerState
 from fastchat_grpc.controller.fleet import Change, ChangeKind, Reservation, Worker
 from fastchat_grpc.controller.health import Tier
 from fastchat_grpc.controller.pools import Pools
 from fastchat_grpc.controller.room import Room
 
 Listener = Callable[[Change], None]
+
+
+@dataclass(slots=True)
+class Counts:
+    """What has happened since start. Whoever tells of it reads; nothing depends on it."""
+
+    heartbeats: int = 0
+    breakers: Counter[BreakerState] = field(default_factory=Counter)
+    """Breakers of workers that have come into a state."""
+    attempts: Counter[str] = field(default_factory=Counter)
+    """Ends of attempts at workers, by what they say of them (`evidence`)."""
 
 
 class Accounts:
@@ -35,6 +49,7 @@ class Accounts:
         self._timers: list[tuple[float, int, Worker]] = []
         self._timer_ids = itertools.count()
         self._listeners: dict[object, Listener] = {}
+        self.counts = Counts()
         self.room = Room()
         """Requests that wait for a worker."""
         self._queues = self.room.queues  # looked at so often that it is at hand
@@ -98,15 +113,19 @@ class Accounts:
 
     def succeeded(self, reservation: Reservation) -> None:
         """A request has run to its end; called by `Reservation.succeeded` alone."""
+        self.counts.attempts["good"] += 1
         if reservation.worker.health.succeeded(self._clock(), probe=reservation.probe):
+            self.counts.breakers[BreakerState.CLOSED] += 1
             self._settle(reservation.worker)
 
     def failed(self, worker: Worker) -> None:
         """A request failed through a worker's fault."""
         if worker.removed is None:
             worker.guarded = True
+            was = worker.health.breaker
             probe_at = worker.health.failed(self._clock())
             if probe_at is not None:
+                self.counts.breakers[BreakerState.OPEN] += was is not BreakerState.OPEN
                 self._set_timer(worker, probe_at)
                 self._settle(worker)
 

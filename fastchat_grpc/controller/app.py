@@ -17,6 +17,7 @@ from fastchat_grpc.controller.callers import OnBehalf
 from fastchat_grpc.controller.dispatch import Dispatcher
 from fastchat_grpc.controller.fleet import Change, ChangeKind, Removal
 from fastchat_grpc.controller.generation import GenerationServicer, RelayedGeneration
+from fastchat_grpc.controller.metrics import ControllerMetrics
 from fastchat_grpc.controller.parents import Parents
 from fastchat_grpc.controller.registry import Registry
 from fastchat_grpc.controller.relay import Relay
@@ -66,7 +67,12 @@ class ControllerApp:
         self._stop = stop or asyncio.Event()
         self._drain_timeout_s = config.drain_timeout_s
         self.registry = Registry(config.lease, config.breaker)
-        self.dispatcher = Dispatcher(self.registry, config.dispatch)
+        self._metrics = ControllerMetrics.of(config)
+        self.dispatcher = (
+            Dispatcher(self.registry, config.dispatch)
+            if self._metrics is None
+            else self._metrics.dispatcher(self.registry, config)
+        )
         self._supervisor = Supervisor(self._on_health)
         self.pool = ChannelPool(
             config.worker_tls,
@@ -96,12 +102,19 @@ class ControllerApp:
         return self._server.address
 
     @property
+    def metrics_address(self) -> str:
+        """host:port of the metrics; empty where there are none."""
+        return self._metrics.address if self._metrics is not None else ""
+
+    @property
     def port(self) -> int:
         return self._server.port
 
     async def start(self) -> None:
         """Listen, then register with parents. Raises ConfigError."""
         self._descriptor_limit = descriptors.raise_limit()
+        if self._metrics is not None:
+            self._metrics.start(self.relay, self.keys, self.bridge, lambda: self._serving)
         await self._server.start()
         self._started = True
         address = self._config.advertised_address or self.address
@@ -134,6 +147,8 @@ class ControllerApp:
             self.bridge.close()
         await self._server.stop(STOP_GRACE_S)
         await self.pool.close()
+        if self._metrics is not None:
+            self._metrics.stop()
         if self._started:
             logger.info("controller stopped")
 

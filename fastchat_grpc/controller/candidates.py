@@ -156,7 +156,9 @@ class WorkerAttempt(Attempt[bytes]):
         """What the error says of the worker."""
         if self._moved:
             return
-        match evidence(error, verdict):
+        found = evidence(error, verdict)
+        self._attempts.dispatcher.registry.counts.attempts[found.value] += 1
+        match found:
             case Evidence.LOST:
                 self._reservation.lost()
             case Evidence.FULL:

@@ -83,6 +83,11 @@ class Health:
         return self._suspect_until is not None or self._unreachable_at is not None
 
     @property
+    def breaker(self) -> BreakerState:
+        """What its breaker lets through."""
+        return self._breaker.state if self._breaker is not None else BreakerState.CLOSED
+
+    @property
     def half_open(self) -> bool:
         """Whether one request may go there, as a probe."""
         return self._breaker is not None and self._breaker.state is BreakerState.HALF_OPEN

@@ -186,6 +186,10 @@ class Pools:
             self._catalogue = tuple([pool.entry or pool.describe() for pool in listed])
         return self._catalogue
 
+    def groups(self) -> Sequence[Replicas]:
+        """Replicas of the same models, in no order. May be called in any thread."""
+        return list(self._replicas.values())
+
     def find(self, model: str, *, young: bool = False, sure: bool = True) -> tuple[str, Pool]:
         """Name and pool of a model; an empty name means the only model of the fleet.
 

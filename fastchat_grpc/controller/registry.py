@@ -134,6 +134,7 @@ class Registry(Accounts):
         worker = self._leases.get(lease_id)
         if worker is None:
             raise LeaseNotFound(UNKNOWN_LEASE)
+        self.counts.heartbeats += 1
         self._report(worker, sane(load), now)
         return worker
 
@@ -228,6 +229,14 @@ class Registry(Accounts):
         """The models that live workers serve, by name, and how many workers serve each."""
         self.expire()
         return self._pools.catalogue()
+
+    def now(self) -> float:
+        """The time by which the registry's times are, in seconds."""
+        return self._clock()
+
+    def groups(self) -> Sequence[Replicas]:
+        """The live workers, those of the same models together. May be called in any thread, and changes nothing."""
+        return self._pools.groups()
 
     def heartbeat_age_s(self, worker: Worker) -> float:
         """Seconds since a worker's last heartbeat."""
@@ -328,7 +337,10 @@ class Registry(Accounts):
         self._set_timer(worker, worker.timer_at)
 
     def _on_timer(self, worker: Worker, when: float, now: float) -> None:
+        was = worker.health.breaker
         worker.health.on_time(now)
+        if worker.health.breaker is not was:
+            self.counts.breakers[worker.health.breaker] += 1
         worker.ledger.on_time(now)
         self._rescore(worker)
         if worker.spec.check_heartbeat and when == worker.timer_at:

@@ -137,6 +137,8 @@ class Verdicts:
 
     def judge(self, ticket: Ticket | None, worker: Worker, found: Evidence) -> None:
         """An attempt has ended."""
+        if found is not Evidence.GOOD:
+            self._registry.counts.attempts[found.value] += 1
         match found:
             case Evidence.GOOD:
                 if ticket is not None and ticket.reservation is not None:

@@ -108,6 +108,8 @@ class Endpoints(eds_pb2_grpc.EndpointDiscoveryServiceServicer):  # type: ignore[
         self._streams: set[_Stream] = set()
         self._gateways: dict[str, Gateway] = {}
         self._acked = asyncio.Event()
+        self.pushed = 0
+        """Sets of endpoints sent to gateways since start."""
         self.names = Names(self._dirty.set, resolve)
         for worker in registry.workers():
             self._follow(worker)
@@ -132,6 +134,16 @@ class Endpoints(eds_pb2_grpc.EndpointDiscoveryServiceServicer):  # type: ignore[
         """The cluster of a gateway that has this controller's workers; empty for one that is not connected."""
         known = self._gateways.get(gateway)
         return known.cluster if known is not None else ""
+
+    @property
+    def gateway_count(self) -> int:
+        """Gateways that are connected."""
+        return len(self._gateways)
+
+    @property
+    def endpoint_count(self) -> int:
+        """Endpoints that they are told of."""
+        return len(self._places)
 
     async def acked(self) -> None:
         """Return at the next confirmation of a gateway."""
@@ -210,6 +222,7 @@ class Endpoints(eds_pb2_grpc.EndpointDiscoveryServiceServicer):  # type: ignore[
                 self._gateways.pop(first.node.id, None)
 
     def _answer(self, stream: _Stream) -> discovery_pb2.DiscoveryResponse:
+        self.pushed += 1
         label = f"{self._epoch}.{self._version}"
         stream.sent.pop(label, None)  # the same for other clusters: it is the last one again
         stream.sent[label] = self._places
