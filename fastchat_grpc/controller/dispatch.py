@@ -34,8 +34,8 @@ class PickRequest(NamedTuple):
 
     Attributes:
         model: name of the model; empty for the only one.
-        adapter: name of a LoRA adapter of that model, where the request names one apart from the model.
         key: what prefix_affinity groups by.
+        adapter: name of a LoRA adapter of that model, where the request names one apart from the model.
         needs: what the worker's model must be able to do.
         prefers: what it must be able to do, too, where any worker of the model can (`among`). Where nobody can,
             whoever gets the request says so.
@@ -48,8 +48,8 @@ class PickRequest(NamedTuple):
     """
 
     model: str = ""
-    adapter: str = ""
     key: str = ""
+    adapter: str = ""
     needs: frozenset[Capability] = frozenset()
     prefers: frozenset[Capability] = frozenset()
     fingerprint: str = ""
@@ -179,16 +179,15 @@ class Dispatcher:
             AdapterNotFound: the model is known, but no worker has the adapter.
         """
         name, pool = self._with_adapter(request) if request.adapter else self.registry.pool(request.model)
+        sole = pool.sole
+        if sole is not None and sole.ready.items and not any(request[2:]):  # the usual: a model, and perhaps a key
+            worker = self._policy(sole.candidates, request.key, self._rng)
+            assert worker is not None
+            return name, worker
         if request.prefers:
             request = request.among(name, pool)
-        if not (request.needs or request.fingerprint or request.adapter or request.backend):
-            suits = None
-            plain = not (request.excluded or request.tried or request.reaches)
-            if plain and len(pool.replicas) == 1 and pool.replicas[0].ready.items:
-                worker = self._policy(pool.replicas[0].candidates, request.key, self._rng)  # the usual
-                assert worker is not None
-                return name, worker
-        else:
+        suits = None
+        if request.needs or request.fingerprint or request.adapter or request.backend:
             suits = (request if request.model else request._replace(model=name)).suits
         for fits in request.filters():
             for tier in (Tier.READY, Tier.DEGRADED):

@@ -184,16 +184,17 @@ class Candidates(Generic[W]):
         fits: whether a member may have the request; None: all may.
     """
 
-    __slots__ = ("_fits", "_indexes")
+    __slots__ = ("_fits", "_indexes", "_only")
 
     def __init__(self, indexes: Sequence[ScoreIndex[W]], fits: Callable[[W], bool] | None = None) -> None:
         self._indexes = indexes
         self._fits = fits
+        self._only = indexes[0] if fits is None and len(indexes) == 1 else None  # the usual, at hand
 
     def shortest(self, rng: Random) -> W | None:
         """One with the lowest score; among equals, any. None where nobody fits."""
-        if self._fits is None and len(self._indexes) == 1:
-            bucket = self._indexes[0].lowest()
+        if self._only is not None:
+            bucket = self._only.lowest()
             return bucket[int(rng.random() * len(bucket))] if bucket else None
         best: W | None = None
         equals = 0
@@ -236,10 +237,7 @@ class Candidates(Generic[W]):
 
     def shorter_of_two(self, rng: Random) -> W | None:
         """The lower score of two different ones taken at random. None where nobody fits."""
-        if self._fits is None and len(self._indexes) == 1:
-            items: Sequence[W] = self._indexes[0].items
-        else:
-            items = self._sample(rng)
+        items = self._only.items if self._only is not None else self._sample(rng)
         count = len(items)
         if count < 2:
             return items[0] if items else None
@@ -263,9 +261,9 @@ class Candidates(Generic[W]):
 
     def all(self) -> Sequence[W]:
         """All that fit. Not to be changed."""
+        if self._only is not None:
+            return self._only.items
         fits = self._fits
-        if fits is None and len(self._indexes) == 1:
-            return self._indexes[0].items
         return [worker for index in self._indexes for worker in index.items if fits is None or fits(worker)]
 
     def _sample(self, rng: Random) -> Sequence[W]:

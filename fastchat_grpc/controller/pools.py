@@ -29,11 +29,13 @@ class FleetModel(NamedTuple):
 class Pool:
     """The workers of one model."""
 
-    __slots__ = ("_info", "count", "entry", "name", "replicas")
+    __slots__ = ("_info", "count", "entry", "name", "replicas", "sole")
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.replicas: list[Replicas] = []
+        self.sole: Replicas | None = None
+        """Its replicas, where all workers of the model are of one kind."""
         self.count = 0
         """Live workers."""
         self.entry: FleetModel | None = None
@@ -94,10 +96,14 @@ class Pool:
 
     def add(self, replicas: Replicas) -> None:
         self.replicas.append(replicas)
-        self._info = self.entry = None
+        self._regroup()
 
     def remove(self, replicas: Replicas) -> None:
         self.replicas.remove(replicas)
+        self._regroup()
+
+    def _regroup(self) -> None:
+        self.sole = self.replicas[0] if len(self.replicas) == 1 else None
         self._info = self.entry = None
 
 

@@ -64,6 +64,7 @@ def _in_process(options: argparse.Namespace) -> dict[str, object]:
     for method in reversed(DispatchMethod):  # the last, and so that of the heartbeats, is the default
         registry = Registry()  # for each: a controller has one method, and keeps in order what that asks for
         workers = [registry.register(_spec(i, options.models), Load()) for i in range(options.workers)]
+        registry.settle()  # as it is but for its first seconds
         dispatcher = Dispatcher(registry, method, rng)
 
         def pick(dispatcher: Dispatcher = dispatcher) -> None:
