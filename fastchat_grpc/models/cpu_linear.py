@@ -25,6 +25,8 @@ _FLOAT16_MAX = 65504.0
 _ROUNDING = 2.0**-24
 """Relative rounding error of float32."""
 _PART = 1 << 17
+_ROW_STEPS = ((8, 1), (64, 8), (256, 32), (math.inf, 128))
+"""Most rows, and the multiple up to there that they are padded to."""
 _ONEDNN_ROWS = 64
 """oneDNN lays weights out for a number of rows; this one is good from 1 to hundreds."""
 
@@ -92,8 +94,19 @@ class OneDnnLinear(PackedLinear):
         self._multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self._multiply(x, self._packed, self._bias, "none", [], "")
-        return y
+        rows = x.reshape(-1, self.in_features)
+        missing = padded_rows(len(rows)) - len(rows)
+        if missing:
+            rows = nn.functional.pad(rows, (0, 0, 0, missing))
+        y: torch.Tensor = self._multiply(rows, self._packed, self._bias, "none", [], "")
+        return y[: len(y) - missing].view(*x.shape[:-1], self.out_features)
+
+
+def padded_rows(count: int) -> int:
+    """Rows that oneDNN is given for so many: it compiles a product of its own for each number of rows and each layer,
+    half a megabyte that it keeps, and steps of an engine have any number of rows."""
+    step = next(step for most, step in _ROW_STEPS if count <= most)
+    return -(-count // step) * step
 
 
 def fast_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:

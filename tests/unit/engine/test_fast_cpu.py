@@ -10,7 +10,7 @@ from fastchat_grpc.engine import model_runner
 from fastchat_grpc.engine.attention import PagedStep, WholeStep, attend_chunk, attend_decode, running
 from fastchat_grpc.engine.fast_cpu import FastLayer, fuse, speed_up
 from fastchat_grpc.engine.model_runner import make_packed_runner
-from fastchat_grpc.models.cpu_linear import OneDnnLinear
+from fastchat_grpc.models.cpu_linear import OneDnnLinear, padded_rows
 from fastchat_grpc.models.quantization import quantize_int8
 from fastchat_grpc.native.kernels import SWITCH, DecodeKernel, Pools, Qkv, Rotary, kernels
 from tests.unit.engine.test_engine import ask, prompt
@@ -166,6 +166,27 @@ def test_8_bit_layers_of_odd_sizes_are_computed_by_their_parts():
     assert all(isinstance(layer.forward, FastLayer) and layer.forward._whole is None for layer in model.model.layers)
     with Harness(model) as harness:
         assert len(harness.run(ask(prompt(20)))[0].tokens()) == 12
+
+
+def test_products_of_oneDNN_have_few_sizes_and_give_what_each_row_gives():
+    """It keeps half a megabyte for each layer and number of rows that it has met; steps have any number."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(40, 24)
+    layer = OneDnnLinear(linear.weight.detach(), linear.bias)
+    sizes = set()
+
+    def multiply(x, *arguments):
+        sizes.add(len(x))
+        return torch.ops.mkldnn._linear_pointwise.default(x, *arguments)
+
+    layer._multiply = multiply
+    for rows in (*range(1, 70), 100, 255, 256, 257, 319):
+        x = torch.randn(rows, 40)
+        assert torch.allclose(layer(x), linear(x), atol=1e-5)
+    assert layer(torch.randn(2, 5, 40)).shape == (2, 5, 24)
+    assert len(sizes) < 24
+    assert len({padded_rows(rows) for rows in range(1, 1025)}) == 27
+    assert all(rows <= padded_rows(rows) < rows + max(8, rows / 2) for rows in range(1, 1025))
 
 
 def test_fused_layers_are_their_parts_side_by_side():
