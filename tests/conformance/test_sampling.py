@@ -307,6 +307,29 @@ async def test_a_grammar_that_cannot_be_compiled_is_refused(harness: Harness) ->
                 await harness.run(grammar_request(Grammar(kind, source)))
 
 
+NOTHING = [
+    *((GrammarKind.REGEX, pattern) for pattern in (r"[^\s\S]", r"[^\x00-\U0010ffff]", "(?!)")),
+    *((GrammarKind.JSON_SCHEMA, schema) for schema in ("false", '{"not": {}}', '{"enum": []}')),
+    (GrammarKind.LARK, 'start: start "a"'),
+]
+
+
+@pytest.mark.parametrize(("kind", "source"), NOTHING)
+async def test_a_grammar_that_no_output_follows_is_the_callers_error(
+    harness: Harness, kind: GrammarKind, source: str
+) -> None:
+    needs(harness, GRAMMARS[kind])
+    with pytest.raises(InvalidArgument, match=rf"structured_output\.{kind.value}"):
+        await harness.run(grammar_request(Grammar(kind, source), max_new_tokens=8))
+
+
+async def test_classes_of_unicode_are_followed_or_refused(harness: Harness) -> None:
+    needs(harness, Feature.REGEX)
+    with suppress(InvalidArgument):
+        result = await harness.run(grammar_request(Grammar(GrammarKind.REGEX, r"\p{L}+"), max_new_tokens=8))
+        assert result.text.isalpha()
+
+
 _LISTS = [{"type": "array", "items": {"$ref": "#/$defs/x"}, "minItems": 1, "maxItems": most} for most in (1, 2)]
 
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from fastchat_grpc.core import (
     Completion,
     Delta,
     GenerateRequest,
+    Grammar,
+    GrammarKind,
     StopConditions,
     TextPrompt,
     Tool,
@@ -98,6 +101,25 @@ async def test_a_refused_field_is_named_in_the_words_of_the_contract() -> None:
             await text(backend, HELLO)
         assert refused.value.field == "sampling.top_p"
         assert refused.value.description == "refused by the upstream server: too hot"
+
+
+@pytest.mark.parametrize("in_band", [False, True])
+async def test_a_grammar_at_which_vllm_gives_up_is_the_callers_error(in_band: bool) -> None:
+    """vLLM's answer to a regular expression that its check has passed and its engine cannot compile."""
+    error = json.dumps({"error": {"message": "Internal server error", "type": "InternalServerError", "code": 500}})
+    answer = (200, f"data: {error}\n\n".encode()) if in_band else (500, error.encode())
+    asked = replace(HELLO, grammar=Grammar(GrammarKind.REGEX, r"[^\s\S]"))
+    async with openai_server() as (server, url), upstream(url, dialect="vllm") as backend:
+        server.failures.append(answer)
+        with pytest.raises(InvalidArgument) as refused:
+            await text(backend, asked)
+        assert refused.value.field == "structured_output.regex"
+        server.failures.append(answer)
+        with pytest.raises(BackendFailed):
+            await text(backend, HELLO)
+        server.failures.append((500, b'{"error": {"message": "EngineCore encountered an issue."}}'))
+        with pytest.raises(BackendFailed):
+            await text(backend, asked)
 
 
 async def test_a_server_that_breaks_off_is_unavailable_and_not_an_end() -> None:

@@ -122,7 +122,7 @@ class SglangBackend(ServedBackend):
         async with aclosing(self._outputs(job, index, adapter, scores_prompt)) as outputs:
             async for output in outputs:
                 meta = output["meta_info"]
-                if (error := refusal(meta)) is not None:
+                if (error := refusal(meta, job.request.grammar)) is not None:
                     raise error
                 if first:
                     first = False
@@ -161,7 +161,7 @@ class SglangBackend(ServedBackend):
                 async for item in outputs:
                     yield item
             except ValueError as error:  # how SGLang refuses a request before it is scheduled
-                raise refused(str(error)) from error
+                raise refused(str(error), job.request.grammar) from error
 
     async def _aborted_when_closed(
         self, engine: Any, request_id: str, outputs: AsyncGenerator[dict[str, Any], None]

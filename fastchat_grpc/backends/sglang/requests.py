@@ -207,8 +207,8 @@ def _logprob(tokenizer: Tokenizer, entry: Sequence[Any], top: Sequence[Any] | No
     return driver.token_logprob(tokenizer, token_id, None if logprob is None else float(logprob), alternatives)
 
 
-def refusal(meta: Mapping[str, Any]) -> FastChatError | None:
-    """The error that an output's finish reason stands for, or None."""
+def refusal(meta: Mapping[str, Any], grammar: Grammar | None = None) -> FastChatError | None:
+    """The error that an output's finish reason stands for, of a request with this grammar; or None."""
     reason = meta.get("finish_reason")
     if reason is None or reason["type"] != "abort":
         return None
@@ -216,10 +216,13 @@ def refusal(meta: Mapping[str, Any]) -> FastChatError | None:
     if status is None:
         return None
     if int(status) == _BAD_REQUEST:
-        return refused(str(reason.get("message") or "no reason given"))
+        return refused(str(reason.get("message") or "no reason given"), grammar)
     return WorkerUnavailable(f"SGLang gave the request up with status {int(status)}")
 
 
-def refused(message: str) -> InvalidArgument:
-    """The error for a request that SGLang does not take, in its words."""
-    return InvalidArgument("", f"SGLang refused the request: {message.splitlines()[0][:200]}")
+def refused(message: str, grammar: Grammar | None = None) -> InvalidArgument:
+    """The error for a request that SGLang does not take, in its words; about the grammar where it is."""
+    said = message.splitlines()[0][:200]
+    if grammar is not None and "grammar" in message.lower():
+        return InvalidArgument(f"structured_output.{grammar.kind.value}", f"cannot be compiled: {said}")
+    return InvalidArgument("", f"SGLang refused the request: {said}")

@@ -27,7 +27,7 @@ from fastchat_grpc.backends.capabilities import (
 )
 from fastchat_grpc.backends.driver import Seeds, as_domain_error
 from fastchat_grpc.backends.upstream.answer import Answer
-from fastchat_grpc.backends.upstream.http import UpstreamHttp
+from fastchat_grpc.backends.upstream.http import GivenUp, UpstreamHttp
 from fastchat_grpc.backends.upstream.options import Habits, Options
 from fastchat_grpc.backends.upstream.request import embedding_body, generation_body, tokenize_body
 from fastchat_grpc.config import BackendConfig
@@ -176,6 +176,15 @@ class UpstreamBackend:
                         begun = True
                         yield chunk
                 return
+            except GivenUp as error:
+                grammar = call.request.grammar
+                if grammar is None or not self._options.vllm:
+                    raise
+                # vLLM compiles in its engine, after its check, where some fail that the check has passed.
+                raise InvalidArgument(
+                    f"structured_output.{grammar.kind.value}",
+                    "the upstream server cannot compile it, or no output can follow it",
+                ) from error
             except InvalidArgument as error:
                 if begun or not self._habits.learn(error, body):
                     raise

@@ -53,6 +53,14 @@ _TOO_LONG = (
 )
 
 
+_GAVE_UP = "Internal server error"
+"""vLLM's whole message for a request that its engine has ended; its other failures have others."""
+
+
+class GivenUp(BackendFailed):
+    """The server has ended this request alone, for no reason that it gives."""
+
+
 class UpstreamHttp:
     """Calls to one server. Its key goes into a header and nowhere else."""
 
@@ -182,7 +190,8 @@ def to_error(status: int, content: bytes, headers: Mapping[str, str]) -> FastCha
                 f"the upstream server is not available (HTTP {status})", retry_after_s=_retry_after(headers)
             )
         case _:
-            return BackendFailed(f"the upstream server failed (HTTP {status})")
+            kind = GivenUp if message == _GAVE_UP else BackendFailed
+            return kind(f"the upstream server failed (HTTP {status})")
 
 
 def _refusal(param: str, message: str) -> InvalidArgument:

@@ -9,18 +9,19 @@ from fastchat_grpc.backends import driver
 from fastchat_grpc.backends.base import Steps
 from fastchat_grpc.backends.driver import Piece
 from fastchat_grpc.core import FinishReason, GenerateRequest, Grammar, GrammarKind, TokenLogprob
-from fastchat_grpc.errors import FastChatError, InvalidArgument, UnsupportedField, WorkerUnavailable
+from fastchat_grpc.errors import BackendFailed, FastChatError, InvalidArgument, UnsupportedField, WorkerUnavailable
 from fastchat_grpc.text.tokenizer import Tokenizer
 
+NO_OUTPUT = "vLLM cannot compile it, or no output can follow it"
 MAX_TEMPERATURE = 2.0
 """vLLM refuses more."""
 _FINISH_REASONS = {
     "stop": FinishReason.STOP,
     "length": FinishReason.LENGTH,
     "abort": FinishReason.ABORT,
-    "error": FinishReason.ABORT,
     "repetition": FinishReason.STOP,
 }
+_GIVEN_UP = "error"
 
 
 def sampling_parameters(
@@ -134,7 +135,9 @@ def _structured_outputs(grammar: Grammar | None) -> Any:
 
 
 def piece(tokenizer: Tokenizer, request: GenerateRequest, output: Any) -> Piece:
-    """What is new in a vLLM output of kind DELTA."""
+    """What is new in a vLLM output of kind DELTA. Raises `given_up` of one that vLLM has ended with an error."""
+    if output.finish_reason == _GIVEN_UP:
+        raise given_up(request.grammar)
     token_ids = list(output.token_ids)
     logprobs: list[TokenLogprob] = []
     if request.output.logprobs is not None:
@@ -154,6 +157,14 @@ def _logprob(tokenizer: Tokenizer, token_id: int, position: Any, count: int) -> 
     ranked = sorted((entry.rank, other, entry.logprob) for other, entry in position.items() if entry.rank <= count)
     top = [(other, logprob) for _, other, logprob in ranked]
     return driver.token_logprob(tokenizer, token_id, position[token_id].logprob, top)
+
+
+def given_up(grammar: Grammar | None) -> FastChatError:
+    """The error of a request that vLLM has ended, for which it gives no reason. Of one with a grammar that is the
+    grammar: vLLM compiles it in its engine, after its check, and there some fail that the check has passed."""
+    if grammar is None:
+        return BackendFailed("vLLM has given the request up")
+    return InvalidArgument(f"structured_output.{grammar.kind.value}", NO_OUTPUT)
 
 
 def translated(error: Exception, grammar: Grammar | None = None) -> FastChatError:

@@ -93,6 +93,10 @@ class TokenizerManager:
         if bytes(i for i in ids if i < 256) == b"refuse":
             yield self._chunk(obj, [], 0, {"type": "abort", "message": "bad schema", "status_code": 400})
             return
+        if bytes(i for i in ids if i < 256) == b"grammar":
+            message = "Failed to compile regex grammar: it is empty"
+            yield self._chunk(obj, [], 0, {"type": "abort", "message": message, "status_code": 400})
+            return
         if bytes(i for i in ids if i < 256) == b"lose":
             yield self._chunk(obj, [], 0, {"type": "abort", "message": "server died", "status_code": 503})
             return

@@ -22,7 +22,7 @@ from fastchat_grpc.backends.llama_cpp.engine import EngineLimits, LlamaEngine
 from fastchat_grpc.backends.openvino import process as openvino_process
 from fastchat_grpc.backends.openvino.messages import Add, Step
 from fastchat_grpc.backends.served import Served, ServedBackend
-from fastchat_grpc.backends.vllm.requests import sampling_parameters
+from fastchat_grpc.backends.vllm.requests import piece, sampling_parameters
 from fastchat_grpc.config import BackendConfig, ModelConfig
 from fastchat_grpc.core import Grammar, GrammarKind, ResumedChoice
 from fastchat_grpc.errors import BackendFailed, InvalidArgument
@@ -159,6 +159,16 @@ def test_what_vllm_does_not_take_is_the_callers_error(
         sampling_parameters(job(3, 64, grammar=grammar), 0, seed=None, stop_token_ids=(), prompt_logprobs=None)
     assert refused.value.field == field
     assert message in str(refused.value)
+
+
+def test_a_grammar_at_which_vllm_gives_up_is_the_callers_error() -> None:
+    """It ends a request without a reason, where its engine cannot compile what its check has passed."""
+    output = SimpleNamespace(token_ids=[], finish_reason="error")
+    with pytest.raises(InvalidArgument) as refused:
+        piece(EchoTokenizer(), request("a", grammar=Grammar(GrammarKind.REGEX, r"[^\s\S]")), output)
+    assert refused.value.field == "structured_output.regex"
+    with pytest.raises(BackendFailed):
+        piece(EchoTokenizer(), request("a"), output)
 
 
 class Tokens(EchoTokenizer):

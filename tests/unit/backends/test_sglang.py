@@ -210,6 +210,8 @@ async def test_refusals_and_losses_of_the_engine_have_their_own_errors(start: St
     backend = await start()
     with pytest.raises(InvalidArgument, match="bad schema"):
         await ask(backend, request("refuse"))
+    with pytest.raises(InvalidArgument, match=r"structured_output\.regex"):
+        await ask(backend, request("grammar", grammar=Grammar(GrammarKind.REGEX, r"[^\s\S]")))
     with pytest.raises(WorkerUnavailable):
         await ask(backend, request("lose"))
 
