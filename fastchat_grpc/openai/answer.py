@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Protocol
 
@@ -18,7 +18,7 @@ from fastchat_grpc.openai.call import Call
 from fastchat_grpc.openai.merge import merge
 from fastchat_grpc.openai.paths import rename
 from fastchat_grpc.openai.port import GenerationPort
-from fastchat_grpc.openai.state import BegunReply, ReplyPieces
+from fastchat_grpc.openai.state import TYPE, BegunReply, ReplyPieces
 from fastchat_grpc.rpc.border import to_domain_error
 from fastchat_grpc.rpc.retry import Verdict, judge
 
@@ -87,20 +87,22 @@ class Answer:
             ):
                 async for item in items:
                     if item is None:
-                        chunk, state = sse.PING, () if pieces is None else pieces.nothing_new()
+                        chunk, state = sse.PING, None if pieces is None else pieces.nothing_new()
                     else:
                         base, event = item
-                        chunk = await self._beside.write(_weight(event, self._call), reply.feed, event, base)
-                        state = () if pieces is None else await pieces.of(event, base, reply)
+                        weight, state = _weight(event, self._call), None
+                        chunk = await self._beside.write(weight, reply.feed, event, base)
+                        if pieces is not None:
+                            state = await self._beside.write(weight, pieces.of, event, base, reply)
                     now = time.monotonic()
                     if not chunk and begun and 0 < self._ping_s < now - said:
                         chunk = sse.PING  # text is held back, such as a long argument of a call
                     if chunk:
                         yield _body(chunk, state) if begun else _body(chunk, state, sse.CONTENT_TYPE)
                         begun, said = True, now
-                    elif state:
-                        yield HttpBody(extensions=state)
-            yield _body(reply.end(), () if pieces is None else pieces.complete())
+                    elif state is not None:
+                        yield _body(b"", state)
+            yield _body(reply.end(), None if pieces is None else pieces.complete())
         except Exception as failure:
             if not begun or isinstance(failure, grpc.aio.AbortError):
                 raise
@@ -120,11 +122,14 @@ class Answer:
         async with aclosing(self._events()) as events:
             async for base, event in events:
                 reply.feed(event, base)
-                size += _weight(event, self._call)
-                if pieces is not None and (state := await pieces.of(event, base, reply)):
-                    yield HttpBody(extensions=state)
+                weight = _weight(event, self._call)
+                size += weight
+                if pieces is not None:
+                    state = await self._beside.write(weight, pieces.of, event, base, reply)
+                    if state is not None:
+                        yield _body(b"", state)
         body = await self._beside.write(size, reply.end)
-        yield _body(body, () if pieces is None else pieces.complete(), sse.JSON_TYPE)
+        yield _body(body, None if pieces is None else pieces.complete(), sse.JSON_TYPE)
 
     async def _events(self) -> AsyncGenerator[tuple[int, Event], None]:
         """Events of all prompts, each with the index of the first choice of its prompt."""
@@ -156,11 +161,11 @@ class Answer:
             raise rename(error, renames) from None
 
 
-def _body(data: bytes, state: Sequence[object] = (), content_type: str = "") -> HttpBody:
+def _body(data: bytes, state: bytes | None = None, content_type: str = "") -> HttpBody:
     # Most have data alone, and each field costs time.
     body = HttpBody(data=data, content_type=content_type) if content_type else HttpBody(data=data)
-    if state:
-        body.extensions.extend(state)
+    if state is not None:
+        body.extensions.add(type_url=TYPE, value=state)
     return body
 
 

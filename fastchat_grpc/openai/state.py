@@ -29,7 +29,6 @@ from fastchat_grpc.core import (
 from fastchat_grpc.errors import InvalidArgument
 from fastchat_grpc.openai.call import Call
 from fastchat_grpc.rpc import convert
-from fastchat_grpc.rpc.events import event_to_pb
 from fastchat_grpc.rpc.pieces import MAX_PIECES, Room
 from fastchat_grpc.text.seeds import splitmix64
 from fastchat_grpc.v1 import generation_pb2, openai_pb2
@@ -46,72 +45,70 @@ class Fed(Protocol):
 
 
 class ReplyPieces:
-    """Makes the entries of the bodies of one reply."""
+    """Makes the pieces of one reply, in the order of its bodies. None: that body has none."""
 
     def __init__(self, start: openai_pb2.ReplyStart | None, call: Call, room: Room) -> None:
         self._start = start
         self._room = room
-        self._reply = call.reply
         self._per_prompt = call.choices_per_prompt
+        self._keeps_usage = call.reply.continuous_usage
         self._begun: set[int] = set()
+        # One message is filled anew for every token: to make one takes five times as long.
+        self._piece = openai_pb2.ReplyPiece()
+        self._delta = self._piece.event.delta
+        self._token_ids = self._delta.token_ids
 
     @property
     def resumable(self) -> bool:
         """Whether another worker could go on from here."""
         return self._room.resumable
 
-    def nothing_new(self) -> Sequence[Entry]:
-        """For a body without an event: the start, where it has not been told."""
-        return self._entries(openai_pb2.ReplyPiece()) if self._start is not None else ()
-
-    async def of(self, event: Event, base: int, reply: Fed) -> Sequence[Entry]:
+    def of(self, event: Event, base: int, reply: Fed) -> bytes | None:
         """For the body that a reply has made of an event."""
         if not self._room.resumable:
-            return ()
-        piece = openai_pb2.ReplyPiece(event=await self._kept(event, base, reply))
-        if base:
-            piece.prompt_index = base // self._per_prompt
-        return self._entries(piece)
+            return None
+        if isinstance(event, Delta) and base + event.index in self._begun and not event.logprobs:
+            delta = self._delta
+            delta.index, delta.text, delta.reasoning = event.index, event.text, event.reasoning
+            self._token_ids[:] = event.token_ids
+            if self._keeps_usage:
+                delta.usage.CopyFrom(convert.usage_to_pb(event.usage))
+            self._piece.prompt_index = base // self._per_prompt
+            return self._room.take(self._piece.SerializeToString())
+        message = convert.event_to_pb(self._kept(event, base, reply))
+        if isinstance(event, Delta):
+            if base + event.index in self._begun and not self._keeps_usage:
+                message.delta.ClearField("usage")
+            self._begun.add(base + event.index)
+        return self._told(openai_pb2.ReplyPiece(event=message, prompt_index=base // self._per_prompt))
 
-    def complete(self) -> Sequence[Entry]:
+    def nothing_new(self) -> bytes | None:
+        """For a body without an event: the start, where it has not been told."""
+        return self._told(openai_pb2.ReplyPiece()) if self._start is not None else None
+
+    def complete(self) -> bytes | None:
         """For the last body."""
-        return self._entries(openai_pb2.ReplyPiece(complete=True))
+        return self._told(openai_pb2.ReplyPiece(complete=True))
 
-    def no_more(self) -> Sequence[Entry]:
+    def no_more(self) -> bytes:
         """For a body after which nobody can go on."""
         self._room.resumable = False
-        return (Entry(type_url=TYPE),)
+        return b""
 
-    def _entries(self, piece: openai_pb2.ReplyPiece) -> Sequence[Entry]:
+    def _told(self, piece: openai_pb2.ReplyPiece) -> bytes | None:
         if not self._room.resumable:
-            return ()
+            return None
         if self._start is not None:
             piece.start.CopyFrom(self._start)
             self._start = None
-        return (Entry(type_url=TYPE, value=self._room.take(piece.SerializeToString())),)
+        return self._room.take(piece.SerializeToString())
 
-    async def _kept(self, event: Event, base: int, reply: Fed) -> generation_pb2.GenerateResponse:
+    def _kept(self, event: Event, base: int, reply: Fed) -> Event:
         """What of an event is needed to feed it once more."""
-        if not isinstance(event, Delta):
-            if isinstance(event, PromptEcho) and event.logprobs and reply.settled(base):
-                event = replace(event, logprobs=_bare(event.logprobs))
-            return await event_to_pb(event)
-        index = base + event.index
-        if index in self._begun and not self._reply.continuous_usage:
-            usage = None
-        else:
-            self._begun.add(index)
-            usage = convert.usage_to_pb(event.usage)
-        if event.logprobs:
-            logprobs = _bare(event.logprobs) if reply.settled(index) else event.logprobs
-            message = await event_to_pb(replace(event, logprobs=logprobs))
-            if usage is None:
-                message.delta.ClearField("usage")
-            return message
-        delta = generation_pb2.Delta(
-            index=event.index, text=event.text, reasoning=event.reasoning, token_ids=event.token_ids, usage=usage
-        )
-        return generation_pb2.GenerateResponse(delta=delta)
+        if isinstance(event, Completion) or not event.logprobs:
+            return event
+        index = base if isinstance(event, PromptEcho) else base + event.index
+        return replace(event, logprobs=_bare(event.logprobs)) if reply.settled(index) else event
 
 
 def _bare(entries: Sequence[TokenLogprob]) -> tuple[TokenLogprob, ...]:
