@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-import json
-import random
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from google.api.httpbody_pb2 import HttpBody
 
-from fastchat_grpc.backends import registry
-from fastchat_grpc.openai import servicer
 from fastchat_grpc.openai.servicer import OpenAIServicer
-from fastchat_grpc.worker.admission import Admission
-from fastchat_grpc.worker.generation import LocalGeneration
-from tests.bridge import OPENAI, Method, carry
 from tests.conftest import echo_config
-from tests.unit.openai.fakes import FakeContext
-
-
-@asynccontextmanager
-async def open_worker(config: Any) -> AsyncIterator[OpenAIServicer]:
-    """The OpenAI service of a worker, without a server."""
-    backend = registry.create(config)
-    generation = LocalGeneration(backend)
-    generation.open(await registry.start(backend, config), Admission(max_running=8, max_waiting=8))
-    yield OpenAIServicer(generation, worker_id=lambda: "w")
-    await backend.close()
+from tests.unit.openai.carried import check_every_break, open_worker, still
 
 
 @pytest.fixture
@@ -44,78 +24,6 @@ async def workers(
     async with AsyncExitStack() as stack:
         config = replace(echo_config(reasoning_parser="qwen3").backend, stream_interval=interval)
         yield [await stack.enter_async_context(open_worker(config)) for _ in range(2)]
-
-
-def still(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make ids and times of replies the same each time."""
-    monkeypatch.setattr(servicer, "uuid", SimpleNamespace(uuid4=lambda: SimpleNamespace(hex="0123456789abcdef")))
-    monkeypatch.setattr(servicer, "time", SimpleNamespace(time=lambda: 1234.5, monotonic=itertools.count().__next__))
-
-
-def methods(workers: list[OpenAIServicer], name: str) -> list[Method]:
-    """A method of each worker, as a bridge calls it."""
-
-    def method(worker: OpenAIServicer) -> Method:
-        async def call(request: bytes) -> AsyncGenerator[bytes, None]:
-            worker._rng = random.Random(7)
-            context = FakeContext(x_fastchat_resume="1", x_request_id="r")
-            async for body in getattr(worker, name)(HttpBody.FromString(request), context):
-                yield body.SerializeToString()
-            assert not context.initial_metadata or context.initial_metadata["x-fastchat-worker"] == "w"
-
-        return call
-
-    return [method(worker) for worker in workers]
-
-
-def joined(frames: list[bytes]) -> bytes:
-    """What a caller reads."""
-    bodies = [HttpBody.FromString(frame) for frame in frames]
-    assert [body.content_type for body in bodies[:1]] != [""]
-    assert not any(body.content_type for body in bodies[1:])
-    assert not any(body.extensions for body in bodies)
-    return b"".join(body.data for body in bodies)
-
-
-def spoken(data: bytes) -> Any:
-    """A reply as its reader puts it together: by choice, whatever the order and the cuts of its chunks."""
-    if not data.startswith(b"data: "):
-        return json.loads(data)
-    blocks = [block.removeprefix("data: ") for block in data.decode().split("\n\n")[:-1]]
-    assert blocks.pop() == "[DONE]"
-    choices: dict[int, dict[str, Any]] = {}
-    heads, usages = set(), []
-    for chunk in map(json.loads, blocks):
-        heads.add((chunk["id"], chunk["created"], chunk["model"]))
-        usages += [chunk["usage"]] if chunk.get("usage") else []
-        for choice in chunk["choices"]:
-            known = choices.setdefault(choice["index"], {"roles": 0, "calls": [], "logprobs": []})
-            delta = choice.get("delta", {"content": choice.get("text")})
-            known["roles"] += "role" in delta
-            for name in ("content", "reasoning"):
-                known[name] = known.get(name, "") + (delta.get(name) or "")
-            for call in delta.get("tool_calls", ()):
-                if "id" in call:
-                    known["calls"].append([call["id"], call["function"]["name"], ""])
-                known["calls"][call["index"]][2] += call["function"]["arguments"]
-            if logprobs := choice["logprobs"]:
-                lists = logprobs["content"] if "content" in logprobs else list(zip(*logprobs.values(), strict=True))
-                known["logprobs"] += lists
-            if choice["finish_reason"]:
-                assert "end" not in known
-                known["end"] = (choice["finish_reason"], choice["stop_reason"])
-    return heads, choices, usages[-1:]
-
-
-async def check_every_break(workers: list[OpenAIServicer], name: str, request: dict[str, Any]) -> bytes:
-    """Break a reply after each of its responses, and after all of them; returns the reply that nothing disturbs."""
-    body = HttpBody(data=json.dumps({"model": "", **request}).encode()).SerializeToString()
-    at = methods(workers, name)
-    frames = [frame async for frame in at[0](body)]
-    whole = joined(await carry(at, OPENAI, body))
-    for breaks in [*([k] for k in range(len(frames) + 1)), [1] * (len(frames) + 1)]:
-        assert spoken(joined(await carry(at, OPENAI, body, breaks))) == spoken(whole), breaks
-    return whole
 
 
 CALLS = (
