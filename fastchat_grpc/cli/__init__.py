@@ -25,7 +25,7 @@ class LazyGroup(click.Group):
     """Imports a command's module when the command is asked for."""
 
     commands_at: ClassVar = {
-        "serve": "supervisor:serve",
+        "serve": "serve:serve",
         "controller": "serving:controller",
         "worker": "serving:worker",
         "gateway": "serving:gateway",
@@ -35,6 +35,7 @@ class LazyGroup(click.Group):
         "drain": "calls:drain",
         "undrain": "calls:undrain",
         "backends": "backends:backends",
+        "config": "config_command:config",
         "new-key": "keys:new_key_command",
     }
 
@@ -60,6 +61,10 @@ def cli() -> None:
 
 def main() -> None:
     """Run a command. Errors that a user can cause are one line on stderr."""
+    # Kubernetes tells pods of a service that is called fastchat-grpc by variables that look like our flags'.
+    for name in ("FASTCHAT_GRPC_PORT", "FASTCHAT_GRPC_HOST"):
+        if os.environ.get(name, "").startswith("tcp://"):
+            del os.environ[name]
     # What the C core would print about a failed bind or connection, our errors say in one line.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:

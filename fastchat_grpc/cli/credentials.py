@@ -106,6 +106,7 @@ call_options = group(
         "address",
         default=f"127.0.0.1:{CONTROLLER_PORT}",
         show_default=True,
+        envvar="FASTCHAT_GRPC_CONTROLLER_ADDRESS",
         help="Controller or worker to ask; several with commas.",
     ),
     click.option("--api-key", envvar="FASTCHAT_GRPC_API_KEY", help="Key, where the server asks for one."),

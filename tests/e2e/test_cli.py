@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastchat_grpc.client import AsyncClient
+from fastchat_grpc.core import Delta
 from fastchat_grpc.worker.app import WorkerApp
 from tests.e2e.processes import free_port, run_cli, running_cli, wait_for_answer, wait_for_workers
 
@@ -217,6 +218,32 @@ async def test_children_of_a_killed_supervisor_end_by_themselves() -> None:
         async with asyncio.timeout(20):
             while any(Path(f"/proc/{pid}").exists() for pid in children):
                 await asyncio.sleep(0.05)
+
+
+async def test_serve_starts_two_models_from_a_file(tmp_path: Path) -> None:
+    controller_port = free_port()
+    file = tmp_path / "fleet.yaml"
+    file.write_text(f"""\
+gateway: false
+port: 0
+controller: {{port: {controller_port}}}
+worker: {{backend: echo}}
+workers:
+  - model_path: alpha
+    label: {{zone: east}}
+  - model_path: beta
+    model_names: [beta, gamma]
+""")
+    controller = f"127.0.0.1:{controller_port}"
+    async with running_cli("serve", "-f", str(file)), AsyncClient(controller) as client:
+        await wait_for_workers(controller)
+        async with asyncio.timeout(20):
+            while {model.name for model in await client.models()} != {"alpha", "beta", "gamma"}:
+                await asyncio.sleep(0.05)
+        assert (
+            "".join([event.text async for event in client.generate("hi", model="beta") if isinstance(event, Delta)])
+            == "hi"
+        )
 
 
 async def test_serve_says_once_what_can_never_start() -> None:

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 import trustme
+from click.core import ParameterSource
 
 from fastchat_grpc.cli import options
-from fastchat_grpc.cli.supervisor import (
-    COMMANDS,
-    NOT_OFFERED,
-    SECRETS,
-    SET_HERE,
-    _check,
-    _expected,
-    _passed,
-    _secrets,
-    _trust,
-    _wants_gateway,
-    _worker_places,
-    serve,
-)
+from fastchat_grpc.cli.fleet import COMMANDS, NOT_OFFERED, SECRETS, Plan, Planned, given_flags, secrets
+from fastchat_grpc.cli.serve import _wants_gateway, planned, serve
+from fastchat_grpc.cli.settings import SET_HERE
 from fastchat_grpc.config import LeaseConfig
 from fastchat_grpc.errors import ConfigError
 
@@ -33,6 +24,12 @@ VALUES = {"choice": None, "integer": "7", "float": "7.5", "a,b,...": "1,2", "key
 
 def context(*arguments: str) -> click.Context:
     return serve.make_context("serve", list(arguments))
+
+
+def parts(*arguments: str) -> dict[str, Planned]:
+    """What serve would start, without the gateway unless it is asked for."""
+    wanted = () if "--gateway" in arguments else ("--no-gateway",)
+    return {part.name: part for part in planned(context(*wanted, "--backend", "echo", *arguments))}
 
 
 def sample(option: click.Option, tmp_path: Path) -> list[str]:
@@ -55,8 +52,7 @@ def sample(option: click.Option, tmp_path: Path) -> list[str]:
     ],
 )
 def test_the_controller_is_told_whom_it_waits_for(arguments: tuple[str, ...], expected: str) -> None:
-    flags = context(*arguments).params
-    assert _expected(flags["host"], _worker_places(flags)) == expected
+    assert Plan(context(*arguments), None).expected == expected
 
 
 @pytest.mark.parametrize(
@@ -84,11 +80,13 @@ def test_each_flag_of_each_part_is_passed_on_or_set_or_said_not_to_be_offered(
         return
     arguments = sample(param, tmp_path)
     ctx = context(*arguments)
+    theirs: Set[str | None] = {other.name for other in COMMANDS[part].params} - SET_HERE[part]
+    passed = given_flags(ctx, frozenset({ParameterSource.COMMANDLINE}), theirs)
     if param.name in SECRETS:
-        assert _secrets(ctx) == {param.envvar: arguments[1]}
-        assert arguments[1] not in _passed(ctx, part)
+        assert secrets(ctx) == {param.envvar: arguments[1]}
+        assert arguments[1] not in passed
     else:
-        assert _passed(ctx, part) == arguments
+        assert passed == arguments
 
 
 def test_no_flag_of_a_part_means_something_else_there() -> None:
@@ -101,7 +99,7 @@ def test_no_flag_of_a_part_means_something_else_there() -> None:
 
 
 def places(*arguments: str) -> list[list[str]]:
-    return _worker_places(dict(context(*arguments).params))
+    return [place.arguments for place in Plan(context(*arguments), None).places]
 
 
 def test_workers_with_one_advertised_host_have_a_port_and_an_identity_each() -> None:
@@ -126,20 +124,26 @@ def test_workers_with_one_advertised_host_have_a_port_and_an_identity_each() -> 
     ],
 )
 def test_parts_dial_loopback_where_they_listen_everywhere(host: str, dialled: str) -> None:
-    flags = {**context("--host", host, "--backend", "echo").params, "gateway": True}
-    _check(flags, [])
-    assert flags["controller_address"] == (dialled,)
+    reachable = () if host in ("127.0.0.1", "localhost", "::1") else ("--worker-address", "gpu1:7")
+    found = parts("--host", host, "--gateway", *reachable)
+    assert found["worker-0"].flags["controller_address"] == found["gateway"].flags["controller_address"] == (dialled,)
 
 
 def test_where_the_parts_speak_tls_they_trust_each_other(tmp_path: Path) -> None:
-    ca, cert, other = (tmp_path / name for name in ("ca", "cert", "other"))
-    mutual = dict(context("--tls-cert", str(cert), "--tls-key", "k", "--tls-ca", str(ca)).params)
-    assert _trust(mutual, "worker") == ["--controller-ca", str(ca)]
-    assert _trust(mutual, "gateway") == ["--upstream-ca", str(ca)]
-    single = dict(context("--tls-cert", str(cert), "--tls-key", "k", "--worker-ca", str(other)).params)
-    assert _trust(single, "worker") == ["--controller-ca", str(cert)]
-    assert _trust(single, "controller") == []
-    assert _trust(dict(context().params), "worker") == []
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1")
+    ca, cert, key = (str(tmp_path / name) for name in ("ca", "cert", "key"))
+    authority.cert_pem.write_to_path(ca)
+    issued.cert_chain_pems[0].write_to_path(cert)
+    issued.private_key_pem.write_to_path(key)
+    single = ("--tls-cert", cert, "--tls-key", key)
+
+    mutual = parts("--gateway", *single, "--tls-ca", ca)
+    assert mutual["worker-0"].flags["controller_ca"] == mutual["gateway"].flags["upstream_ca"] == Path(ca)
+    own = parts(*single, "--worker-ca", ca)
+    assert own["worker-0"].flags["controller_ca"] == Path(cert)
+    assert own["controller"].flags["worker_ca"] == Path(ca)
+    assert parts()["worker-0"].flags["controller_ca"] is None
 
 
 def test_an_authority_without_a_certificate_is_refused(tmp_path: Path) -> None:
@@ -148,7 +152,7 @@ def test_an_authority_without_a_certificate_is_refused(tmp_path: Path) -> None:
     for command in (*COMMANDS, "serve"):
         with pytest.raises(ConfigError, match="--tls-cert"):
             found = COMMANDS.get(command, serve)
-            found.main(["--tls-ca", str(ca)], standalone_mode=False)
+            found.main([*(["--no-gateway"] if command == "serve" else []), "--tls-ca", str(ca)], standalone_mode=False)
 
 
 @pytest.mark.parametrize("file", ["cert", "ca"])
