@@ -136,7 +136,7 @@ async def test_closing_the_generator_frees_the_request(llama: tuple[Path, Any]) 
     async with running(llama[0]) as (backend, _):
         events = backend.generate(ask("hello", stopping=StopConditions(max_new_tokens=400, ignore_eos=True)))
         await anext(events)
-        assert backend.load().kv_cache_usage > 0
+        assert (backend.load().kv_cache_usage or 0.0) > 0
         await events.aclose()
         await until(lambda: backend.load().kv_cache_usage == 0)
 
