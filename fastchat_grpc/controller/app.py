@@ -81,6 +81,8 @@ class ControllerApp:
             supervisor=self._supervisor,
         )
         self.relay = Relay(self.dispatcher, self.pool, config.failover, config.send_timeout_s)
+        if self._metrics is not None:
+            self.relay.attempts.meters = self._metrics.attempts
         self.generation = RelayedGeneration(self.relay)
         self.keys = ApiKeys(config.api_keys)
         self.bridge = _bridge(self.relay, self.keys, config)
@@ -88,7 +90,9 @@ class ControllerApp:
         networks = AllowedNetworks(config.allowed_networks)
         self._servicer = ControllerServicer(self.dispatcher, self.pool, networks, going_on)
         access = Access(self.keys, JoinToken(config.join_token, *config.other_join_tokens))
-        self._server = RpcServer(config.listen, self._services(), access)
+        self._server = RpcServer(
+            config.listen, self._services(), access, meter=self._metrics.calls if self._metrics is not None else None
+        )
         self._parents: Parents | None = None
         self._well = True  # what the supervisor says
         self._draining = False

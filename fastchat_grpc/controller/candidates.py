@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from time import monotonic
-from typing import Any
+from typing import Any, Protocol
 
 from fastchat_grpc.controller.dispatch import Dispatcher, PickRequest
 from fastchat_grpc.controller.evidence import Evidence, evidence
@@ -13,11 +13,18 @@ from fastchat_grpc.controller.search import Search
 from fastchat_grpc.core import ModelInfo, WorkerState
 from fastchat_grpc.errors import FastChatError, ModelNotFound, NoLiveWorker, WorkerUnavailable
 from fastchat_grpc.rpc.failover import Attempt, Call
+from fastchat_grpc.rpc.metering import MethodMeter
 from fastchat_grpc.rpc.pool import ChannelPool, PooledChannel
 from fastchat_grpc.rpc.retry import Verdict
 
 Open = Callable[[PooledChannel, ModelInfo, Call[bytes]], Any]
 """Starts the call on a channel, to a worker that serves the model like this."""
+
+
+class Meters(Protocol):
+    """Counts attempts by their methods."""
+
+    def of(self, method: str) -> MethodMeter: ...
 
 
 class Candidates:
@@ -29,11 +36,19 @@ class Candidates:
         key: what prefix_affinity groups by.
         wants: what a worker must have now to take the call; asked at each pick.
         open: starts the call.
+        method: that it is of.
     """
 
     def __init__(
-        self, attempts: Attempts, model: str, key: str, wants: Callable[[Call[bytes]], PickRequest], open: Open
+        self,
+        attempts: Attempts,
+        model: str,
+        key: str,
+        wants: Callable[[Call[bytes]], PickRequest],
+        open: Open,
+        method: str,
     ) -> None:
+        self.method = method
         self._attempts = attempts
         self._search = Search(attempts.dispatcher, model, key)
         self._wants = wants
@@ -87,6 +102,11 @@ class WorkerAttempt(Attempt[bytes]):
         self._channel = channel
         self._moved = False
         self._closed = False
+        self._status = "CANCELLED"
+        self._meter = attempts.meters.of(candidates.method) if attempts.meters is not None else None
+        if self._meter is not None:
+            self._began = monotonic()
+            self._meter.started()
         channel.calls += 1
         attempts.running.add(self)
 
@@ -106,6 +126,7 @@ class WorkerAttempt(Attempt[bytes]):
 
     def failed(self, error: FastChatError, verdict: Verdict) -> FastChatError:
         """See Attempt."""
+        self._status = error.code.name
         self._account(error, verdict)
         self._candidates.failed(self._reservation.instance_id, verdict)
         spec = self.worker.spec
@@ -124,6 +145,7 @@ class WorkerAttempt(Attempt[bytes]):
 
     def succeeded(self) -> None:
         """See Attempt."""
+        self._status = "OK"
         self._reservation.succeeded()
 
     def close(self) -> None:
@@ -132,6 +154,8 @@ class WorkerAttempt(Attempt[bytes]):
             return
         self._closed = True
         super().close()
+        if self._meter is not None:
+            self._meter.ended(self._status, monotonic() - self._began, 0)
         self._attempts.running.discard(self)
         self._attempts.stranded.discard(self)
         self._channel.calls -= 1
@@ -201,6 +225,8 @@ class Attempts:
     def __init__(self, dispatcher: Dispatcher, pool: ChannelPool) -> None:
         self.dispatcher = dispatcher
         self.pool = pool
+        self.meters: Meters | None = None
+        """Counts the attempts; None: nobody does."""
         self.running: set[WorkerAttempt] = set()
         self.stranded = Stranded()
         dispatcher.registry.subscribe(self.stranded.on_change)

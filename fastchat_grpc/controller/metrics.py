@@ -20,10 +20,15 @@ class ControllerMetrics:
     """What a controller counts and tells. Make it with `of`; take its dispatcher; `start` and `stop` it."""
 
     def __init__(self, exposition: Exposition) -> None:
+        from fastchat_grpc.metrics.calls import ClientCalls, ServerCalls
         from fastchat_grpc.metrics.labels import Names
 
         self._exposition = exposition
         self._names = Names()
+        self.calls = ServerCalls()
+        """Counts the calls of the controller's server."""
+        self.attempts = ClientCalls()
+        """Counts what it asks of workers for others."""
 
     @staticmethod
     def of(config: ControllerConfig) -> ControllerMetrics | None:
@@ -50,6 +55,8 @@ class ControllerMetrics:
         from fastchat_grpc.controller.fleet_metrics import FleetCollector, WorkerLines
 
         self._exposition.registry.register(FleetCollector(relay, keys, bridge, self._names, serving))
+        self._exposition.registry.register(self.calls)
+        self._exposition.registry.register(self.attempts)
         self._exposition.add(WorkerLines(relay.dispatcher.registry))
         self._exposition.start()
 

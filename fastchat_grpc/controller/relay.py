@@ -89,7 +89,7 @@ class Relay:
             multicallable = channel.unary_unary(method)
             return multicallable(named(info.name), timeout=call.remaining_s(), metadata=caller.metadata)
 
-        candidates = Candidates(self.attempts, model, "", lambda call: PickRequest(prefers=prefers), start)
+        candidates = Candidates(self.attempts, model, "", lambda call: PickRequest(prefers=prefers), start, method)
         return await self.failover.call(candidates, caller.deadline)
 
     async def run(self) -> None:
@@ -151,7 +151,7 @@ class _Generation:
         self._uses = uses(request)
         self._arrived = resume_needs(request, request.resume) if request.HasField("resume") else None
         self.candidates = Candidates(
-            relay.attempts, request.model, relay.affinity_key(request), self._wanted, self._open
+            relay.attempts, request.model, relay.affinity_key(request), self._wanted, self._open, GENERATE
         )
 
     def _wanted(self, call: Call[bytes]) -> PickRequest:

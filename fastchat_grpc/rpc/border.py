@@ -11,7 +11,7 @@ import asyncio
 import logging
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, aclosing, asynccontextmanager, nullcontext
 from typing import Any
 
 import grpc
@@ -19,7 +19,8 @@ import grpc
 from fastchat_grpc.config import MAX_MESSAGE_BYTES
 from fastchat_grpc.errors import AnswerTooLarge, BackendFailed, Draining, FastChatError
 from fastchat_grpc.rpc.ended import has_ended
-from fastchat_grpc.rpc.limits import WATCHES, CallBounds, CallLimits, Limit
+from fastchat_grpc.rpc.limits import WATCHES, CallBounds, CallLimits
+from fastchat_grpc.rpc.metering import Meter, MeteredCall
 from fastchat_grpc.rpc.receiving import Context, FirstMessages, Handler, Receive, receiving
 from fastchat_grpc.rpc.status import abort
 
@@ -29,10 +30,19 @@ Admit = Callable[[str, Any], None]
 """Raises a FastChatError for a call that is not let in; gets its full method name and its metadata."""
 AdmitPeer = Callable[[str, Context], None]
 """The same of the connection; gets the call's context."""
+Scope = Callable[[Context], AbstractContextManager[Any]]
+"""What the method of a call runs in: it counts the call, and gets the bytes of its answers (`sent`)."""
 Span = Callable[[Context], AbstractAsyncContextManager[None]]
 """What a call runs in."""
 
-_UNCOUNTED = nullcontext()
+
+class _Uncounted:
+    """A call that counts against no limit and that nobody measures."""
+
+    sent = 0
+
+
+_UNCOUNTED = nullcontext(_Uncounted())
 
 
 class Border(grpc.GenericRpcHandler):
@@ -49,8 +59,10 @@ class Border(grpc.GenericRpcHandler):
         bounds: CallBounds | None = None,
         admit_peer: AdmitPeer | None = None,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
+        meter: Meter | None = None,
     ) -> None:
         self._admit = admit
+        self._meter = meter
         self._max_bytes = max_message_bytes
         self._admit_peer = admit_peer
         self._limits = CallLimits(bounds)
@@ -78,8 +90,18 @@ class Border(grpc.GenericRpcHandler):
             try:
                 self._admit(method, handler_call_details.invocation_metadata or ())
             except FastChatError as error:
+                self._refused(method, error.code.name)
                 return _refusal(handler, error)
+        if handler is None and self._meter is not None:
+            self._refused("", "UNIMPLEMENTED")
         return handler
+
+    def _refused(self, method: str, status: str) -> None:
+        """A call has ended before its method ran; one that is unknown has no name."""
+        if self._meter is not None:
+            meter = self._meter.of(method) if method else self._meter.unknown()
+            meter.started()
+            meter.ended(status, 0.0, 0)
 
     def _find(self, details: grpc.HandlerCallDetails) -> Handler | None:
         for generic in self._generic:
@@ -96,10 +118,20 @@ class Border(grpc.GenericRpcHandler):
         render = _rendering(handler.response_serializer, self._max_bytes)
         guard = _guard_stream if handler.response_streaming else _guard_unary
         receive = receiving(handler, self._firsts)
-        guarded = guard(behavior, method, receive, render, self._limits.of(method))
+        guarded = guard(behavior, method, receive, render, self._scope(method))
         if handler.request_streaming or method in WATCHES:
             guarded = (_ending_stream if handler.response_streaming else _ending_unary)(guarded, self._until_closed)
         return _make(handler, guarded)
+
+    def _scope(self, method: str) -> Scope:
+        """What a call of a method runs in."""
+        limit = self._limits.of(method)
+        if self._meter is not None:
+            meter = self._meter.of(method)
+            return lambda context: MeteredCall(meter, limit, context)
+        if limit is None:
+            return lambda context: _UNCOUNTED
+        return lambda context: limit.call(context.peer())
 
     @property
     def open_calls(self) -> int:
@@ -172,13 +204,15 @@ def _guard_unary(
     method: str,
     receive: Receive,
     render: Callable[[Any], bytes],
-    limit: Limit | None,
+    scope: Scope,
 ) -> Callable[[Any, Context], Awaitable[Any]]:
     async def guarded(_: Any, context: Context) -> Any:
         try:
-            with limit.call(context.peer()) if limit is not None else _UNCOUNTED:
+            with scope(context) as call:
                 result = behavior(await receive(context), context)
-                return render(await result if isinstance(result, Awaitable) else result)
+                raw = render(await result if isinstance(result, Awaitable) else result)
+                call.sent += len(raw)
+                return raw
         except grpc.aio.AbortError:
             raise
         except Exception as error:
@@ -192,11 +226,11 @@ def _guard_stream(
     method: str,
     receive: Receive,
     render: Callable[[Any], bytes],
-    limit: Limit | None,
+    scope: Scope,
 ) -> Callable[[Any, Context], AsyncIterator[Any]]:
     async def guarded(_: Any, context: Context) -> AsyncIterator[Any]:
         try:
-            with limit.call(context.peer()) if limit is not None else _UNCOUNTED:
+            with scope(context) as call:
                 responses = behavior(await receive(context), context)
                 if isinstance(
                     responses, Awaitable
@@ -207,7 +241,9 @@ def _guard_stream(
                 # whenever the garbage collector finds it.
                 async with aclosing(responses):
                     async for response in responses:
-                        yield render(response)
+                        raw = render(response)
+                        call.sent += len(raw)
+                        yield raw
         except grpc.aio.AbortError:
             raise
         except Exception as error:

@@ -95,14 +95,17 @@ class Limit:
 
 
 class _Call:
-    __slots__ = ("_host", "_limit")
+    __slots__ = ("_host", "_limit", "sent")
 
     def __init__(self, limit: Limit, host: str) -> None:
         self._limit = limit
         self._host = host
+        self.sent = 0
+        """Bytes of its answers."""
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Call:
         self._limit.enter(self._host)
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._limit.leave(self._host)

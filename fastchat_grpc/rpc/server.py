@@ -18,6 +18,7 @@ from fastchat_grpc.rpc.border import Border
 from fastchat_grpc.rpc.channels import SERVER_OPTIONS, server_credentials, size_options
 from fastchat_grpc.rpc.ended import be_quiet_about_ended_calls
 from fastchat_grpc.rpc.limits import MAX_STREAMS_PER_CONNECTION, CallBounds
+from fastchat_grpc.rpc.metering import Meter
 from fastchat_grpc.rpc.reflection import add_reflection
 
 UNWIND_S = 1.0
@@ -33,6 +34,7 @@ class RpcServer:
         services: for each service its full name and the function that adds it to a server.
         access: what callers must show; None: this server has neither keys nor a token.
         bounds: how many calls may be open; None: the usual.
+        meter: counts the calls; None: nobody does.
     """
 
     def __init__(
@@ -41,11 +43,12 @@ class RpcServer:
         services: Sequence[tuple[str, Callable[[Any], None]]],
         access: Access | None = None,
         bounds: CallBounds | None = None,
+        meter: Meter | None = None,
     ) -> None:
         self._listen = listen
         self._names = [name for name, _ in services]
         peers = PeerNames(listen.peer_sans).admit if listen.peer_sans else None
-        self._border = border = Border((access or Access()).admit, bounds, peers, listen.max_message_bytes)
+        self._border = border = Border((access or Access()).admit, bounds, peers, listen.max_message_bytes, meter)
         for _, add in services:
             add(border)
         be_quiet_about_ended_calls()

@@ -187,7 +187,9 @@ class WorkerApp:
             ),
         ]
         access = Access(join_token=JoinToken(self._config.join_token), told_clients=self._metrics is not None)
-        server = RpcServer(self._config.listen, services, access)
+        server = RpcServer(
+            self._config.listen, services, access, meter=self._metrics.calls if self._metrics is not None else None
+        )
         await server.start()
         self._server = server
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from fastchat_grpc.backends.base import BackendLoad
-from fastchat_grpc.core import Distribution, WorkerState
+from fastchat_grpc.core import WorkerState
+from fastchat_grpc.metrics.histograms import add_distribution
 from fastchat_grpc.worker.monitor import Monitor
 from fastchat_grpc.worker.request_metrics import ENGINE, LABELS, ModelSeries
 
@@ -48,7 +48,7 @@ class EngineCollector(Collector):
             running.add_metric(labels, series.running)
             waiting.add_metric(labels, series.waiting)
             by_reason.add_metric((*labels, "capacity"), series.waiting)
-            _add(gaps, labels, series.token_gaps)
+            add_distribution(gaps, labels, series.token_gaps)
         yield from (running, waiting, by_reason, gaps)
         if self._adapters:
             yield self._adapters_in_use()
@@ -119,14 +119,5 @@ def _steps(parts: Sequence[tuple[str, BackendLoad]]) -> Iterable[Metric]:
         told = ((seconds, load.steps.seconds), (sequences, load.steps.sequences), (tokens, load.steps.tokens))
         for family, distribution in told:
             if distribution.count:
-                _add(family, labels, distribution)
+                add_distribution(family, labels, distribution)
     return [family for family in (seconds, sequences, tokens, failures) if family.samples]
-
-
-def _add(family: HistogramMetricFamily, labels: Sequence[str], distribution: Distribution) -> None:
-    """A distribution as Prometheus has it: counts of all values up to each bound."""
-    total, buckets = 0, []
-    for bound, count in zip((*distribution.bounds, float("inf")), list(distribution.counts), strict=True):
-        total += count
-        buckets.append((str(floatToGoString(bound)), float(total)))  # type: ignore[no-untyped-call]
-    family.add_metric(labels, buckets, distribution.total)

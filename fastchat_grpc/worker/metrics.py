@@ -12,6 +12,7 @@ from fastchat_grpc.worker.generation import LocalGeneration
 from fastchat_grpc.worker.monitor import Monitor
 
 if TYPE_CHECKING:
+    from fastchat_grpc.metrics.calls import ServerCalls
     from fastchat_grpc.metrics.exposition import Exposition
 
 
@@ -19,7 +20,10 @@ class WorkerMetrics:
     """What a worker counts and tells. Make it with `of`; `start` it, `open` it with the models, `stop` it."""
 
     def __init__(self, exposition: Exposition, backend: Backend, generation: LocalGeneration, monitor: Monitor) -> None:
+        from fastchat_grpc.metrics.calls import ServerCalls
+
         self._exposition = exposition
+        self._calls = ServerCalls()
         self._backend = backend
         self._generation = generation
         self._monitor = monitor
@@ -36,6 +40,11 @@ class WorkerMetrics:
         return WorkerMetrics(Exposition(config.metrics, "worker"), backend, generation, monitor)
 
     @property
+    def calls(self) -> ServerCalls:
+        """Counts the calls of the worker's server."""
+        return self._calls
+
+    @property
     def address(self) -> str:
         """host:port where they are."""
         return self._exposition.address
@@ -45,6 +54,7 @@ class WorkerMetrics:
         from fastchat_grpc.worker.engine_metrics import WorkerCollector
 
         self._exposition.registry.register(WorkerCollector(self._monitor))
+        self._exposition.registry.register(self._calls)
         self._exposition.start()
 
     def open(self, models: Sequence[ModelInfo]) -> None:

@@ -39,6 +39,15 @@ async def test_each_counter_says_what_was_done_and_whose_key_it_was(start_worker
         assert told.get("fastchat_grpc_workers_registered_total") == 1
         assert told.get("fastchat_grpc_controller_serving") == 1
         assert told.get("fastchat_grpc_relayed_requests") == 0
+        generate = {"grpc_method": "fastchat_grpc.v1.GenerationService/Generate"}
+        assert told.get("grpc_server_call_started_total", **generate) == 4
+        ended = "grpc_server_call_duration_seconds_count"
+        assert told.get(ended, grpc_status="OK", **generate) == 3
+        assert told.get(ended, grpc_status="UNAUTHENTICATED", **generate) == 1
+        assert told.get("grpc_client_attempt_started_total", grpc_target="other", **generate) == 3
+        assert told.get("grpc_client_attempt_duration_seconds_count", grpc_status="OK", **generate) == 3
+        register = "fastchat_grpc.v1.ControllerService/Register"
+        assert told.get(ended, grpc_method=register, grpc_status="OK") == 1
         at_worker = await scrape(worker.metrics_address)
         assert at_worker.get("fastchat_grpc_usage_requests_total", client="alice", model_name="echo") == 2
         assert at_worker.get("fastchat_grpc_usage_generation_tokens_total", client="bob") == 6
@@ -64,6 +73,10 @@ async def test_a_stream_that_lost_its_worker_is_counted_on_both_sides(start_work
         assert told.get("fastchat_grpc_attempts_total", evidence="lost") == 1
         assert told.get("fastchat_grpc_attempts_total", evidence="good") == 1
         assert told.get("fastchat_grpc_picks_total", result="ok") == 2
+        generate = {"grpc_method": "fastchat_grpc.v1.GenerationService/Generate"}
+        ended = "grpc_client_attempt_duration_seconds_count"
+        assert told.get(ended, grpc_status="UNAVAILABLE", **generate) == 1
+        assert told.get(ended, grpc_status="OK", **generate) == 1
         resumed = await scrape(other.metrics_address)
         assert resumed.get("fastchat_grpc_resumed_requests_total", model_name="echo") == 1
         assert 0 < resumed.get("vllm:generation_tokens_total", model_name="echo") < len(text)

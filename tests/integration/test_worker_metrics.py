@@ -68,6 +68,13 @@ async def test_each_counter_says_what_was_done(start_worker: StartWorker) -> Non
     assert told.get("fastchat_grpc_worker_state", state="serving") == 1
     assert told.get("fastchat_grpc_worker_capacity", kind="running") == 4
     assert not told.has("vllm:kv_cache_usage_perc")
+    generate = "fastchat_grpc.v1.GenerationService/Generate"
+    assert told.get("grpc_server_call_started_total", grpc_method=generate) == len(results) + 2
+    for status, count in (("OK", len(results)), ("NOT_FOUND", 1), ("INVALID_ARGUMENT", 1)):
+        name = "grpc_server_call_duration_seconds_count"
+        assert told.get(name, grpc_method=generate, grpc_status=status) == count, status
+    name = "grpc_server_call_sent_total_compressed_message_size_bytes_sum"
+    assert told.get(name, grpc_method=generate, grpc_status="OK") > made
 
 
 async def test_what_runs_and_waits_and_is_refused_is_told_while_it_does(start_worker: StartWorker) -> None:
