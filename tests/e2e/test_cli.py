@@ -238,7 +238,7 @@ workers:
     async with running_cli("serve", "-f", str(file)), AsyncClient(controller) as client:
         await wait_for_workers(controller)
         async with asyncio.timeout(20):
-            while {model.name for model in await client.models()} != {"alpha", "beta", "gamma"}:
+            while {model.model.name for model in await client.models()} != {"alpha", "beta", "gamma"}:
                 await asyncio.sleep(0.05)
         assert (
             "".join([event.text async for event in client.generate("hi", model="beta") if isinstance(event, Delta)])
