@@ -339,12 +339,15 @@ class TestSeveralControllers:
         ):
             for i in range(2):
                 models = tuple(ModelInfo(name=f"m{i}-{j:04}", context_length=9) for j in range(1000))
-                child.registry.register(
-                    WorkerSpec(
-                        worker_id=f"w{i}", instance_id=f"i{i}", address="127.0.0.1:1", models=models, weight=1e6
-                    ),
-                    Load(),
+                spec = WorkerSpec(
+                    worker_id=f"w{i}",
+                    instance_id=f"i{i}",
+                    address="127.0.0.1:1",
+                    models=models,
+                    weight=1e6,
+                    check_heartbeat=False,
                 )
+                child.registry.register(spec, Load())
             await eventually(lambda: len(parent.registry.models()) == 2000)
             assert parent.registry.workers()[0].weight == 1e6  # what is more is no weight
 
