@@ -243,7 +243,7 @@ async def test_a_slow_reader_gets_everything_in_fewer_deltas(harness: Harness) -
         async for event in events:
             if hasattr(event, "text"):
                 texts.append(event.text)
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.05)
     finally:
         await events.aclose()
     assert "".join(texts) == plain.text

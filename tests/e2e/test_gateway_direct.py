@@ -10,7 +10,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from fastchat_grpc.config import BreakerConfig, LeaseConfig
+from fastchat_grpc.config import BreakerConfig, FailoverConfig, LeaseConfig
 from fastchat_grpc.openai.servicer import OpenAIServicer
 from tests.conftest import eventually
 from tests.e2e.echo_worker import controller_process, worker_process
@@ -47,7 +47,7 @@ async def test_a_model_whose_worker_is_full_is_429_and_never_another_models_404(
 
 @pytest.mark.parametrize("mode", ["direct", "relay"])
 async def test_a_model_whose_only_worker_is_dead_is_503_and_never_another_models_404(mode: str) -> None:
-    controller = {"lease": LONG} if mode == "direct" else {}
+    controller = {"lease": LONG} if mode == "direct" else {"failover": FailoverConfig(wait_s=1.0)}
     async with AsyncExitStack() as stack:
         site = await stack.enter_async_context(running_site(mode, [{"model": "b"}], controller=controller))
         dead = await stack.enter_async_context(worker_process(site.controller.address, "a"))
@@ -238,7 +238,7 @@ async def test_a_killed_controller_is_never_news_of_the_model(mode: str) -> None
             await load(1.2)
             await stack.enter_async_context(controller_process(port))
             back_at = loop.time()
-            await load(4.0)
+            await load(3.0)
         assert {status for _, status, _ in answers} <= {200, 503, 429}, answers
         assert all(status == 200 or pause is not None for _, status, pause in answers), answers
         # Asked a second after its return: all is well. Twice as long here, where other tests may run beside.

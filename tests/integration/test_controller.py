@@ -534,6 +534,12 @@ class TestRegistryService:
 
 
 class TestDrain:
+    @pytest.fixture
+    async def controller(self) -> AsyncIterator[ControllerApp]:
+        """Its orders travel with the answers to heartbeats, which come often."""
+        async with running_controller(lease=LeaseConfig(heartbeat_interval_s=0.3)) as app:
+            yield app
+
     async def test_a_drained_worker_ends_its_streams_and_leaves(
         self, controller: ControllerApp, client: AsyncClient, start_worker: StartWorker
     ) -> None:
@@ -541,7 +547,7 @@ class TestDrain:
             controllers=(controller.address,), worker_id="old", options={"delay_ms": "30"}, drain_timeout_s=30.0
         )
         await joined(controller, 1)
-        text = "0123456789" * 10
+        text = "0123456789" * 5
         running = asyncio.create_task(client.complete(text))
         (worker,) = controller.registry.workers()
         await eventually(lambda: worker.reserved_count == 1)

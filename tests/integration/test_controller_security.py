@@ -18,7 +18,7 @@ from fastchat_grpc import errors
 from fastchat_grpc.cli.options import controller_config
 from fastchat_grpc.cli.supervisor import COMMANDS
 from fastchat_grpc.client import AsyncClient
-from fastchat_grpc.config import ControllerConfig, ListenConfig, TlsConfig, join_address
+from fastchat_grpc.config import ControllerConfig, FailoverConfig, ListenConfig, TlsConfig, join_address
 from fastchat_grpc.controller.app import ControllerApp
 from fastchat_grpc.rpc.channels import CLIENT_OPTIONS, SERVER_OPTIONS, open_channel
 from fastchat_grpc.rpc.pool import ChannelPool
@@ -30,6 +30,8 @@ from tests.conftest import StartWorker, echo_config, eventually, running_worker
 from tests.integration.controllers import QUICK, running_controller
 
 TOKEN = "let-me-in"
+HASTY = FailoverConfig(wait_s=0.0)
+"""Of a client that takes no for an answer: who does not trust a server is not waited for."""
 
 
 def registration(address: str = "127.0.0.1:9") -> pb.RegisterRequest:
@@ -224,10 +226,12 @@ class TestTls:
                 await eventually(lambda: len(controller.registry) == 1)
                 async with AsyncClient(controller.address, tls=mine) as client:
                     assert (await client.complete("hello")).text == "hello"
-                async with AsyncClient(controller.address, tls=TlsConfig(ca=certificates.ca), timeout_s=3) as stranger:
+                async with AsyncClient(
+                    controller.address, tls=TlsConfig(ca=certificates.ca), failover=HASTY
+                ) as stranger:
                     with pytest.raises(errors.FastChatError):
                         await stranger.status()
-                async with AsyncClient(controller.address, timeout_s=3) as plain:
+                async with AsyncClient(controller.address, failover=HASTY) as plain:
                     with pytest.raises(errors.FastChatError):
                         await plain.status()
         finally:
@@ -251,7 +255,7 @@ class TestTls:
         async with running_controller(listen=ListenConfig(port=0, tls=named)) as controller:
             for name, ok in (("controller.fleet", True), ("other.fleet", False), ("", False)):
                 tls = replace(named, server_name=name)
-                async with AsyncClient(controller.address, tls=tls, timeout_s=2) as client:
+                async with AsyncClient(controller.address, tls=tls, failover=HASTY) as client:
                     if ok:
                         await client.status()
                     else:
@@ -263,7 +267,7 @@ class TestTls:
         controller = await secure_controller(TlsConfig(cert=first.cert, key=first.key))
 
         async def trusts(ca: Path) -> bool:
-            async with AsyncClient(controller.address, tls=TlsConfig(ca=ca), timeout_s=2) as client:
+            async with AsyncClient(controller.address, tls=TlsConfig(ca=ca), failover=HASTY) as client:
                 try:
                     await client.status()
                 except errors.FastChatError:

@@ -123,7 +123,7 @@ async def test_a_worker_whose_order_to_drain_is_withdrawn_opens_again(start_work
     worker = await start_worker(options={"delay_ms": "20"}, drain_timeout_s=30)
     serving = asyncio.create_task(worker.serve())
     async with AsyncClient(worker.address, failover=ONCE) as client:
-        running = asyncio.create_task(client.complete("x" * 100))
+        running = asyncio.create_task(client.complete("x" * 40))
         await eventually(lambda: worker._generation.admission.running == 1)
         worker._drain_ordered(None)
         await eventually(lambda: worker._monitor.load().state is WorkerState.DRAINING)
@@ -134,7 +134,7 @@ async def test_a_worker_whose_order_to_drain_is_withdrawn_opens_again(start_work
         await eventually(lambda: worker._monitor.load().state is WorkerState.SERVING)
         assert await _serving(worker)
         assert (await client.complete("new")).text == "new"
-        assert (await running).text == "x" * 100
+        assert (await running).text == "x" * 40
         assert not serving.done()
         worker._drain_ordered(None)
         await asyncio.wait_for(serving, 10)  # nothing runs, so the second order is carried out
@@ -147,7 +147,7 @@ async def test_a_controller_takes_its_order_to_drain_back(start_worker: StartWor
         )
         serving = asyncio.create_task(worker.serve())
         await eventually(lambda: worker.registered)
-        running = asyncio.create_task(client.complete("x" * 200, model="m"))
+        running = asyncio.create_task(client.complete("x" * 80, model="m"))
         await eventually(lambda: worker._generation.admission.running == 1)
         assert await client.drain_worker(worker.worker_id) == 1
         await eventually(lambda: worker._monitor.load().state is WorkerState.DRAINING)
@@ -155,7 +155,7 @@ async def test_a_controller_takes_its_order_to_drain_back(start_worker: StartWor
         (seen,) = controller.registry.workers()
         await eventually(lambda: seen.load.state is WorkerState.SERVING)
         assert (await client.complete("new", model="m")).text == "new"
-        assert (await running).text == "x" * 200
+        assert (await running).text == "x" * 80
         serving.cancel()
         await asyncio.gather(serving, return_exceptions=True)
 

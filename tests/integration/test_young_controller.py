@@ -120,7 +120,7 @@ async def test_a_client_that_knows_another_controller_never_hears_of_a_restart(s
             await start_worker("m", controllers=(steady.address, first.address))
             await eventually(lambda: len(steady.registry) == len(first.registry) == 1)
         async with (
-            running_controller(port, young=True, lease=LONG) as again,
+            running_controller(port, young=True, lease=LONG, failover=IMPATIENT) as again,
             AsyncClient([again.address, steady.address]) as client,
         ):
             for _ in range(20):
