@@ -23,7 +23,7 @@ STOP_ORDER = {"gateway": 0, "worker": 1, "controller": 2}
 
 @click.command(context_settings=FROM_ENVIRONMENT)
 @settings_option("serve")
-@options.listen_options(WORKER_PORT)
+@options.listen_options(WORKER_PORT, whose="Port of the worker, of several the first one's")
 @options.worker_options
 @click.option("--controller-port", type=int, default=CONTROLLER_PORT, show_default=True, help="Port of the controller.")
 @click.option("--num-workers", type=int, default=1, show_default=True, help="Workers, on successive ports from --port.")

@@ -317,15 +317,6 @@ def test_what_is_no_plain_lora_is_refused(tmp_path: Path, setting: str, value: A
         openvino_lora.find("red", str(tmp_path))
 
 
-def test_auto_leaves_adapters_that_are_no_plain_lora_to_another_backend(tmp_path: Path) -> None:
-    for name, settings in (("plain", {}), ("dora", {"use_dora": True})):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "adapter_config.json").write_text(json.dumps(settings))
-    model = Path("smollm2-135m-instruct")
-    assert openvino_model.can_load(config(model, {"red": tmp_path / "plain"}))
-    assert not openvino_model.can_load(config(model, {"red": tmp_path / "plain", "blue": tmp_path / "dora"}))
-
-
 def test_an_adapter_without_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelLoadError, match=r"LoRA adapter red: no adapter_model\.safetensors"):

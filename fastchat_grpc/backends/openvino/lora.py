@@ -83,12 +83,6 @@ def find(name: str, path: str) -> LoraFile:
     )
 
 
-def is_plain(path: str) -> bool:
-    """Whether a folder holds an adapter that `find` would take, by its settings; what is no folder is taken for one."""
-    settings = Path(path).expanduser() / "adapter_config.json"
-    return not settings.is_file() or _unlike_lora(read_json(settings)) is None
-
-
 def _unlike_lora(stated: Mapping[str, Any]) -> str | None:
     """The setting by which an adapter is something other than plain LoRA."""
     kind = stated.get("peft_type", "LORA")

@@ -18,12 +18,11 @@ from pathlib import Path
 from fastchat_grpc.backends.openvino import cache, convert
 from fastchat_grpc.backends.openvino.gguf import ARCHITECTURES, exact_file, facts, graph_folder
 from fastchat_grpc.backends.openvino.graph import MODEL_FILE
-from fastchat_grpc.backends.openvino.lora import is_plain
 from fastchat_grpc.config import BackendConfig, ModelConfig
 from fastchat_grpc.errors import ConfigError, ModelLoadError
 from fastchat_grpc.models.embedded import EMBEDDED_MODEL, embedded_gguf, embedded_model
 from fastchat_grpc.models.facts import ModelFacts, read_facts
-from fastchat_grpc.models.resolve import check_gguf, read_json, resolve
+from fastchat_grpc.models.resolve import check_gguf, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -71,19 +70,6 @@ def find(config: BackendConfig) -> OpenVinoModel:
     return OpenVinoModel(exported, exported, exported, quantization=_number_format(weights or "fp32"))
 
 
-def can_load(config: BackendConfig) -> bool:
-    """Whether `find` would succeed without a long export that nothing here can do; loads and fetches nothing."""
-    settings = config.model
-    if not all(is_plain(adapter) for adapter in settings.lora_adapters.values()):
-        return False
-    path = Path(settings.path).expanduser()
-    if (path / MODEL_FILE).is_file() or (settings.path == EMBEDDED_MODEL and wanted_weights(config) != "fp32"):
-        return True
-    if path.is_file():
-        return path.suffix == ".gguf" and facts(path).architecture in ARCHITECTURES
-    return _exporter(config) is not None and _is_causal(path)
-
-
 def wanted_weights(config: BackendConfig) -> str | None:
     """Precision of the weights that the flags ask for; None: as the model has them. Raises ConfigError."""
     model = config.model
@@ -117,14 +103,6 @@ def _gguf(file: Path, folder: Path, weights: str | None, named: bool) -> OpenVin
 def _number_format(weights: str | None) -> str:
     """As every engine names it; empty: as the file has it."""
     return {"fp32": "float32", "fp16": "float16", None: ""}.get(weights, weights or "")
-
-
-def _is_causal(path: Path) -> bool:
-    """Whether a folder holds a decoder; what is no folder is a hub id, and is taken for one."""
-    if not (path / "config.json").is_file():
-        return not path.exists()
-    names = read_json(path / "config.json").get("architectures") or ()
-    return any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
 
 def _exported(source: Path, weights: str, config: BackendConfig) -> Path:

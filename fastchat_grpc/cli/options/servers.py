@@ -67,13 +67,11 @@ def metrics_config(flags: dict[str, Any]) -> MetricsConfig:
     return MetricsConfig(port=flags["metrics_port"], host=flags["metrics_host"].strip("[]"))
 
 
-def listen_options(port: int) -> Option:
-    """Where a server listens."""
+def listen_options(port: int, whose: str = "Port to listen on") -> Option:
+    """Where a server listens; `whose`: what its port is, where there are several."""
     return group(
         click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
-        click.option(
-            "--port", default=port, show_default=True, type=int, help="Port to listen on; 0 takes a free one."
-        ),
+        click.option("--port", default=port, show_default=True, type=int, help=f"{whose}; 0 takes a free one."),
         click.option("--tls-cert", type=FILE, help="PEM certificate chain of this server."),
         click.option("--tls-key", type=FILE, help="PEM private key of this server."),
         click.option("--tls-ca", type=FILE, help="PEM authority that clients must have (mTLS)."),
