@@ -11,14 +11,11 @@ from typing import Any, Protocol
 import httpx2
 
 from fastchat_grpc.client import AsyncClient
-from fastchat_grpc.config import FailoverConfig
 from fastchat_grpc.core import Completion, Delta, PromptEcho
-from fastchat_grpc.errors import FastChatError, NoLiveWorker, QueueFull
-from tests.chaos.disturbance import Excuses
+from fastchat_grpc.errors import Code, FastChatError, NoLiveWorker, QueueFull
+from tests.chaos.disturbance import LOOK_S, PATIENCE, Excuses
 from tests.chaos.workload import Answer, Ask
 
-PATIENCE = FailoverConfig(max_attempts=100, max_resumes=100, wait_s=30.0)
-"""Of the client: its addresses come and go, and it is to find out whether any request cannot be saved."""
 REQUEST_TIMEOUT_S = 120.0
 RETRY_S = 1.0
 """Most time between two tries over HTTP, whatever the server says: the storm is short."""
@@ -26,6 +23,15 @@ RETRY_S = 1.0
 
 class Lost(Exception):
     """A request that nobody answered, or an answer that ended without a word."""
+
+    def __init__(self, what: str, *, away: bool = False) -> None:
+        super().__init__(what)
+        self.away = away
+        """Whether the caller has given up to wait for those who were away."""
+
+
+class OutOfPatience(Exception):
+    """A request whose caller, or relay, has waited in vain, in an outage longer than they are to wait."""
 
 
 class Broken(Exception):
@@ -90,7 +96,8 @@ class GrpcCaller:
             if refused and not texts:
                 raise Refused(error.message, full=isinstance(error, QueueFull)) from None
             begun = f" after {len(texts)} choices had begun" if texts else ""
-            raise Lost(f"{ask.name}: {error.reason}{begun}: {error.message}") from None
+            away = error.code is Code.UNAVAILABLE
+            raise Lost(f"{ask.name}: {error.reason}{begun}: {error.message}", away=away) from None
         if len(ended) != ask.options.get("n", 1):
             raise Lost(f"{ask.name}: ended without a completion of each choice")
         if "logprobs" in ask.options and logprobs != sum(map(len, token_ids.values())):
@@ -170,7 +177,7 @@ def _text(choice: dict[str, Any]) -> str:
 
 
 async def patiently(caller: Caller, ask: Ask, patience_s: float, excuses: Excuses) -> tuple[Answer, int]:
-    """The answer, asked for again after each refusal, and how many there were. Raises Lost or Broken.
+    """The answer, asked for again after each refusal, and how many there were. Raises Lost, Broken or OutOfPatience.
 
     Lost has the whole story: when it asked, how long it had to wait for each refusal, and what it heard.
 
@@ -185,13 +192,19 @@ async def patiently(caller: Caller, ask: Ask, patience_s: float, excuses: Excuse
             return await caller.ask(ask), len(story)
         except Refused as refusal:
             now = monotonic()
+            await asyncio.sleep(min(RETRY_S, LOOK_S * (len(story) + 1)))  # what excuses it may be noted a moment later
             excused = excuses.refusal(asked, now)
             patience_s -= 0 if excused else now - asked
             story.append(f"{asked - began:.1f}+{now - asked:.1f} s{' (excused)' if excused else ''}: {refusal}")
             if patience_s < 0 or not (excused or refusal.full):
                 raise Lost(f"{ask.name}: refused {len(story)} times\n    " + "\n    ".join(story)) from None
-            await asyncio.sleep(min(RETRY_S, 0.1 * len(story)))
         except Broken as broken:
-            if not excuses.broken_stream(asked, monotonic()):
+            now = monotonic()
+            await asyncio.sleep(LOOK_S)
+            if not excuses.broken_stream(asked, now):
                 raise Lost(f"a stream broke, and nobody was harmed: {broken}") from None
+            raise
+        except Lost as lost:
+            if lost.away and excuses.patience_ended(asked, monotonic()):
+                raise OutOfPatience from None
             raise

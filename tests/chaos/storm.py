@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from tests.chaos.callers import Broken, Caller, GrpcCaller, HttpCaller, Lost, patiently
+from tests.chaos.callers import Broken, Caller, GrpcCaller, HttpCaller, Lost, OutOfPatience, patiently
 from tests.chaos.disturbance import Disturbances, Excuses
 from tests.chaos.faults import Drawn, Faults
 from tests.chaos.fleet import ChaosFleet, Member
@@ -54,6 +54,7 @@ class Report:
     lost: list[str] = field(default_factory=list)
     differing: list[str] = field(default_factory=list)
     faults: Counter[str] = field(default_factory=Counter)
+    out_of_patience: int = 0
     resumed_by_client: int = 0
     left: list[str] = field(default_factory=list)
     longest_gap_s: float = 0.0
@@ -74,6 +75,7 @@ class Report:
             f"lost {len(self.lost)}, differing texts {len(self.differing)}",
             f"refused for the moment, and asked again: {_counts(self.refused) or 'none'}",
             f"streams of the direct gateway that broke with their worker: {sum(self.broken.values())}",
+            f"given up in outages longer than callers and relays are to wait: {self.out_of_patience}",
             f"seconds per request: p50 {ordered[len(ordered) // 2]:.1f}, p99 {ordered[len(ordered) * 99 // 100]:.1f}",
             f"longest silence in a stream: {self.longest_gap_s:.1f} s",
             f"streams that the client itself took to another server: {self.resumed_by_client}",
@@ -112,12 +114,15 @@ class Storm:
         await self._learn()
         tasks, files = _own_tasks(), {member: member.open_files() for member in self._fleet.members}
         over = asyncio.Event()
+        watch = asyncio.create_task(self._disturbances.watch(self._fleet.members))
         streams = [asyncio.create_task(self._keep_asking(kind, i, over)) for kind, i in self._callers()]
         try:
             await self._blow()
         finally:
             over.set()
             await asyncio.gather(*streams)
+            watch.cancel()
+        self.report.journal = self._disturbances.journal()
         await self._fleet.whole()
         await self._look_for_leaks(tasks, files)
         return self.report
@@ -196,6 +201,9 @@ class Storm:
         except Broken:
             report.broken[ask.name] += 1
             return
+        except OutOfPatience:
+            report.out_of_patience += 1
+            return
         if refusals:
             report.refused[f"{kind} {ask.name}"] += refusals
         report.durations.append(time.monotonic() - started)
@@ -218,7 +226,6 @@ class Storm:
                 # Drawn here, in order, so that the seed decides it whatever runs at the same time.
                 healing.add(asyncio.create_task(self._do(drawn, self._rng.random())))
         await asyncio.gather(*healing)
-        self.report.journal = self._disturbances.journal()
 
     async def _do(self, drawn: Drawn, luck: float) -> None:
         await self._faults.do(drawn, luck)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from time import monotonic
@@ -14,10 +16,11 @@ from fastchat_grpc.core import Delta, GenerateRequest, ResumedChoice, SamplingPa
 from tests.chaos.__main__ import MAIN, SEEDLESS, SOLO, dice_groups
 from tests.chaos.callers import Lost, Refused, patiently
 from tests.chaos.dice import Dice, agrees, text_of
-from tests.chaos.disturbance import GRACE_S, Disturbances, Excuses
+from tests.chaos.disturbance import GRACE_S, STALL_S, Disturbance, Disturbances, Excuses
 from tests.chaos.fleet import ChaosFleet
 from tests.chaos.storm import Plan, Storm
 from tests.chaos.workload import Answer, Ask, dice_workload
+from tests.conftest import eventually
 
 
 @pytest.mark.slow
@@ -44,7 +47,7 @@ class Refusing:
 
     longest_gap_s = 0.0
 
-    def __init__(self, *refusals: Refused) -> None:
+    def __init__(self, *refusals: Exception) -> None:
         self._refusals = list(refusals)
 
     async def ask(self, ask: Ask) -> Answer:
@@ -59,7 +62,7 @@ class Refusing:
 GONE, FULL = Refused("gone", full=False), Refused("full", full=True)
 
 
-async def refusals(excuses: Excuses, *told: Refused, patience_s: float = 60.0) -> int:
+async def refusals(excuses: Excuses, *told: Exception, patience_s: float = 60.0) -> int:
     """How many refusals a caller has heard who got an answer at last."""
     ask = Ask(name="solo", model="solo", prompt="a")
     return (await patiently(Refusing(*told), ask, patience_s, excuses))[1]
@@ -90,6 +93,32 @@ async def test_all_controllers_away_excuse_a_refusal_too() -> None:
     faults = Disturbances()
     with faults.during("all controllers restart", controllers):
         assert await refusals(Excuses(faults, controllers, [worker]), GONE) == 1
+
+
+async def test_who_gave_up_to_wait_is_excused_by_an_outage_that_outlasts_him_alone() -> None:
+    names = [SimpleNamespace(name=name) for name in "abc"]
+    faults = Disturbances()
+    excuses = Excuses(faults, names[:1], names[1:])
+    gone = Lost("gone", away=True)
+    with pytest.raises(Lost):
+        await refusals(excuses, gone)
+    now = monotonic()
+    faults.add(Disturbance("restart", names[1:2], now - 20, now + 5))
+    faults.add(Disturbance("restart", names[2:], now - 5, now + 20))
+    assert faults.outage_s(names[1:], now - 30, now + 30) == pytest.approx(10)
+    assert not excuses.patience_ended(now - 4, now + 30)
+    assert excuses.patience_ended(now - 30, now + 30)
+
+
+async def test_a_storm_that_stood_still_is_felt_by_all() -> None:
+    names = [SimpleNamespace(name=name) for name in "ab"]
+    faults = Disturbances()
+    watch = asyncio.create_task(faults.watch(names))
+    await asyncio.sleep(0)
+    before = monotonic()
+    time.sleep(1.2 * STALL_S)  # noqa: ASYNC251  # that is the point
+    await eventually(lambda: faults.among(names, before, monotonic()) == 2)
+    watch.cancel()
 
 
 def test_the_storm_sees_a_text_that_was_put_together_of_two() -> None:
