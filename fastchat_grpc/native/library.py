@@ -1,4 +1,4 @@
-"""The shared library of the C files in this folder: compiled once for a machine, kept in the user's cache.
+"""Shared libraries of C files, such as those in this folder: compiled once for a machine, kept in the user's cache.
 
 What is loaded runs in this process, so it is loaded only from a folder, and a file, that belong to this user and that
 nobody else may write to.
@@ -72,22 +72,43 @@ def _load_library(load: Callable[[Path], T]) -> T:
         fresh.unlink(missing_ok=True)
 
 
+def made_library(folder: Path, cache: str, flags: Sequence[str]) -> Path:
+    """The library of the C files of a folder, for another process to load; compiled where there is none to be trusted.
+
+    Args:
+        cache: name of the folder in the user's cache that it is kept in.
+
+    Raises:
+        CannotCompile: there is no compiler, no room, or none of its ways to make it works.
+    """
+    try:
+        path = _folder(cache) / f"{_name(folder, flags)}.so"
+        if not _is_ours(path):
+            compiler = find_compiler()
+            if compiler is None:
+                raise CannotCompile("there is no C compiler")
+            compile_library(compiler, path, flags, folder)
+        return path
+    except OSError as error:
+        raise CannotCompile(f"there is no place for it: {error}") from error
+
+
 def find_compiler() -> str | None:
     """A C compiler of this machine: $CC, or a usual name."""
     return next((c for c in (os.environ.get("CC"), "cc", "gcc", "clang") if c and shutil.which(c)), None)
 
 
-def compile_library(compiler: str, path: Path, flags: Sequence[str] = FLAGS) -> None:
-    """Compile the C files into a shared library at `path`, with what the compiler understands of the flags.
+def compile_library(compiler: str, path: Path, flags: Sequence[str] = FLAGS, folder: Path = FOLDER) -> None:
+    """Compile the C files of a folder into a shared library at `path`, with what the compiler understands of the flags.
 
     Raises:
         CannotCompile: with no choice of flags.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    sources = list(map(str, sorted(FOLDER.glob("*.c"))))
+    sources = list(map(str, sorted(folder.glob("*.c"))))
     reasons: list[str] = []
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
+    with tempfile.TemporaryDirectory(dir=path.parent) as work:
+        made = Path(work) / path.name
         for chosen in _choices(flags):
             command = [compiler, *chosen, *sources, "-o", str(made), "-lm"]
             try:
@@ -116,9 +137,9 @@ def _choices(flags: Sequence[str]) -> Iterator[list[str]]:
             yield choice
 
 
-def _folder() -> Path:
-    """The folder of compiled kernels: ours alone, or one for this process where that cannot be."""
-    folder = cache_root() / "kernels"
+def _folder(cache: str = "kernels") -> Path:
+    """The folder of compiled libraries: ours alone, or one for this process where that cannot be."""
+    folder = cache_root() / cache
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.lstat()
@@ -126,10 +147,10 @@ def _folder() -> Path:
             if stat.S_IMODE(found.st_mode) & 0o077:
                 folder.chmod(0o700)
             return folder
-        log.warning("%s belongs to somebody else: the kernels are compiled for this process alone", folder)
+        log.warning("%s belongs to somebody else: %s are compiled for this process alone", folder, cache)
     except OSError as error:
-        log.warning("%s cannot be used (%s): the kernels are compiled for this process alone", folder, error)
-    own = Path(tempfile.mkdtemp(prefix="fastchat-grpc-kernels-"))
+        log.warning("%s cannot be used (%s): %s are compiled for this process alone", folder, error, cache)
+    own = Path(tempfile.mkdtemp(prefix=f"fastchat-grpc-{cache}-"))
     atexit.register(shutil.rmtree, own, ignore_errors=True)
     return own
 
@@ -151,11 +172,11 @@ def _owned(found: os.stat_result) -> bool:
     return sys.platform == "win32" or found.st_uid == os.getuid()
 
 
-def _name() -> str:
+def _name(folder: Path = FOLDER, flags: Sequence[str] = FLAGS) -> str:
     """By everything that the library depends on. A home folder may be shared by machines."""
-    source = b"".join(path.read_bytes() for path in sorted(FOLDER.glob("*.[ch]")))
+    source = b"".join(path.read_bytes() for path in sorted(folder.glob("*.[ch]")))
     machine = platform.system() + platform.machine() + _cpu_flags()
-    return hashlib.sha256(source + " ".join(FLAGS).encode() + machine.encode()).hexdigest()[:16]
+    return hashlib.sha256(source + " ".join(flags).encode() + machine.encode()).hexdigest()[:16]
 
 
 def _cpu_flags() -> str:
