@@ -36,6 +36,9 @@ fuzz: setup  ## Send a backend any request that the domain allows: make fuzz NAM
 	@FASTCHAT_GRPC_TEST_MODEL=$$PWD/build/tiny-model FASTCHAT_GRPC_TEST_GGUF=$$PWD/build/tiny-model/tiny.gguf \
 	    FUZZ_VOCABULARY=4096 FUZZ_RUNNING=$$PWD/build/fuzz-running.txt FUZZ_EXAMPLES=$(or $(ARGS),10000) tools/test_backend.sh $(NAME) -k test_fuzz
 
+fuzz-gateway: setup  ## Feed the gateway's module random answers under AddressSanitizer: make fuzz-gateway ARGS=10000000
+	@$(BIN)/python tools/fuzz_gateway.py $(ARGS)
+
 test-clients: setup  ## Run the tests with LiteLLM and vLLM's benchmark client, in environments of their own
 	@for name in clients vllm; do \
 	    [ -f .venvs/$$name/.ready ] || { tools/envs/$$name.sh .venvs/$$name && touch .venvs/$$name/.ready; } || exit; \
@@ -66,4 +69,4 @@ soak: setup  ## Send 100,000 short requests and watch the memory: make soak ARGS
 clean:  ## Remove the virtual environments and what was built
 	rm -rf .venv .venvs build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis bench-results
 
-.PHONY: help setup demo serve test test-unit test-backend fuzz test-clients lint proto bench chaos soak clean
+.PHONY: help setup demo serve test test-unit test-backend fuzz fuzz-gateway test-clients lint proto bench chaos soak clean

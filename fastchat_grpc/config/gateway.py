@@ -54,6 +54,8 @@ class GatewayConfig:
     pick_timeout_s: float = 5.0
     retries: int = 2
     """Further workers tried before the first byte."""
+    resume: bool = True
+    """Whether, in direct mode, a stream whose worker is lost goes on at another; where Envoy is of a version for it."""
     access_log: str = ""
     """File of the access log, "-" for standard output; empty: none."""
     concurrency: int | None = None

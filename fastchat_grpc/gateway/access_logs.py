@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastchat_grpc.config import GatewayConfig, GatewayMode
 from fastchat_grpc.gateway.clusters import EXT_AUTHZ, controller_cluster, stream_service
 from fastchat_grpc.gateway.shape import Tree, extension
-from fastchat_grpc.rpc.bridge import TICKET_HEADER
+from fastchat_grpc.rpc.bridge import ATTEMPTS_KEY, BROKEN_KEY, LUA_NAMESPACE, PLACE_KEY, SERVED_KEY, TICKET_HEADER
 
 STATUS_HEADERS = ["grpc-status", "grpc-status-details-bin"]
 
@@ -45,6 +45,9 @@ def _log_fields() -> Tree:
         "picked": f"%{picked % 'worker'}%",
         "upstream": "%UPSTREAM_HOST%",
         "attempts": "%UPSTREAM_REQUEST_ATTEMPT_COUNT%",
+        # Of streams that the module carries, for which the two above are empty.
+        **{key: f"%DYNAMIC_METADATA({LUA_NAMESPACE}:{key})%" for key in (SERVED_KEY, PLACE_KEY, BROKEN_KEY)},
+        "streams": f"%DYNAMIC_METADATA({LUA_NAMESPACE}:{ATTEMPTS_KEY})%",
         "first_byte_ms": "%RESPONSE_DURATION%",
         "duration_ms": "%DURATION%",
         "bytes_in": "%BYTES_RECEIVED%",

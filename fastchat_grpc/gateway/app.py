@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
+from pathlib import Path
 
 from fastchat_grpc.config import GatewayConfig, GatewayMode, join_address
 from fastchat_grpc.errors import ConfigError
+from fastchat_grpc.gateway.binary import find_envoy
 from fastchat_grpc.gateway.listeners import HTTP, HTTPS
 from fastchat_grpc.gateway.process import EnvoyProcess
+from fastchat_grpc.gateway.resume_module import WITHOUT, resume_module
 from fastchat_grpc.rpc.supervise import Supervised, Supervisor
 
 logger = logging.getLogger(__name__)
 
 MIN_PAUSE_S, MAX_PAUSE_S = 0.5, 15.0
+CRASHES = frozenset({-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE, -signal.SIGABRT})
+"""Ends of Envoy for which its module may be to blame."""
 STEADY_S = 60.0
 """An Envoy that ran this long before it ended is started again without further delay."""
 
@@ -38,6 +44,7 @@ class GatewayApp:
         self._config = config
         self._supervisor = Supervisor()
         self._envoy = EnvoyProcess(config, self._supervisor)
+        self._module: Path | None = None
         self._watcher: Supervised | None = None
         self._pause_s = MIN_PAUSE_S
         self._address = ("", "")
@@ -58,12 +65,18 @@ class GatewayApp:
         return self._config.mode
 
     @property
+    def resumes(self) -> bool:
+        """Whether a stream that loses its worker goes on at another."""
+        return self._module is not None or self._config.mode is GatewayMode.RELAY
+
+    @property
     def pid(self) -> int:
         """Envoy's process; 0 while there is none."""
         return self._envoy.pid
 
     async def start(self) -> None:
         """Start Envoy. Raises ConfigError."""
+        self._module = await resume_module(self._config, find_envoy(self._config.envoy))
         await self._start()
         self._watcher = self._supervisor.spawn("keeping Envoy", self._watch)
 
@@ -77,11 +90,24 @@ class GatewayApp:
         logger.info("gateway stopped")
 
     async def _start(self) -> None:
-        await self._envoy.start()
+        try:
+            await self._envoy.start(self._module)
+        except ConfigError as error:
+            if self._module is None or "in use" in str(error):
+                raise
+            # Whether the module is why, a start without it shows.
+            self._envoy = EnvoyProcess(self._config, self._supervisor)
+            await self._envoy.start()
+            self._leave_out(f"Envoy does not start with it: {error}")
         host, ports = self._config.host, self._envoy.ports
         plain, tls = (join_address(host, ports[name]) if name in ports else "" for name in (HTTP, HTTPS))
         self._address = (plain, tls)
         logger.info("gateway (%s) listens on %s", self._config.mode.value, " and ".join(filter(None, self._address)))
+
+    def _leave_out(self, why: str) -> None:
+        """Do without the module from now on."""
+        logger.error(WITHOUT, why)
+        self._module = None
 
     async def _watch(self) -> None:
         """Start Envoy again whenever it ends by itself."""
@@ -98,6 +124,8 @@ class GatewayApp:
         steady = loop.time() - started > STEADY_S
         self._pause_s = MIN_PAUSE_S if steady else min(2 * self._pause_s, MAX_PAUSE_S)
         logger.error("Envoy ended with status %d; starting it again in %g s", status, self._pause_s)
+        if status in CRASHES and self._module is not None:
+            self._leave_out("Envoy crashed with it")
         await self._envoy.kill()
 
     async def _start_again(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastchat_grpc.config import GatewayConfig, GatewayMode, TlsConfig, split_address
 from fastchat_grpc.gateway.shape import Tree, extension, host_of, name_matcher, seconds, tls_context, typed
-from fastchat_grpc.rpc.bridge import NAMED_KEY, PLACES_KEY
+from fastchat_grpc.rpc.bridge import NAMED_KEY, PLACE_HEADER, PLACES_KEY
 
 API = "api"
 """Whoever answers what needs no picking: the controllers, or a sidecar's worker."""
@@ -140,7 +140,11 @@ def _picked() -> Tree:
     return extension(
         "envoy.load_balancing_policies.override_host",
         "envoy.extensions.load_balancing_policies.override_host.v3.OverrideHost",
-        override_host_sources=[{"metadata": {"key": EXT_AUTHZ, "path": [{"key": PLACES_KEY}]}}],
+        # The streams of the gateway's module have no metadata.
+        override_host_sources=[
+            {"header": PLACE_HEADER},
+            {"metadata": {"key": EXT_AUTHZ, "path": [{"key": PLACES_KEY}]}},
+        ],
         fallback_policy={"policies": [{"typed_extension_config": nobody}]},
     )
 

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 from fastchat_grpc.config import GatewayConfig, GatewayMode
 from fastchat_grpc.gateway import http_lua
 from fastchat_grpc.gateway.access_logs import attempt_logs, request_logs
 from fastchat_grpc.gateway.checks import key_checks, pick_bytes, picks
 from fastchat_grpc.gateway.clusters import API
+from fastchat_grpc.gateway.resume_module import resume_filter
 from fastchat_grpc.gateway.routes import ANSWER_BYTES, virtual_host
 from fastchat_grpc.gateway.shape import Tree, extension, seconds, socket_address, tls_context, typed
-from fastchat_grpc.rpc.bridge import CLIENT_HEADER, CLUSTER_HEADER, MISSED_HEADER, STREAM_HEADER, TICKET_HEADER
+from fastchat_grpc.rpc.bridge import (
+    CLIENT_HEADER,
+    CLUSTER_HEADER,
+    MISSED_HEADER,
+    PLACE_HEADER,
+    RESUME_HEADER,
+    STREAM_HEADER,
+    TICKET_HEADER,
+)
 
 HTTP, HTTPS = "http", "https"
 COME_AGAIN = {"retry-after": "1"}
@@ -28,6 +38,8 @@ _INTERNAL_HEADERS = (
     CLUSTER_HEADER,
     MISSED_HEADER,
     STREAM_HEADER,
+    PLACE_HEADER,
+    RESUME_HEADER,
     "x-envoy-original-path",
     "x-envoy-original-dst-host",
     "x-envoy-retry-on",
@@ -36,9 +48,13 @@ _INTERNAL_HEADERS = (
 )
 
 
-def listeners(config: GatewayConfig, node_id: str, descriptors: str) -> list[Tree]:
-    """The listener: of TLS if there is a certificate, and then a plaintext one only where it is asked for."""
-    manager = _manager(config, node_id, descriptors)
+def listeners(config: GatewayConfig, node_id: str, descriptors: str, module: Path | None) -> list[Tree]:
+    """The listener: of TLS if there is a certificate, and then a plaintext one only where it is asked for.
+
+    Args:
+        module: resumes streams; None: they end with their workers.
+    """
+    manager = _manager(config, node_id, descriptors, module)
     found = []
     if config.tls is None or config.plaintext:
         found.append(_listener(config, HTTP, config.port, {"filters": [manager]}))
@@ -69,7 +85,7 @@ def _listener(config: GatewayConfig, name: str, port: int, chain: Tree) -> Tree:
     }
 
 
-def _manager(config: GatewayConfig, node_id: str, descriptors: str) -> Tree:
+def _manager(config: GatewayConfig, node_id: str, descriptors: str, module: Path | None) -> Tree:
     return extension(
         "envoy.filters.network.http_connection_manager",
         "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
@@ -103,7 +119,7 @@ def _manager(config: GatewayConfig, node_id: str, descriptors: str) -> Tree:
         access_log=request_logs(config),
         local_reply_config={"mappers": [*_early_refusals(), _late_failure()]},
         route_config={"name": "all", "virtual_hosts": [virtual_host(config, node_id)]},
-        http_filters=_filters(config, descriptors),
+        http_filters=_filters(config, descriptors, module),
     )
 
 
@@ -142,7 +158,7 @@ def _reply(what: Tree, kind: str, message: str, headers: Mapping[str, str] | Non
     }
 
 
-def _filters(config: GatewayConfig, descriptors: str) -> list[Tree]:
+def _filters(config: GatewayConfig, descriptors: str, module: Path | None) -> list[Tree]:
     return [
         # First, since it sees the answers of those after it alone.
         extension("envoy.filters.http.cors", f"{_FILTERS}.cors.v3.Cors"),
@@ -168,6 +184,7 @@ def _filters(config: GatewayConfig, descriptors: str) -> list[Tree]:
             **_transcoding(config, descriptors),
         ),
         *picks(config),
+        *resume_filter(config, module),
         extension(
             "envoy.filters.http.router",
             f"{_FILTERS}.router.v3.Router",

@@ -58,15 +58,19 @@ class EnvoyProcess:
         """Envoy's process; 0 while there is none."""
         return self._process.pid if self._process is not None else 0
 
-    async def start(self) -> None:
-        """Start, and return when requests are taken. Raises ConfigError if Envoy refuses its configuration."""
+    async def start(self, module: Path | None = None) -> None:
+        """Start, and return when requests are taken. Raises ConfigError if Envoy refuses its configuration.
+
+        Args:
+            module: resumes streams; None: they end with their workers.
+        """
         for port in {self._config.port, self._config.tls_port if self._config.tls is not None else 0}:
             refuse_taken(self._config.host, port)
         self._folder = short_folder("admin.sock")
         self._admin = Admin(self._folder / "admin.sock")
         settings = self._folder / "envoy.json"
         settings.touch(mode=0o600)  # it may hold the join token
-        tree = bootstrap(self._config, {"pipe": {"path": str(self._admin.path), "mode": 0o600}})
+        tree = bootstrap(self._config, {"pipe": {"path": str(self._admin.path), "mode": 0o600}}, module)
         settings.write_text(json.dumps(tree))
         self._process = await asyncio.create_subprocess_exec(
             str(self._executable),

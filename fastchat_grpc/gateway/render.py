@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from fastchat_grpc.config import GatewayConfig
@@ -23,14 +24,19 @@ TOKEN_PLACE = "JOIN-TOKEN"
 """What stands for the join token in a printed configuration."""
 
 
-def bootstrap(config: GatewayConfig, admin: Tree | None = None) -> Tree:
-    """Envoy's bootstrap configuration. `admin`: the admin interface's address; None: no admin interface."""
+def bootstrap(config: GatewayConfig, admin: Tree | None = None, module: Path | None = None) -> Tree:
+    """Envoy's bootstrap configuration.
+
+    Args:
+        admin: the admin interface's address; None: no admin interface.
+        module: what resumes streams (`gateway.resume_module`); None: they end with their workers.
+    """
     node_id = config.node_id or f"gateway-{socket.gethostname()}-{os.getpid()}"
     return {
         "node": {"id": node_id, "cluster": "fastchat_grpc"},
         **({"admin": {"address": admin}} if admin is not None else {}),
         "static_resources": {
-            "listeners": listeners(config, node_id, descriptor_path()),
+            "listeners": listeners(config, node_id, descriptor_path(), module),
             "clusters": clusters(config),
         },
         "overload_manager": overload_manager(heap_bytes()),
@@ -71,7 +77,10 @@ def overload_manager(max_heap_bytes: int) -> Tree:
 
 
 def render_config(config: GatewayConfig) -> str:
-    """The configuration as YAML, for those who run Envoy themselves. It has no admin interface and no secrets."""
+    """The configuration as YAML, for those who run Envoy themselves. It has no admin interface and no secrets.
+
+    Nor the module that resumes streams, which is made for one machine and one version of Envoy.
+    """
     if config.join_token is None:
         return "\n".join(_yaml(bootstrap(config))) + "\n"
     hidden = replace(config, join_token=TOKEN_PLACE)

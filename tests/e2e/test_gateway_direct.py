@@ -76,7 +76,7 @@ async def test_a_worker_that_dies_between_head_and_body_of_its_answer_is_503_and
 
     monkeypatch.setattr(OpenAIServicer, "ChatCompletions", begin)
     port = free_port()
-    async with running_site() as site, through(f"127.0.0.1:{port}") as path:
+    async with running_site(resume=False) as site, through(f"127.0.0.1:{port}") as path:
         await site.add_worker("a", port=port, advertised_address=path.address)
         asked = asyncio.create_task(site.chat(model="a"))
         async with asyncio.timeout(20):

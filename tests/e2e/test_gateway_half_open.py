@@ -23,7 +23,7 @@ async def test_a_direct_stream_whose_path_swallows_packets_ends_within_the_lease
     port = free_port()
     async with through(f"127.0.0.1:{port}") as path:
         worker = {"port": port, "advertised_address": path.address, "options": {"delay_ms": "60"}}
-        async with running_site(workers=[worker]) as site:
+        async with running_site(workers=[worker], resume=False) as site:
             ended_at = swallowed_at = 0.0
             try:
                 async for event in site.stream("x" * 3000, max_tokens=3000):

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "metrics": {"core", "errors", "config"},
     "worker": {"core", "errors", "config", "rpc", "backends", "openai", "v1", "metrics"},
     "controller": {"core", "errors", "config", "rpc", "openai", "v1", "metrics"},
-    "gateway": {"core", "errors", "config", "rpc", "v1", "metrics"},
+    "gateway": {"core", "errors", "config", "rpc", "v1", "metrics", "native"},
     "client": {"core", "errors", "config", "rpc", "v1"},
     "cli": {"core", "errors", "config", "client", "worker", "controller", "gateway", "backends", "rpc"},
 }

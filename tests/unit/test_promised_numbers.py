@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import pytest
 
-from fastchat_grpc.cli.supervisor import COMMANDS
+from fastchat_grpc.cli.fleet import COMMANDS
 from fastchat_grpc.config import MAX_MESSAGE_BYTES, FailoverConfig, GatewayConfig, LeaseConfig
 from fastchat_grpc.controller.leases import SURE_AFTER_LEASES
 from fastchat_grpc.openai.jsonio import MAX_BODY_BYTES, MAX_CONTAINERS

@@ -67,6 +67,7 @@ class Played:
 
     made: list[Played]
     faults: list[Exception | None]
+    status = 1
 
     def __init__(self, config: GatewayConfig, supervisor: Supervisor) -> None:
         self.pid = 0
@@ -74,7 +75,8 @@ class Played:
         self.over = asyncio.Event()
         self.made.append(self)
 
-    async def start(self) -> None:
+    async def start(self, module: Path | None = None) -> None:
+        self.module = module
         fault = self.faults.pop(0) if self.faults else None
         if fault is not None:
             raise fault
@@ -82,7 +84,7 @@ class Played:
 
     async def wait(self) -> int:
         await self.over.wait()
-        return 1
+        return self.status
 
     async def kill(self) -> None:
         self.over.set()
@@ -106,3 +108,47 @@ async def test_an_envoy_that_cannot_be_started_again_at_once_is_started_later(
     assert str(fault) in caplog.text
     await gateway.stop()
     assert Played.made[-1].over.is_set()
+
+
+WITH_MODULE = GatewayConfig(node_id="n", envoy=Path(sys.executable))
+
+
+async def _with_module(monkeypatch: pytest.MonkeyPatch, *faults: Exception | None) -> Any:
+    async def found(config: GatewayConfig, executable: Path) -> Path:
+        return Path("/a/module.so")
+
+    Played.made, Played.faults = [], list(faults)
+    monkeypatch.setattr(module, "EnvoyProcess", Played)
+    monkeypatch.setattr(module, "MIN_PAUSE_S", 0.01)
+    monkeypatch.setattr(module, "resume_module", found)
+    gateway = GatewayApp(WITH_MODULE)
+    await gateway.start()
+    return gateway
+
+
+async def test_an_envoy_that_refuses_the_module_starts_without_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gateway = await _with_module(monkeypatch, ConfigError("Failed to load dynamic module"))
+    assert [envoy.module for envoy in Played.made] == [Path("/a/module.so"), None]
+    assert not gateway.resumes
+    assert "Envoy does not start with it: Failed to load" in caplog.text
+    await gateway.stop()
+
+
+async def test_an_envoy_that_does_not_start_without_it_either_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="bad"):
+        await _with_module(monkeypatch, ConfigError("bad"), ConfigError("bad"))
+
+
+@pytest.mark.parametrize(("status", "resumes"), [(1, True), (-9, True), (-11, False), (-6, False)])
+async def test_an_envoy_that_crashed_starts_without_the_module(
+    status: int, resumes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await _with_module(monkeypatch)
+    monkeypatch.setattr(Played, "status", status)
+    Played.made[0].over.set()
+    await eventually(lambda: len(Played.made) == 2 and gateway.pid == 2)
+    assert gateway.resumes is resumes
+    assert (Played.made[1].module is not None) is resumes
+    await gateway.stop()
