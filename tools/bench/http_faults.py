@@ -33,6 +33,8 @@ def run(args: list[str]) -> dict[str, object]:
     options = parser.parse_args(args)
     faults: dict[str, Callable[[], Awaitable[float]]] = {
         "worker killed before its first token, to the answer of another": killed,
+        "worker killed under 100 streams, longest silence of one (direct)": lambda: broken("direct"),
+        "worker killed under 100 streams, longest silence of one (relay)": lambda: broken("relay"),
         "full worker, to the answer of another": full,
         "request that meets no fault": plain,
         "caller gone, to the freed slot": gone,
@@ -68,6 +70,40 @@ async def killed() -> float:
         slow.kill()
         _check((await asked).json()["choices"][0]["message"]["content"] == "hello")
         return perf_counter() - began
+
+
+async def broken(mode: str) -> float:
+    """SIGKILL of the worker of a hundred streams; all must be whole. The longest silence of one of them, in seconds."""
+    text = "0123456789" * 12
+    async with AsyncExitStack() as stack:
+        slow = {"options": {"delay_ms": "30"}, "max_running": 200}
+        site = await stack.enter_async_context(running_site(mode, workers=[slow], controller=LOTTERY))
+        first = await stack.enter_async_context(
+            worker_process(site.controller.address, delay_ms=30, max_running=200, **FAVOURED)
+        )
+        await _until(lambda: any(w.spec.address == first.address for w in site.controller.registry.workers()))
+        if mode == "direct":
+            await _until(lambda: first.address in _known(site))
+        begun = asyncio.Semaphore(0)
+
+        async def one() -> float:
+            events: list[Any] = []
+            longest = last = 0.0
+            async for event in site.stream(text):
+                now = perf_counter()
+                longest = max(longest, now - last) if events else 0.0
+                last = now
+                events.append(event)
+                if len(events) == 3:
+                    begun.release()
+            _check(content(events) == text)
+            return longest
+
+        streams = [asyncio.create_task(one()) for _ in range(100)]
+        for _ in streams:
+            await begun.acquire()
+        first.kill()
+        return max(await asyncio.gather(*streams))
 
 
 async def full() -> float:

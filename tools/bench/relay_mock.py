@@ -212,7 +212,7 @@ class MockBackend:
     async def start(self) -> Any:
         from fastchat_grpc.core import Capability, ModelInfo
 
-        capabilities = frozenset({Capability.GENERATE, Capability.CHAT})
+        capabilities = frozenset({Capability.GENERATE, Capability.CHAT, Capability.RESUME})
         return [ModelInfo(name=MODEL, context_length=8192, capabilities=capabilities, backend="mock")]
 
     async def generate(self, request: Any) -> Any:

@@ -99,8 +99,12 @@ def nothing() -> Iterator[Target]:
 
 
 @contextmanager
-def ours(mode: str) -> Iterator[Target]:
-    """Our gateway in one of its modes: Envoy, and the controller where there is one."""
+def ours(mode: str, *, resume: bool = False) -> Iterator[Target]:
+    """Our gateway in one of its modes: Envoy, and the controller where there is one.
+
+    Args:
+        resume: whether answers outlive their workers; in direct mode alone.
+    """
     with ExitStack() as stack:
         pids: list[int] = []
         controller = f"127.0.0.1:{free_port()}"
@@ -113,15 +117,15 @@ def ours(mode: str) -> Iterator[Target]:
             "import asyncio, sys\n"
             "from fastchat_grpc.config import GatewayConfig, GatewayMode\n"
             "from fastchat_grpc.gateway.app import GatewayApp\n"
-            "async def main(mode, port, controller, worker):\n"
+            "async def main(mode, port, controller, worker, resume):\n"
             "    app = GatewayApp(GatewayConfig(mode=GatewayMode(mode), port=int(port), concurrency=1,\n"
-            "        controller_addresses=(controller,), worker_address=worker))\n"
+            "        controller_addresses=(controller,), worker_address=worker, resume=resume == 'yes'))\n"
             "    await app.start()\n"
             "    print(app.pid, flush=True)\n"
             "    await asyncio.Event().wait()\n"
             "asyncio.run(main(*sys.argv[1:]))\n"
         )
-        arguments = (mode, str(port), controller, f"127.0.0.1:{worker}")
+        arguments = (mode, str(port), controller, f"127.0.0.1:{worker}", "yes" if resume else "no")
         gateway = stack.enter_context(process(sys.executable, "-c", code, *arguments))
         assert gateway.stdout is not None
         pids.append(int(gateway.stdout.readline() or 0))
@@ -209,7 +213,8 @@ def fastchat() -> Iterator[Target]:
 
 TARGETS: dict[str, Callable[[], object]] = {
     "mock alone": nothing,
-    "ours direct": lambda: ours("direct"),
+    "ours direct --no-resume": lambda: ours("direct"),
+    "ours direct": lambda: ours("direct", resume=True),
     "ours relay": lambda: ours("relay"),
     "ours sidecar": lambda: ours("sidecar"),
     "plain Envoy (HTTP)": plain_envoy,
