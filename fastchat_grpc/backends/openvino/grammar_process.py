@@ -40,11 +40,15 @@ class GrammarLoad:
     vocabulary_size: int
 
 
+class _NotNow(Exception):
+    """Why a grammar cannot be compiled this time; it says nothing of the next."""
+
+
 class GrammarProcess:
     """Asks the process, and starts it anew where it died or took too long. Remembers the last answers.
 
-    `check` belongs to the thread of the engine; answers are given in a thread of this class, once `prepare` has
-    made there what a grammar needs that compiles.
+    `check` belongs to the thread of the engine. What is known is answered there and then; the rest one after the
+    other in a thread of this class, once `prepare` has made there what a grammar needs that compiles.
     """
 
     def __init__(
@@ -59,12 +63,16 @@ class GrammarProcess:
         self._timeout_s = timeout_s
         self._command = command
         self._known: OrderedDict[Grammar, str | None] = OrderedDict()
+        self._lock = threading.Lock()
+        """Held to look at what is known."""
         self._asked: queue.SimpleQueue[tuple[Grammar, Callable[[str | None], None]]] = queue.SimpleQueue()
         self._child: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
 
     def check(self, grammar: Grammar, answer: Callable[[str | None], None]) -> None:
-        """Say by `answer`, later and elsewhere, why a grammar does not compile, or None."""
+        """Say by `answer`, perhaps later and elsewhere, why a grammar does not compile, or None."""
+        if self._answered(grammar, answer):  # nobody waits behind another's grammar for his own, that is done
+            return
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="grammars", daemon=True)
             self._thread.start()
@@ -73,18 +81,34 @@ class GrammarProcess:
     def _work(self) -> None:
         while True:
             grammar, answer = self._asked.get()
-            if grammar not in self._known:
-                self._known[grammar] = self._ask(grammar) or self._prepare(grammar)
+            if self._answered(grammar, answer):
+                continue
+            try:
+                made = self._ask(grammar) or self._prepare(grammar)
+            except _NotNow as error:
+                answer(str(error))
+                continue
+            with self._lock:
+                self._known[grammar] = made
                 if len(self._known) > KNOWN_GRAMMARS:
                     self._known.popitem(last=False)
+            answer(made)
+
+    def _answered(self, grammar: Grammar, answer: Callable[[str | None], None]) -> bool:
+        with self._lock:
+            if grammar not in self._known:
+                return False
             self._known.move_to_end(grammar)
-            answer(self._known[grammar])
+            known = self._known[grammar]
+        answer(known)
+        return True
 
     def _ask(self, grammar: Grammar) -> str | None:
+        """Why the process cannot compile a grammar, or None. Raises _NotNow."""
         try:
             child = self._child or self._start()
         except (OSError, EOFError, pickle.UnpicklingError):
-            return "its compiler does not start"
+            raise _NotNow("its compiler does not start") from None
         assert child.stdin is not None
         assert child.stdout is not None
         too_slow = threading.Event()
@@ -102,7 +126,7 @@ class GrammarProcess:
             self._child = None
             child.wait()
             if too_slow.is_set():
-                return f"it takes longer than {self._timeout_s:g} s to compile"
+                raise _NotNow(f"it takes longer than {self._timeout_s:g} s to compile") from None
             return f"its compiler ended with status {child.returncode}"
         finally:
             alarm.cancel()
