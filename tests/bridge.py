@@ -60,7 +60,8 @@ class Kept:
         """What of a response is passed on."""
         found = list(fields(frame))
         own = [content for number, content in found if number == self.rule.kept]
-        self.resumable = self.resumable and (bool(own) or self.frames > 0) and not any(map(self.rule.emptied, own))
+        assert own or self.frames, "the first response of each worker has a piece"
+        self.resumable = self.resumable and not any(map(self.rule.emptied, own))
         self.frames += 1
         for content in own:
             self.pieces += field_bytes(self.rule.sent, content)
@@ -73,7 +74,7 @@ async def carry(workers: Sequence[Method], rule: Rule, request: bytes, breaks: S
     kept, passed = Kept(rule), []
     for attempt, limit in enumerate([*breaks, None]):
         assert kept.resumable
-        count = 0
+        count = kept.frames = 0
         worker = workers[attempt % len(workers)]
         if limit == 0:
             continue

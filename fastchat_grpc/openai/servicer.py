@@ -211,15 +211,14 @@ class OpenAIServicer(openai_pb2_grpc.OpenAIServiceServicer):
                     await context.send_initial_metadata(header)
                 yield body
 
-    def _pieces(self, call: Call, start: pb.ReplyStart, size: int, *, begun: bool) -> ReplyPieces | None:
-        """What makes pieces of an answer's state; None: its model cannot go on with it."""
+    def _pieces(self, call: Call, start: pb.ReplyStart, size: int, *, begun: bool) -> ReplyPieces:
+        """What makes pieces of an answer's state. Unless it has begun elsewhere, notes in `start` how it begins."""
         request = call.generations[0]
         model = find_model(self._catalog, request.model)
-        if model is None or not can_go_on(request, model.capabilities):
-            return None
-        if not begun:
+        able = model is not None and can_go_on(request, model.capabilities)
+        if model is not None and able and not begun:
             start.resume.CopyFrom(beginning(request, model, self._rng))
-        return ReplyPieces(None if begun else start, call, Room(size))
+        return ReplyPieces(start, call, Room(size, able=able))
 
 
 def _json(body: bytes) -> HttpBody:

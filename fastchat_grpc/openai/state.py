@@ -47,8 +47,8 @@ class Fed(Protocol):
 class ReplyPieces:
     """Makes the pieces of one reply, in the order of its bodies. None: that body has none."""
 
-    def __init__(self, start: openai_pb2.ReplyStart | None, call: Call, room: Room) -> None:
-        self._start = start
+    def __init__(self, start: openai_pb2.ReplyStart, call: Call, room: Room) -> None:
+        self._start: openai_pb2.ReplyStart | None = start
         self._room = room
         self._per_prompt = call.choices_per_prompt
         self._keeps_usage = call.reply.continuous_usage

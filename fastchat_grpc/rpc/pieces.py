@@ -49,10 +49,14 @@ def beginning(request: GenerateRequest, model: ModelInfo, rng: random.Random) ->
 
 
 class Room:
-    """How much state one answer may hand out: it goes to the next worker in one message, behind the request."""
+    """How much state one answer may hand out: it goes to the next worker in one message, behind the request.
 
-    def __init__(self, request_bytes: int) -> None:
-        self._bytes = MAX_MESSAGE_BYTES - request_bytes
+    Args:
+        able: whether the model can go on with the answer at all; else the first piece says that it cannot.
+    """
+
+    def __init__(self, request_bytes: int, *, able: bool) -> None:
+        self._bytes = MAX_MESSAGE_BYTES - request_bytes if able else 0
         self._pieces = MAX_PIECES
         self.resumable = True
         """Whether the answer can go on from here."""

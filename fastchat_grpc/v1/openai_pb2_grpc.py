@@ -40,8 +40,8 @@ class OpenAIServiceStub:
     nothing else. The bridge takes the entries out and keeps them. Where the
     answer breaks it sends another worker the first request with all entries,
     in their order, as its extensions, and that worker goes on behind them. An
-    entry without a value says that from there on nobody can; so does an answer
-    whose first body has none. A failure that another worker may mend ends such
+    entry without a value says that from there on nobody can. The first body of
+    each worker has an entry. A failure that another worker may mend ends such
     a call with its status alone, without an error event.
     """
 
@@ -107,8 +107,8 @@ class OpenAIServiceServicer:
     nothing else. The bridge takes the entries out and keeps them. Where the
     answer breaks it sends another worker the first request with all entries,
     in their order, as its extensions, and that worker goes on behind them. An
-    entry without a value says that from there on nobody can; so does an answer
-    whose first body has none. A failure that another worker may mend ends such
+    entry without a value says that from there on nobody can. The first body of
+    each worker has an entry. A failure that another worker may mend ends such
     a call with its status alone, without an error event.
     """
 
@@ -235,8 +235,8 @@ class OpenAIService:
     nothing else. The bridge takes the entries out and keeps them. Where the
     answer breaks it sends another worker the first request with all entries,
     in their order, as its extensions, and that worker goes on behind them. An
-    entry without a value says that from there on nobody can; so does an answer
-    whose first body has none. A failure that another worker may mend ends such
+    entry without a value says that from there on nobody can. The first body of
+    each worker has an entry. A failure that another worker may mend ends such
     a call with its status alone, without an error event.
     """
 

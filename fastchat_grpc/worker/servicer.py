@@ -53,9 +53,9 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         made: GenerationPieces | None = None
         if asked_for(context.invocation_metadata()):
             header += told(served_by=worker_id)
-            if can_go_on(domain, model.capabilities):
-                begins = beginning(domain, model, self._rng)
-                domain, made = seeded(domain, begins), GenerationPieces(begins, Room(request.ByteSize()))
+            able = can_go_on(domain, model.capabilities)
+            begins = beginning(domain, model, self._rng) if able else pb.Resume()
+            domain, made = seeded(domain, begins), GenerationPieces(begins, Room(request.ByteSize(), able=able))
         begun = False
         async with aclosing(self._generation.generate(domain)) as events:
             async for event in events:

@@ -88,16 +88,27 @@ async def test_every_body_of_a_reply_that_can_go_on_has_its_piece(can: set[Capab
         ({Capability.RESUME}, {"seed": 1}),
         ({Capability.RESUME}, {"frequency_penalty": 1}),
         ({Capability.RESUME, Capability.SEEDED_RESUME}, {"response_format": {"type": "json_object"}}),
-        (FULLY, {"asked": False}),
-        (FULLY, {"worker": False}),
     ],
 )
-async def test_a_reply_that_could_not_go_on_or_is_not_asked_has_none(
-    can: set[Capability], values: dict[str, Any]
-) -> None:
+async def test_a_reply_that_could_not_go_on_says_so_at_once(can: set[Capability], values: dict[str, Any]) -> None:
     model = replace(ABLE, capabilities=MODEL.capabilities | can)
-    assert not read(await ask(port(models=(model,)), **values))
-    assert not read(await ask(port(models=(model,)), stream=False, **values))
+    for stream in (True, False):
+        bodies = await ask(port(models=(model,)), stream=stream, **values)
+        assert [entry.value for item in bodies for entry in item.extensions] == [b""]
+        assert bodies[0].extensions
+
+
+async def test_who_is_not_asked_or_is_no_worker_tells_no_state() -> None:
+    for values in ({"asked": False}, {"worker": False}):
+        for stream in (True, False):
+            assert not any(item.extensions for item in await ask(port(), stream=stream, **values))
+
+
+async def test_a_worker_that_could_go_on_from_its_start_alone_does_not_tell_more_of_it() -> None:
+    """Or the next one would go on from a state that is not that of the reply any more."""
+    unable = replace(ABLE, capabilities=MODEL.capabilities)
+    bodies = await ask(port(models=(unable,)), entries=begun())
+    assert [entry.value for entry in bodies[0].extensions] == [b""]
 
 
 async def test_a_token_costs_few_bytes_of_state_even_with_log_probabilities_that_have_been_told() -> None:
