@@ -196,8 +196,11 @@ class OpenAIServicer(openai_pb2_grpc.OpenAIServiceServicer):
         header = told(request_id=call.generations[0].request_id) + self._ignored.header(call.ignored)
         pieces = None
         if self._worker_id is not None and asked_for(context.invocation_metadata()):
+            model = find_model(self._catalog, call.generations[0].model)
+            pieces = self._pieces(call, model, start, size, begun=begun is not None)
             header += told(served_by=self._worker_id())
-            pieces = self._pieces(call, start, size, begun=begun is not None)
+            if model is not None:
+                header += told(fingerprint=model.fingerprint, backend=model.backend)
         call = replace(call, generations=seeded_apart(call.generations, start.resume))
         answer = Answer(self._port, self._beside, call, pieces=pieces, begun=begun, ping_s=self._ping_s)
         reply = (kind.stream if call.reply.stream else kind.whole)(call, start.id, start.created)
@@ -211,10 +214,11 @@ class OpenAIServicer(openai_pb2_grpc.OpenAIServiceServicer):
                     await context.send_initial_metadata(header)
                 yield body
 
-    def _pieces(self, call: Call, start: pb.ReplyStart, size: int, *, begun: bool) -> ReplyPieces:
+    def _pieces(
+        self, call: Call, model: ModelInfo | None, start: pb.ReplyStart, size: int, *, begun: bool
+    ) -> ReplyPieces:
         """What makes pieces of an answer's state. Unless it has begun elsewhere, notes in `start` how it begins."""
         request = call.generations[0]
-        model = find_model(self._catalog, request.model)
         able = model is not None and can_go_on(request, model.capabilities)
         if model is not None and able and not begun:
             start.resume.CopyFrom(beginning(request, model, self._rng))

@@ -42,7 +42,9 @@ def method(channel: grpc.aio.Channel, name: str) -> Method:
         stream = channel.unary_stream(name)(request, metadata=ASKED)
         try:
             async for frame in stream:
-                assert dict(await stream.initial_metadata())["x-fastchat-worker"] in "ab"
+                told = dict(await stream.initial_metadata())
+                assert told["x-fastchat-worker"] in "ab"
+                assert told["x-fastchat-grpc-fingerprint"] == told["x-fastchat-grpc-backend"] == "echo"
                 yield frame
         finally:
             stream.cancel()
