@@ -200,7 +200,12 @@ class Plan:
         others = [name for name in names if name != first]
         ports = dict(zip(others, free_ports(flags["metrics_host"], len(others)), strict=True))
         ports[first] = flags["metrics_port"]
-        return {name: ["--metrics-port", str(port)] for name, port in ports.items()}
+        found = {name: ["--metrics-port", str(port)] for name, port in ports.items()}
+        if first == "gateway":  # what all of them tell is there at once
+            host = dial_host(flags["metrics_host"].strip("[]"))
+            for name in others:
+                found[first] += ["--metrics-target", f"{name}={join_address(host, ports[name])}"]
+        return found
 
 
 @dataclass(frozen=True, slots=True)

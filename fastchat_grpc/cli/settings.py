@@ -22,7 +22,9 @@ FROM_ENVIRONMENT: dict[str, Any] = {"auto_envvar_prefix": PREFIX}
 SET_HERE: Mapping[str, frozenset[str]] = {
     "controller": frozenset({"port", "worker_address", "worker_id", "metrics_port", "config"}),
     "worker": frozenset({"port", "controller_address", "worker_address", "worker_id", "metrics_port", "config"}),
-    "gateway": frozenset({"port", "host", "controller_address", "worker_address", "metrics_port", "config"}),
+    "gateway": frozenset(
+        {"port", "host", "controller_address", "worker_address", "metrics_port", "metrics_target", "config"}
+    ),
 }
 """Flags of a part that `serve` sets by itself: parts find each other, and each has a port of its own."""
 REFUSED: Mapping[str, str] = {"config": "a file names no other file", "print_config": "it prints and ends"}

@@ -66,6 +66,12 @@ class GatewayConfig:
     """Name of this gateway towards the controller; empty: made up at the start."""
     drain_timeout_s: float = 30.0
     metrics: MetricsConfig = MetricsConfig()  # noqa: RUF009  # it is frozen
+    metrics_targets: tuple[tuple[str, str], ...] = ()
+    """Names and host:port of further processes whose metrics are told together with the gateway's own."""
+    public_metrics: bool = False
+    """Whether the metrics are at /metrics of the public port, too, for whoever asks."""
+    metrics_address: str = ""
+    """host:port where they are, which is known when they are listened for."""
 
     def __post_init__(self) -> None:
         require(bool(self.host), "--host must not be empty")
@@ -99,3 +105,10 @@ class GatewayConfig:
         )
         require(self.envoy is None or self.envoy.is_file(), f"--envoy not found: {self.envoy}")
         require_seconds("--drain-timeout", self.drain_timeout_s)
+        for name, address in self.metrics_targets:
+            require(
+                bool(name) and split_address(address)[1] > 0,
+                f"--metrics-target must be NAME=host:port, got {name}={address}",
+            )
+        asked = "--public-metrics" if self.public_metrics else "--metrics-target" if self.metrics_targets else ""
+        require(not asked or self.metrics.port is not None, f"{asked} needs --metrics-port")

@@ -97,6 +97,7 @@ class ControllerApp:
         self._well = True  # what the supervisor says
         self._draining = False
         self._serving = False  # what health says
+        self._ready = False  # and whether there is a model that can be asked
         self._descriptor_limit = descriptors.UNLIMITED
         self._started = False
 
@@ -202,9 +203,10 @@ class ControllerApp:
     async def _tell_health(self) -> None:
         """Tell health checks whether requests had better come here: not to a controller that knows nobody yet."""
         serving = self._well and not self._draining and self.registry.serving
-        if serving is not self._serving:
-            self._serving = serving
-            await self._server.set_serving(serving)
+        ready = serving and self.registry.pickable
+        if (serving, ready) != (self._serving, self._ready):
+            self._serving, self._ready = serving, ready
+            await self._server.set_serving(serving, ready=ready)
 
     def _on_change(self, change: Change) -> None:
         worker = change.worker

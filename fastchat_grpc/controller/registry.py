@@ -83,6 +83,11 @@ class Registry(Accounts):
         """Whether requests had better come here: it has settled, or has workers and no more come just now."""
         return self.settled or (len(self) > 0 and self._clock() - self._joined_at >= QUIET_S)
 
+    @property
+    def pickable(self) -> bool:
+        """Whether there is a model of which a worker can be picked."""
+        return any(pool.pickable for pool in self._pools.by_name.values())
+
     def settle(self) -> None:
         """The fleet is known to be whole: what is not here does not exist."""
         self._sure = True

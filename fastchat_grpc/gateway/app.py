@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastchat_grpc.config import GatewayConfig, GatewayMode, join_address
 from fastchat_grpc.errors import ConfigError
@@ -14,6 +16,9 @@ from fastchat_grpc.gateway.listeners import HTTP, HTTPS
 from fastchat_grpc.gateway.process import EnvoyProcess
 from fastchat_grpc.gateway.resume_module import WITHOUT, resume_module
 from fastchat_grpc.rpc.supervise import Supervised, Supervisor
+
+if TYPE_CHECKING:
+    from fastchat_grpc.gateway.metrics import GatewayMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +48,7 @@ class GatewayApp:
     def __init__(self, config: GatewayConfig) -> None:
         self._config = config
         self._supervisor = Supervisor()
+        self._metrics: GatewayMetrics | None = None
         self._envoy = EnvoyProcess(config, self._supervisor)
         self._module: Path | None = None
         self._watcher: Supervised | None = None
@@ -58,6 +64,11 @@ class GatewayApp:
     def tls_address(self) -> str:
         """host:port of the TLS listener; empty without one."""
         return self._address[1]
+
+    @property
+    def metrics_address(self) -> str:
+        """host:port of the metrics; empty where there are none."""
+        return self._metrics.address if self._metrics is not None else ""
 
     @property
     def mode(self) -> GatewayMode:
@@ -77,6 +88,7 @@ class GatewayApp:
     async def start(self) -> None:
         """Start Envoy. Raises ConfigError."""
         self._module = await resume_module(self._config, find_envoy(self._config.envoy))
+        self._start_metrics()
         await self._start()
         self._watcher = self._supervisor.spawn("keeping Envoy", self._watch)
 
@@ -87,7 +99,21 @@ class GatewayApp:
             await self._watcher.ended()
         await self._envoy.stop(self._config.drain_timeout_s)
         await self._supervisor.close()
+        if self._metrics is not None:
+            self._metrics.stop()
         logger.info("gateway stopped")
+
+    def _start_metrics(self) -> None:
+        """They come first, since Envoy may have to lead to them."""
+        if self._config.metrics.port is None:
+            return
+        from fastchat_grpc.gateway.metrics import GatewayMetrics
+
+        self._metrics = GatewayMetrics(self._config, lambda: self._envoy.admin_path)
+        self._metrics.start()
+        if self._config.public_metrics:
+            self._config = replace(self._config, metrics_address=self._metrics.address)
+            self._envoy = EnvoyProcess(self._config, self._supervisor)
 
     async def _start(self) -> None:
         try:
@@ -133,6 +159,8 @@ class GatewayApp:
             await asyncio.sleep(self._pause_s)
             try:
                 self._envoy = EnvoyProcess(self._config, self._supervisor)
+                if self._metrics is not None:
+                    self._metrics.restarts.inc()
                 await self._start()
             except ConfigError as error:
                 self._pause_s = min(2 * self._pause_s, MAX_PAUSE_S)

@@ -8,6 +8,10 @@ from fastchat_grpc.rpc.bridge import NAMED_KEY, PLACE_HEADER, PLACES_KEY
 
 API = "api"
 """Whoever answers what needs no picking: the controllers, or a sidecar's worker."""
+READY = "ready"
+"""The same servers, healthy while a model can be asked through them. No requests go there."""
+METRICS = "metrics"
+"""The gateway's own metrics."""
 EXT_AUTHZ = "envoy.filters.http.ext_authz"
 
 # Far above what a machine can carry: workers and controllers bound their load themselves, and say so.
@@ -37,9 +41,25 @@ _OUT_OF_TURN: Tree = {
 
 def clusters(config: GatewayConfig) -> list[Tree]:
     """All clusters of a gateway."""
+    return [*_servers(config), *([_metrics(config)] if config.metrics_address else [])]
+
+
+def _metrics(config: GatewayConfig) -> Tree:
+    return {
+        "name": METRICS,
+        "type": "STATIC",
+        "connect_timeout": "1s",
+        "load_assignment": {
+            "cluster_name": METRICS,
+            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": host_of(config.metrics_address)}}]}],
+        },
+    }
+
+
+def _servers(config: GatewayConfig) -> list[Tree]:
     if config.mode is GatewayMode.SIDECAR:
-        return [_api(config, [config.worker_address])]
-    found = [_api(config, config.controller_addresses)]
+        return [_api(config, [config.worker_address]), _ready(config, [config.worker_address])]
+    found = [_api(config, config.controller_addresses), _ready(config, config.controller_addresses)]
     if config.mode is GatewayMode.DIRECT:
         for i, address in enumerate(config.controller_addresses):
             found += [_static(config, controller_cluster(i), [address]), _workers(config, i)]
@@ -62,20 +82,26 @@ def _api(config: GatewayConfig, addresses: tuple[str, ...] | list[str]) -> Tree:
     cluster["common_lb_config"] = {"healthy_panic_threshold": {"value": 1}}
     if len(addresses) > 1:
         cluster["outlier_detection"] = _OUT_OF_TURN
-    cluster["health_checks"] = [
-        {
-            "timeout": "2s",
-            "interval": "1s",
-            # A controller that starts beside the gateway, or comes back, is found at once.
-            "no_traffic_interval": "0.2s",
-            "no_traffic_healthy_interval": "1s",
-            "unhealthy_interval": "0.2s",
-            "unhealthy_threshold": 2,
-            "healthy_threshold": 1,
-            "grpc_health_check": {"service_name": "fastchat_grpc.v1.OpenAIService"},
-        }
-    ]
+    cluster["health_checks"] = [_health_check("fastchat_grpc.v1.OpenAIService")]
     return cluster
+
+
+def _ready(config: GatewayConfig, addresses: tuple[str, ...] | list[str]) -> Tree:
+    return {**_static(config, READY, addresses), "health_checks": [_health_check("readiness")]}
+
+
+def _health_check(service: str) -> Tree:
+    return {
+        "timeout": "2s",
+        "interval": "1s",
+        # A controller that starts beside the gateway, or comes back, is found at once.
+        "no_traffic_interval": "0.2s",
+        "no_traffic_healthy_interval": "1s",
+        "unhealthy_interval": "0.2s",
+        "unhealthy_threshold": 2,
+        "healthy_threshold": 1,
+        "grpc_health_check": {"service_name": service},
+    }
 
 
 def _static(config: GatewayConfig, name: str, addresses: tuple[str, ...] | list[str]) -> Tree:

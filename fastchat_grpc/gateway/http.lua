@@ -152,7 +152,8 @@ end
 
 -- What is answered here, for probes and people that look whether anybody is there.
 local PROBES = {["/"] = '{"name":"fastchat_grpc","version":"' .. VERSION .. '","api":"/v1"}',
-  ["/version"] = '{"version":"' .. VERSION .. '"}'}
+  ["/version"] = '{"version":"' .. VERSION .. '"}',
+  ["/live"] = '{"status":"ok"}', ["/livez"] = '{"status":"ok"}'}
 
 local function answer_probe(handle, path, is_head)
   local body = PROBES[path:match("^[^?]*")]

@@ -10,7 +10,7 @@ from fastchat_grpc.config import GatewayConfig, GatewayMode
 from fastchat_grpc.gateway import http_lua
 from fastchat_grpc.gateway.access_logs import attempt_logs, request_logs
 from fastchat_grpc.gateway.checks import key_checks, pick_bytes, picks
-from fastchat_grpc.gateway.clusters import API
+from fastchat_grpc.gateway.clusters import API, READY
 from fastchat_grpc.gateway.resume_module import resume_filter
 from fastchat_grpc.gateway.routes import ANSWER_BYTES, virtual_host
 from fastchat_grpc.gateway.shape import Tree, extension, seconds, socket_address, tls_context, typed
@@ -28,8 +28,10 @@ HTTP, HTTPS = "http", "https"
 COME_AGAIN = {"retry-after": "1"}
 MAX_STREAMS = 256
 """Requests at a time on one connection of HTTP/2; a client opens another connection for more."""
-HEALTH_PATHS = r"/(health|healthz|readyz|livez|ping)/?(\?.*)?"
+HEALTH_PATHS = r"/(health|healthz|ping)/?(\?.*)?"
 """Paths that say whether there is a controller (sidecar: the worker) that takes requests."""
+READY_PATHS = r"/(ready|readyz)/?(\?.*)?"
+"""Paths that say whether there is a model that can be asked."""
 _FILTERS = "envoy.extensions.filters.http"
 # Set by the bridge or by Envoy alone; what a caller sends under these names is dropped.
 _INTERNAL_HEADERS = (
@@ -162,13 +164,8 @@ def _filters(config: GatewayConfig, descriptors: str, module: Path | None) -> li
     return [
         # First, since it sees the answers of those after it alone.
         extension("envoy.filters.http.cors", f"{_FILTERS}.cors.v3.Cors"),
-        extension(
-            "envoy.filters.http.health_check",
-            f"{_FILTERS}.health_check.v3.HealthCheck",
-            pass_through_mode=False,
-            headers=[{"name": ":path", "string_match": {"safe_regex": {"regex": HEALTH_PATHS}}}],
-            cluster_min_healthy_percentages={API: {"value": 1}},
-        ),
+        _health(HEALTH_PATHS, API),
+        _health(READY_PATHS, READY),
         extension("envoy.filters.http.grpc_web", f"{_FILTERS}.grpc_web.v3.GrpcWeb"),
         # Before the transcoder, so that it sees what the transcoder answers.
         extension(
@@ -192,6 +189,17 @@ def _filters(config: GatewayConfig, descriptors: str, module: Path | None) -> li
             **attempt_logs(config),
         ),
     ]
+
+
+def _health(paths: str, cluster: str) -> Tree:
+    """Answers paths by whether a cluster has a healthy host."""
+    return extension(
+        "envoy.filters.http.health_check",
+        f"{_FILTERS}.health_check.v3.HealthCheck",
+        pass_through_mode=False,
+        headers=[{"name": ":path", "string_match": {"safe_regex": {"regex": paths}}}],
+        cluster_min_healthy_percentages={cluster: {"value": 1}},
+    )
 
 
 def _gunzip() -> Tree:

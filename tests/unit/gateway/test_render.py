@@ -104,7 +104,7 @@ def test_a_printed_configuration_opens_no_admin_interface() -> None:
 
 def test_each_controller_has_a_cluster_of_its_own_workers() -> None:
     names = [cluster["name"] for cluster in bootstrap(CONFIGS["several controllers"])["static_resources"]["clusters"]]
-    assert names == ["api", "controller_0", "workers_0", "controller_1", "workers_1"]
+    assert names == ["api", "ready", "controller_0", "workers_0", "controller_1", "workers_1"]
 
 
 def test_of_several_controllers_only_the_last_one_asked_is_waited_for_long() -> None:

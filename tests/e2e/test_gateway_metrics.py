@@ -1,0 +1,134 @@
+"""A whole site's metrics and health: gateway, controller and worker after requests that the test knows."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import subprocess
+from collections.abc import AsyncIterator
+
+import httpx2
+import pytest
+import pytest_asyncio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from fastchat_grpc.config import MetricsConfig
+from fastchat_grpc.rpc.channels import open_channel
+from tests.conftest import eventually
+from tests.e2e.gateway_site import KEY, KEYS, Site, running_gateway, running_site
+from tests.scrape import fetch, scrape
+
+METRICS = MetricsConfig(port=0)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def site() -> AsyncIterator[Site]:
+    """Two chats, one embedding, one refusal for want of a key, and one for an unknown model."""
+    controller = {"metrics": METRICS, "api_keys": KEYS}
+    async with running_site(workers=[{"metrics": METRICS}], controller=controller, metrics=METRICS, key=KEY) as site:
+        for text in ("hello", "hello again"):
+            assert (await site.chat(text)).status_code == 200
+        body = {"model": "echo", "input": "embed me"}
+        assert (await site.http.post("/v1/embeddings", json=body)).status_code == 200
+        assert (await site.chat(model="nobody has it")).status_code == 404
+        wrong = {"authorization": "Bearer sk-wrong-key"}
+        assert (await site.http.post("/v1/chat/completions", json={}, headers=wrong)).status_code == 401
+        counts = site.controller.registry.counts
+        await eventually(lambda: counts.attempts["good"] == 3)
+        yield site
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_the_three_processes_agree_on_what_was_done(site: Site) -> None:
+    controller = await scrape(site.controller.metrics_address)
+    assert controller.get("fastchat_grpc_picks_total", model_name="echo", result="ok") == 3
+    assert controller.get("fastchat_grpc_picks_total", model_name="other", result="model_not_found") >= 1
+    assert controller.get("fastchat_grpc_attempts_total", evidence="good") == 3
+    assert controller.get("fastchat_grpc_gateways") == 1
+    assert controller.get("fastchat_grpc_endpoints") == 1
+    assert controller.get("fastchat_grpc_endpoints_pushed_total") >= 1
+    assert controller.get("fastchat_grpc_gateway_requests") == 0
+    assert controller.get("fastchat_grpc_retries_total") == controller.get("fastchat_grpc_resumes_total") == 0
+    check = "envoy.service.auth.v3.Authorization/Check"
+    assert controller.get("grpc_server_call_duration_seconds_count", grpc_method=check, grpc_status="OK") >= 5
+    worker = await scrape(site.workers[0].metrics_address)
+    assert worker.get("vllm:request_success_total", finished_reason="stop") == 2
+    assert worker.get("fastchat_grpc_usage_requests_total", client="alice", model_name="echo") == 3
+    made = len("hello") + 1 + len("hello again") + 1
+    assert worker.get("fastchat_grpc_usage_generation_tokens_total", client="alice") == made
+    assert worker.get("vllm:generation_tokens_total") == made
+    gateway = await scrape(site.gateway.metrics_address)
+    assert gateway.get("fastchat_grpc_envoy_up", instance="gateway") == 1
+    assert gateway.get("fastchat_grpc_envoy_restarts_total") == 0
+    answered = "envoy_http_downstream_rq_xx_total"  # Envoy does not say total; the parser does
+    prefix = {"envoy_http_conn_manager_prefix": "ingress"}
+    assert gateway.get(answered, envoy_response_code_class="2", **prefix) >= 3
+    assert gateway.get(answered, envoy_response_code_class="4", **prefix) == 2
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_the_whole_stack_is_told_in_one_place_and_only_where_asked_on_the_public_port(site: Site) -> None:
+    assert (await site.http.get("/metrics")).status_code == 404
+    targets = (
+        ("controller", site.controller.metrics_address),
+        ("worker-0", site.workers[0].metrics_address),
+        ("gone", "127.0.0.1:9"),
+    )
+    async with (
+        running_gateway(site, metrics=METRICS, metrics_targets=targets, public_metrics=True) as gateway,
+        httpx2.AsyncClient(base_url=f"http://{gateway.address}", trust_env=False) as http,
+    ):
+        told = await scrape(gateway.metrics_address)
+        assert told.get("vllm:request_success_total", instance="worker-0", finished_reason="stop") == 2
+        assert told.has("fastchat_grpc_workers", instance="controller", model_name="echo")
+        assert told.get("fastchat_grpc_target_up", target="worker-0") == 1
+        assert told.get("fastchat_grpc_target_up", target="gone") == 0
+        for instance in ("gateway", "controller", "worker-0"):
+            assert told.get("process_start_time_seconds", instance=instance) > 0, instance
+        public = await http.get("/metrics")
+        assert public.status_code == 200
+        assert 'vllm:num_requests_waiting{instance="worker-0"' in public.text
+        assert public.headers["content-type"].startswith("text/plain")
+        assert (await http.get("/metrics/")).status_code == 404
+
+
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian: prometheus)")
+async def test_promtool_finds_nothing_against_our_names(site: Site) -> None:
+    for address in (site.controller.metrics_address, site.workers[0].metrics_address):
+        text = await fetch(address)
+        command = ["promtool", "check", "metrics"]
+        found = await asyncio.to_thread(subprocess.run, command, input=text, capture_output=True, check=False)
+        said = [line for line in found.stderr.decode().splitlines() if not line.startswith("vllm:")]
+        assert not said, said
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_health_tells_lives_from_takes_requests_from_has_a_model(site: Site) -> None:
+    for path in ("/live", "/livez", "/health", "/ready", "/readyz", "/ping", "/version"):
+        assert (await site.http.get(path)).status_code == 200, path
+    async with open_channel(site.controller.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        services = ("fastchat_grpc.v1.OpenAIService", "fastchat_grpc.v1.ControllerService")
+        for name in ("", "liveness", "readiness", *services):
+            answer = await stub.Check(health_pb2.HealthCheckRequest(service=name))
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING, name
+
+
+async def test_a_site_without_a_worker_lives_and_is_not_ready() -> None:
+    async with running_site(workers=[]) as site:
+        assert (await site.http.get("/live")).status_code == 200
+        assert (await site.http.get("/health")).status_code == 200
+        assert (await site.http.get("/ready")).status_code == 503
+        async with open_channel(site.controller.address) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            answers = [
+                (await stub.Check(health_pb2.HealthCheckRequest(service=name))).status
+                for name in ("liveness", "readiness")
+            ]
+            assert answers == [health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING]
+        await site.add_worker()
+
+        async with asyncio.timeout(10):
+            while (await site.http.get("/ready")).status_code != 200:
+                await asyncio.sleep(0.02)
