@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import shutil
 import subprocess
 from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx2
 import pytest
 import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client import CollectorRegistry, generate_latest
 
+from fastchat_grpc.backends.base import BackendLoad, Steps
 from fastchat_grpc.config import MetricsConfig
+from fastchat_grpc.core import ModelInfo
 from fastchat_grpc.rpc.channels import open_channel
+from fastchat_grpc.worker.engine_metrics import EngineCollector
+from fastchat_grpc.worker.request_metrics import RequestMetrics
 from tests.conftest import eventually
 from tests.e2e.gateway_site import KEY, KEYS, Site, running_gateway, running_site
 from tests.scrape import fetch, scrape
 
 METRICS = MetricsConfig(port=0)
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -132,3 +143,76 @@ async def test_a_site_without_a_worker_lives_and_is_not_ready() -> None:
         async with asyncio.timeout(10):
             while (await site.http.get("/ready")).status_code != 200:
                 await asyncio.sleep(0.02)
+
+
+FUNCTIONS = {"sum", "rate", "histogram_quantile", "max", "min", "avg", "count", "increase", "topk", "changes", "vector"}
+WORDS = {*FUNCTIONS, "by", "on", "and", "or", "clamp_min"}
+NAME = re.compile(r"(?<![\w:$.\"~])([a-zA-Z_:][\w:]*)(?=[\s{\[()/+<>=]|$)(\{[^}]*\})?")
+
+
+def expressions() -> list[str]:
+    """Those of the board and of the rules."""
+    board = json.loads((DEPLOY / "grafana" / "fleet.json").read_text())
+    found = [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]
+    found += re.findall(r"label_values\((\w+), \w+\)", json.dumps(board["templating"]))
+    rules = re.findall(
+        r"expr: (?:>-\n)?((?:[^\n]*\n(?:(?=          )[^\n]*\n)*))", (DEPLOY / "prometheus" / "rules.yml").read_text()
+    )
+    assert len(found) > 50
+    assert len(rules) > 15
+    return [*found, *rules]
+
+
+def used(expression: str) -> list[tuple[str, set[str]]]:
+    """The metrics of an expression, each with the labels that it is asked by."""
+    plain = re.sub(r"\b(?:by|on) \(([^)]*)\)", "", expression)
+    grouped = {
+        label.strip() for labels in re.findall(r"\b(?:by|on) \(([^)]*)\)", expression) for label in labels.split(",")
+    }
+    found = []
+    for match in NAME.finditer(re.sub(r"\"[^\"]*\"", '""', plain)):
+        name, selector = match.groups()
+        if name not in WORDS and not name.isupper():
+            found.append((name, set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", selector or "")) | (grouped - {"le"})))
+    return found
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_the_board_and_the_rules_ask_for_nothing_that_is_not_told(site: Site) -> None:
+    addresses = (site.controller.metrics_address, site.workers[0].metrics_address, site.gateway.metrics_address)
+    texts = [(await fetch(address)).decode() for address in addresses]
+    texts.append(an_engine_that_tells_all())
+    told: dict[str, set[str]] = {"up": {"job"}}
+    for line in "\n".join(texts).splitlines():
+        if match := re.match(r"([\w:]+)(?:\{(.*)\})? ", line):
+            told.setdefault(match[1], {"instance"}).update(re.findall(r'(\w+)="', match[2] or ""))
+    several = ("_bucket", "_sum", "_count")
+    for expression in expressions():
+        asked = used(expression)
+        assert asked, expression
+        for name, labels in asked:
+            assert name in told, f"{name} is told by nobody: {expression}"
+            if len({other for other, _ in asked}) == 1 or name.endswith(several):
+                assert labels <= told[name], f"{name} has no label {labels - told[name]}: {expression}"
+
+
+def an_engine_that_tells_all() -> str:
+    """What engines tell that the echo backend has not: a cache and steps."""
+    steps = Steps(failures=1)
+    steps.seconds.observe(1)
+    steps.sequences.observe(1)
+    load = BackendLoad(max_running=1, kv_cache_usage=0.5, kv_block_size=1, kv_block_count=1, preemptions=1, steps=steps)
+    registry = CollectorRegistry()
+    requests = RequestMetrics(registry, [ModelInfo(name="m", context_length=8)], {"m": True})
+    monitor: Any = SimpleNamespace(backend_load=load)
+    registry.register(EngineCollector(list(requests.engines.values()), monitor, 0))
+    return generate_latest(registry).decode()
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian: prometheus)")
+@pytest.mark.parametrize(("what", "file"), [("rules", "rules.yml"), ("config", "scrape.yml")])
+def test_promtool_takes_our_files(what: str, file: str) -> None:
+    found = subprocess.run(
+        ["promtool", "check", what, str(DEPLOY / "prometheus" / file)], capture_output=True, check=False
+    )
+    assert found.returncode == 0, found.stdout.decode() + found.stderr.decode()
