@@ -54,7 +54,7 @@ class PickRequest(NamedTuple):
     prefers: frozenset[Capability] = frozenset()
     fingerprint: str = ""
     backend: str = ""
-    excluded: Collection[str] = ()
+    excluded: Collection[str] = frozenset()
     tried: Mapping[str, float] = _NONE
     reaches: Fits | None = None
 
@@ -113,6 +113,10 @@ class PickRequest(NamedTuple):
     def _not_failed_since(self, worker: Worker) -> bool:
         failed_at = self.tried.get(worker.spec.instance_id)
         return failed_at is None or worker.recovered_at > failed_at
+
+
+_NOTHING_ELSE = PickRequest()[2:]
+"""Of a request that asks for a model, and perhaps has a key: any worker of the model can take it."""
 
 
 def shortest_queue(candidates: Candidates[Worker], key: str, rng: random.Random) -> Worker | None:
@@ -180,7 +184,7 @@ class Dispatcher:
         """
         name, pool = self._with_adapter(request) if request.adapter else self.registry.pool(request.model)
         sole = pool.sole
-        if sole is not None and sole.ready.items and not any(request[2:]):  # the usual: a model, and perhaps a key
+        if sole is not None and sole.ready.items and request[2:] == _NOTHING_ELSE:  # the usual
             worker = self._policy(sole.candidates, request.key, self._rng)
             assert worker is not None
             return name, worker

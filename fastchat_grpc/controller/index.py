@@ -237,7 +237,8 @@ class Candidates(Generic[W]):
 
     def shorter_of_two(self, rng: Random) -> W | None:
         """The lower score of two different ones taken at random. None where nobody fits."""
-        items = self._only.items if self._only is not None else self._sample(rng)
+        only = self._only
+        items = only.items if only is not None else self._sample(rng)
         count = len(items)
         if count < 2:
             return items[0] if items else None

@@ -61,6 +61,12 @@ def _in_process(options: argparse.Namespace) -> dict[str, object]:
     rng = Random(1)
     names = [f"model-{i}" for i in range(options.models)]
     rows: dict[str, dict[str, float]] = {}
+
+    def ask() -> PickRequest:
+        return PickRequest(model=rng.choice(names), key=str(rng.random()))
+
+    rows["making a request"] = _times(ask, 5_000)
+    requests = itertools.cycle([ask() for _ in range(6_000)])
     for method in reversed(DispatchMethod):  # the last, and so that of the heartbeats, is the default
         registry = Registry()  # for each: a controller has one method, and keeps in order what that asks for
         workers = [registry.register(_spec(i, options.models), Load()) for i in range(options.workers)]
@@ -68,7 +74,7 @@ def _in_process(options: argparse.Namespace) -> dict[str, object]:
         dispatcher = Dispatcher(registry, method, rng)
 
         def pick(dispatcher: Dispatcher = dispatcher) -> None:
-            dispatcher.pick(PickRequest(model=rng.choice(names), key=str(rng.random()))).release()
+            dispatcher.pick(next(requests)).release()
 
         _times(pick, 1_000)  # a policy's index is made at its first pick
         rows[method.value] = _times(pick, 5_000)
