@@ -104,12 +104,14 @@ class Addresses(Generic[T]):
         self._round = book.order()
         self._next_round: list[str] = []
         self._full: list[str] = []
+        self._empty: list[str] = []
         self._error: FastChatError = NoLiveWorker("there is no server to ask")
 
     def pick(self, call: Call[T]) -> _Attempt[T]:
         """The call at the next address. Raises Nobody when the round is over."""
         if not self._round:
-            # Those that were lost, leave or start may be back later; the others have said no.
+            # Those that were lost, leave or start may be back later; the others have said no. While one of the former
+            # is waited for, controllers without a worker are asked again: theirs may be back sooner.
             coming = self._next_round or (self._full and call.displaced)
             raise Nobody(Outlook.COMING if coming else Outlook.CLOSED, self._error)
         address = self._round.pop(0)
@@ -124,11 +126,12 @@ class Addresses(Generic[T]):
         until = monotonic() + timeout_s
         await asyncio.sleep(min(self._pause_s, timeout_s))
         self._pause_s = min(2 * self._pause_s, MAX_PAUSE_S)
-        asked = self._next_round + self._full
+        asked = self._next_round + self._full + self._empty
         there = await self._book.connected(asked, until - monotonic())
         self._round = [address for address in asked if address in there]
         self._next_round = [address for address in asked if address not in there]
         self._full.clear()
+        self._empty.clear()
 
     def answered(self, address: str) -> None:
         """An address has answered."""
@@ -139,6 +142,8 @@ class Addresses(Generic[T]):
         self._error = error
         if verdict is Verdict.FULL:
             self._full.append(address)
+        elif verdict is Verdict.EMPTY:
+            self._empty.append(address)
         elif verdict in (Verdict.LOST, Verdict.LEAVING, Verdict.STARTING):
             self._next_round.append(address)
 

@@ -38,7 +38,7 @@ from fastchat_grpc.v1 import generation_pb2 as pb
 T = TypeVar("T")
 
 EOF = grpc.aio.EOF
-_HARMLESS = (Verdict.STARTING, Verdict.LEAVING)
+_HARMLESS = (Verdict.STARTING, Verdict.LEAVING, Verdict.EMPTY)
 """Attempts that have cost nobody anything: they are bounded by the patience of those who wait alone."""
 
 

@@ -50,8 +50,8 @@ class Situation:
     resumable: bool = True
     """Whether another server could go on with it."""
     attempts: int = 0
-    """Attempts that were made before the first event; not counted: refusals of servers that start or drain, or, of
-    what is displaced, for want of room."""
+    """Attempts that were made before the first event; not counted: refusals of servers that start, drain or
+    have no worker, or, of what is displaced, for want of room."""
     losses: int = 0
     """Servers that were lost after it."""
     funded: bool = True

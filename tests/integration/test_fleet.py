@@ -93,6 +93,23 @@ async def test_a_client_waits_for_its_controllers_and_uses_no_attempts_up_meanwh
         assert await asyncio.wait_for(asyncio.gather(*new), 20) == [4, 4]
 
 
+async def test_a_client_that_waits_for_one_controller_hears_of_it_when_the_other_has_a_worker_again(
+    start_worker: StartWorker,
+) -> None:
+    async with running_controller() as there, running_controller() as away:
+        worker = await start_worker("m", controllers=(there.address,))
+        await eventually(lambda: len(there.registry) == 1)
+        await worker.stop()
+        await eventually(lambda: len(there.registry) == 0)
+        await away._server._server.stop(0)
+        async with AsyncClient([there.address, away.address], failover=FailoverConfig(max_attempts=2)) as client:
+            asking = asyncio.create_task(client.count_tokens("four", model="m"))
+            await asyncio.sleep(1.0)  # longer than any number of quick tries would last
+            assert not asking.done()
+            await start_worker("m", controllers=(there.address,))
+            assert await asyncio.wait_for(asking, 20) == 4
+
+
 async def test_a_client_that_lost_one_worker_waits_for_room_at_the_other(start_worker: StartWorker) -> None:
     full = await start_worker("m", options={"delay_ms": "20"}, max_running=1, max_waiting=0)
     dying = await start_worker("m", options={"delay_ms": "10000"})
