@@ -15,8 +15,8 @@ import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fastchat_grpc import errors
-from fastchat_grpc.cli.options import controller_config
 from fastchat_grpc.cli.fleet import COMMANDS
+from fastchat_grpc.cli.options import controller_config
 from fastchat_grpc.client import AsyncClient
 from fastchat_grpc.config import ControllerConfig, FailoverConfig, ListenConfig, TlsConfig, join_address
 from fastchat_grpc.controller.app import ControllerApp
