@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, suppress
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -18,7 +19,8 @@ import pytest_asyncio
 from fastchat_grpc.config import BreakerConfig, DispatchMethod, FailoverConfig
 from fastchat_grpc.controller.fleet import WorkerSpec
 from fastchat_grpc.core import Capability, Load, ModelInfo
-from fastchat_grpc.native.library import find_compiler
+from fastchat_grpc.gateway import app, resume_module
+from fastchat_grpc.native.library import compile_library, find_compiler
 from tests.conftest import eventually
 from tests.e2e.gateway_site import Site, running_gateway, running_site, sse
 from tests.e2e.resume_mock import MockWorker
@@ -88,8 +90,10 @@ class Mocks:
             sum(worker.reserved_count for controller in controllers for worker in controller.registry.workers()),
         )
 
-    def counter(self, name: str) -> Any:
-        return self.site.gateway._envoy._admin._ask("GET", f"/stats?filter={name}&format=json")
+    async def counted(self, name: str) -> int:
+        """What Envoy has counted of the module's streams."""
+        stats = await self.site.gateway._envoy._admin._ask("GET", f"/stats?filter=streams_{name}$&format=json")
+        return sum(stat["value"] for stat in json.loads(stats)["stats"])
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -339,6 +343,7 @@ async def test_a_dead_place_costs_nothing_but_a_look(mocks: Mocks) -> None:
 
 
 async def test_a_slow_caller_is_parked_and_gets_everything(mocks: Mocks) -> None:
+    parked = await mocks.counted("parked")
     host, _, port = mocks.site.gateway.address.rpartition(":")
     caller = socket.socket()
     caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)
@@ -364,10 +369,39 @@ async def test_a_slow_caller_is_parked_and_gets_everything(mocks: Mocks) -> None
     assert found == list(range(n))
     assert text.rstrip().endswith(b"data: [DONE]")
     assert len(mocks.workers["a"].began + mocks.workers["b"].began) > 1
+    assert await mocks.counted("parked") > parked
 
 
-async def test_without_a_controller_the_places_that_were_picked_are_tried(mocks: Mocks) -> None:
-    """Its own gateway, whose controllers do not answer the question."""
+@pytest.mark.parametrize("content", [b"no library", None], ids=["no library", "a library without the hooks"])
+async def test_a_module_that_envoy_cannot_load_is_left_out(
+    mocks: Mocks, content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "module.so"
+    if content is None:
+        (tmp_path / "other.c").write_text("int other(void) { return 1; }")
+        compile_library(find_compiler(), path, ("-shared", "-fPIC"), tmp_path)
+    else:
+        path.write_bytes(content)
+
+    async def found(config: Any, executable: Path) -> Path:
+        return path
+
+    monkeypatch.setattr(app, "resume_module", found)
+    async with running_gateway(mocks.site) as gateway:
+        assert not gateway.resumes
+        await mocks.known(mocks.workers["a"].address)
+        async with mocks.site.http.stream(
+            "POST", f"http://{gateway.address}/v1/chat/completions", json={"model": "mock", "stream": True}
+        ) as response:
+            assert whole([event async for event in sse(response)])
+        await eventually(lambda: mocks.leftovers() == (0, 0))
+
+
+async def test_without_a_controller_the_places_that_were_picked_are_tried(
+    mocks: Mocks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own gateway, one of whose controllers does not answer the question, and the other fails at it."""
+    monkeypatch.setattr(resume_module, "ASK_MS", 300)
     async with running_gateway(mocks.site) as gateway:
         before, mocks.site.gateway = mocks.site.gateway, gateway
         await mocks.known(*(worker.address for worker in list(mocks.workers.values())[:2]))
@@ -378,9 +412,12 @@ async def test_without_a_controller_the_places_that_were_picked_are_tried(mocks:
             asked.append(question)
             raise RuntimeError("a fault of the controller")
 
+        async def hangs(question: Any) -> Any:
+            asked.append(question)
+            await asyncio.Event().wait()
+
         try:
-            for each in going_on:
-                each.answer = fails
+            going_on[0].answer, going_on[1].answer = hangs, fails
             body = {"model": "mock", "messages": [], "stream": True, "at": {"a": {"number": 5, "do": "UNAVAILABLE"}}}
             async with mocks.site.http.stream(
                 "POST", f"http://{gateway.address}/v1/chat/completions", json=body

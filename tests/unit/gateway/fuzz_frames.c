@@ -1,6 +1,7 @@
 /* Random answers of workers, and of controllers, for those parts of the gateway's module that read them.
  *
- *     fuzz_frames COUNT SEED
+ *     fuzz_frames COUNT SEED      so many answers
+ *     fuzz_frames long            one of more than 4 GiB, and what it leaves in memory
  *
  * Compiled with -fsanitize=address,undefined. Ends with 1, and says which input it was, where an invariant does not hold.
  */
@@ -185,7 +186,34 @@ static bool try_reading(void) {
     return true;
 }
 
+/* An answer that has more bytes than 32 bits count is passed on like any other, and nothing of it stays but its state. */
+static bool try_long(void) {
+    enum { MESSAGE = 4 << 20, COUNT = 1100 };
+    Frames frames = new_frames(false, 100000);
+    frames.limits.message = 2 * MESSAGE;
+    Buffer frame = {0}, out = {0};
+    char *text = calloc(1, MESSAGE);
+    buffer_put(&frame, "\0\0\0\0\0", FRAME_HEAD);
+    wire_bytes(&frame, 2, text, MESSAGE);
+    wire_bytes(&frame, 15, "piece", 5);
+    frame_set_size(frame.data, frame.size - FRAME_HEAD);
+    for (int i = 0; i < COUNT; i++) {
+        out.size = 0;
+        HOLDS(frames_feed(&frames, frame.data, frame.size, &out) == FRAMES_OK);
+        HOLDS(out.size == frame.size - 7); /* a tag, a length, and the piece */
+    }
+    HOLDS(frames.passed == COUNT && frames.state.size == 7 * COUNT && frames.partial.size == 0);
+    HOLDS(out.capacity < 3 * MESSAGE && frames_can_go_on(&frames));
+    free(text);
+    buffer_free(&frame);
+    buffer_free(&out);
+    frames_free(&frames);
+    printf("a long answer\n");
+    return true;
+}
+
 int main(int argc, char **argv) {
+    if (argc > 1 && strcmp(argv[1], "long") == 0) return !try_long();
     uint64_t count = argc > 1 ? strtoull(argv[1], NULL, 10) : 1000, seed = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
     for (uint64_t i = 0; i < count; i++) {
         state = (seed + i) * 0x9E3779B97F4A7C15ULL | 1;

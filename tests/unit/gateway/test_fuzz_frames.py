@@ -30,3 +30,8 @@ def test_no_answer_of_a_worker_or_controller_breaks_what_reads_it(harness: Path)
     done = subprocess.run([harness, "20000", "7"], capture_output=True, text=True, check=False, timeout=100)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout == "20000 inputs\n"
+
+
+def test_an_answer_beyond_what_32_bits_count_leaves_nothing_but_its_state(harness: Path) -> None:
+    done = subprocess.run([harness, "long"], capture_output=True, text=True, check=False, timeout=100)
+    assert done.stdout == "a long answer\n", done.stdout + done.stderr[-4000:]
