@@ -140,6 +140,7 @@ async def test_a_new_key_opens_a_controller_that_asks_for_keys(tmp_path: Path) -
 async def test_models_and_workers_are_listed() -> None:
     port = free_port()
     controller = f"127.0.0.1:{port}"
+    worker_id = "[fd00::1]" + "w" * 30 + "[/x]"  # which rich would take for markup
     async with running_cli("controller", "--port", str(port)):
         worker = (
             "worker",
@@ -151,7 +152,7 @@ async def test_models_and_workers_are_listed() -> None:
             "--controller-address",
             controller,
             "--worker-id",
-            "w" * 40,
+            worker_id,
         )
         async with running_cli(*worker):
             await wait_for_workers(controller)
@@ -162,6 +163,7 @@ async def test_models_and_workers_are_listed() -> None:
             assert status == 0, err
             assert "a, b" in out
             assert "serving" in out
+            assert worker_id in out
             assert "…" not in out  # an id is copied to `drain` from here
 
 
