@@ -11,6 +11,7 @@ import httpx2
 import pytest
 
 from fastchat_grpc.config import BreakerConfig, FailoverConfig, LeaseConfig
+from fastchat_grpc.controller.envoy import ext_authz
 from fastchat_grpc.openai.servicer import OpenAIServicer
 from tests.conftest import eventually
 from tests.e2e.echo_worker import controller_process, worker_process
@@ -22,6 +23,8 @@ pytestmark = pytest.mark.slow
 FULL = {"max_running": 1, "max_waiting": 0, "options": {"delay_ms": "20"}}
 LONG = LeaseConfig(time_to_live_s=60.0, heartbeat_interval_s=20.0)
 """A dead worker stays in the registry, so that the picker still names it."""
+HASTY = FailoverConfig(wait_s=0.3)
+"""Nobody waits long for a worker that has died for good."""
 
 
 async def answered(reply: httpx2.Response) -> tuple[int, str | None]:
@@ -45,9 +48,16 @@ async def test_a_model_whose_worker_is_full_is_429_and_never_another_models_404(
         await busy.aclose()
 
 
+@pytest.fixture
+def hasty_picker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The picker does not wait long for workers that have died for good."""
+    monkeypatch.setattr(ext_authz, "COMING_PATIENCE_S", 0.3)
+
+
 @pytest.mark.parametrize("mode", ["direct", "relay"])
+@pytest.mark.usefixtures("hasty_picker")
 async def test_a_model_whose_only_worker_is_dead_is_503_and_never_another_models_404(mode: str) -> None:
-    controller = {"lease": LONG} if mode == "direct" else {"failover": FailoverConfig(wait_s=1.0)}
+    controller: dict[str, Any] = {"failover": HASTY, **({"lease": LONG} if mode == "direct" else {})}
     async with AsyncExitStack() as stack:
         site = await stack.enter_async_context(running_site(mode, [{"model": "b"}], controller=controller))
         dead = await stack.enter_async_context(worker_process(site.controller.address, "a"))
@@ -87,10 +97,13 @@ async def test_a_worker_that_dies_between_head_and_body_of_its_answer_is_503_and
         assert reply.json()["error"]["type"] == "server_error"
 
 
+@pytest.mark.usefixtures("hasty_picker")
 async def test_another_worker_at_the_address_of_a_dead_one_is_no_news_of_the_model() -> None:
     """The worker of a dies, and one of b takes its port before a's lease has ended."""
     async with AsyncExitStack() as stack:
-        site = await stack.enter_async_context(running_site(workers=[{"model": "z"}], controller={"lease": LONG}))
+        site = await stack.enter_async_context(
+            running_site(workers=[{"model": "z"}], controller={"lease": LONG, "failover": HASTY})
+        )
         first = await stack.enter_async_context(worker_process(site.controller.address, "a", worker_id="wa"))
         await eventually(lambda: len(site.controller.registry) == 2)
         assert (await site.chat(model="a")).status_code == 200
