@@ -42,14 +42,16 @@ class EngineCollector(Collector):
         by_reason = GaugeMetricFamily(
             "vllm:num_requests_waiting_by_reason", "The same, by what they wait for.", labels=(*LABELS, "reason")
         )
+        generated = CounterMetricFamily("vllm:generation_tokens", "Tokens generated.", labels=LABELS)
         gaps = HistogramMetricFamily("vllm:inter_token_latency_seconds", "From token to token.", labels=LABELS)
         for series in self._series:
             labels = (series.name, ENGINE)
             running.add_metric(labels, series.running)
             waiting.add_metric(labels, series.waiting)
             by_reason.add_metric((*labels, "capacity"), series.waiting)
+            generated.add_metric(labels, series.generated)
             add_distribution(gaps, labels, series.token_gaps)
-        yield from (running, waiting, by_reason, gaps)
+        yield from (running, waiting, by_reason, generated, gaps)
         if self._adapters:
             yield self._adapters_in_use()
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter as Tally
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import monotonic
 from types import TracebackType
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from fastchat_grpc.core import (
     Completion,
@@ -58,7 +60,6 @@ class Families:
 
         tokens = token_bounds(context_length)
         self.prompt_tokens = counter("vllm:prompt_tokens", "Tokens of prompts, cached ones included.")
-        self.generation_tokens = counter("vllm:generation_tokens", "Tokens generated.")
         self.by_source = counter("vllm:prompt_tokens_by_source", "Tokens of prompts by where they came from.", "source")
         self.cached = counter("vllm:prompt_tokens_cached", "Tokens of prompts that came from a cache.")
         self.queries = counter(
@@ -103,11 +104,12 @@ class ModelSeries:
         """Requests that wait for a slot."""
         self.running = 0
         """Requests that have one."""
+        self.generated = 0
+        """Tokens; this and their gaps are counted at each of them, and so without locks."""
         self.token_gaps = Distribution(TOKEN_S)
         self.running_adapters: Tally[str] = Tally()
         self.waiting_adapters: Tally[str] = Tally()
         self.prompt_tokens = families.prompt_tokens.labels(*labels)
-        self.generation_tokens = families.generation_tokens.labels(*labels)
         self.success = {reason: families.success.labels(*labels, reason) for reason in FINISHES}
         self.rejections = {kind: families.rejections.labels(*labels, reason) for kind, reason in REFUSALS.items()}
         self.first_token = families.first_token.labels(*labels)
@@ -157,28 +159,42 @@ class CacheSeries:
             counter.inc(cached)
 
 
-class Usage:
+class UsageCounts:
+    """Of one client and one model."""
+
+    __slots__ = ("generated", "prompt", "requests")
+
+    def __init__(self) -> None:
+        self.requests = self.prompt = self.generated = 0
+
+
+class Usage(Collector):
     """Requests and tokens by who asked for them and of which model."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        def counter(name: str, text: str) -> Counter:
-            return Counter(f"fastchat_grpc_usage_{name}", text, ("client", "model_name"), registry=registry)
-
-        self._families = (
-            counter("requests", "Requests, by the name of the caller's key."),
-            counter("prompt_tokens", "Tokens of their prompts."),
-            counter("generation_tokens", "Tokens generated for them."),
-        )
+    def __init__(self) -> None:
         self._clients = Names()
-        self._series: dict[tuple[str, str], tuple[Counter, ...]] = {}
+        self.counts: dict[tuple[str, str], UsageCounts] = {}
 
-    def of(self, client: str, model: str) -> tuple[Counter, ...]:
-        """The counters of requests, prompt tokens and generated tokens."""
+    def of(self, client: str, model: str) -> UsageCounts:
+        """The counts of a client, by the name of its key, and a model that is served."""
         key = (self._clients.of(client) if client else NOBODY, model)
-        found = self._series.get(key)
+        found = self.counts.get(key)
         if found is None:
-            found = self._series[key] = tuple(family.labels(*key) for family in self._families)
+            found = self.counts[key] = UsageCounts()
         return found
+
+    def collect(self) -> Iterable[Metric]:
+        """See Collector."""
+        texts = ("Requests, by the name of the caller's key.", "Tokens of their prompts.", "Tokens generated for them.")
+        names = ("requests", "prompt_tokens", "generation_tokens")
+        families = [
+            CounterMetricFamily(f"fastchat_grpc_usage_{name}", text, labels=("client", "model_name"))
+            for name, text in zip(names, texts, strict=True)
+        ]
+        for key, counts in list(self.counts.items()):
+            for family, value in zip(families, (counts.requests, counts.prompt, counts.generated), strict=True):
+                family.add_metric(key, value)
+        return families
 
 
 class RequestMetrics:
@@ -197,7 +213,8 @@ class RequestMetrics:
     ) -> None:
         families = Families(registry, max((model.context_length for model in models), default=1))
         self._clock = clock
-        self._usage = Usage(registry)
+        self._usage = Usage()
+        registry.register(self._usage)
         self._adapters = {model.name for model in models if model.base_model}
         self.engines = {name: ModelSeries(families, name, caches=caches) for name, caches in engines.items()}
         self.by_model: dict[str, ModelSeries] = {}
@@ -211,6 +228,16 @@ class RequestMetrics:
         adapter = getattr(request, "lora_adapter", "") or (request.model if request.model in self._adapters else "")
         series = self.by_model[request.model]
         return RequestRecord(series, self._usage.of(client, request.model), request, adapter, self._clock)
+
+
+class _Choice:
+    """Tokens of a choice so far, and when the last of them came; 0: none has."""
+
+    __slots__ = ("last", "total")
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.last = 0.0
 
 
 class RequestRecord:
@@ -234,7 +261,7 @@ class RequestRecord:
     def __init__(
         self,
         series: ModelSeries,
-        usage: tuple[Counter, ...],
+        usage: UsageCounts,
         request: GenerateRequest | EmbedRequest,
         adapter: str,
         clock: Callable[[], float],
@@ -246,7 +273,7 @@ class RequestRecord:
         self._clock = clock
         self._arrival = clock()
         self._admitted: float | None = None
-        self._choices: dict[int, list[float]] = {}  # tokens so far, and when the last of them came
+        self._choices: dict[int, _Choice] = {}
         self._open = 0
         self._longest = 0
         self._told = False
@@ -270,14 +297,15 @@ class RequestRecord:
         self._series.running += 1
         if self._adapter:
             self._series.running_adapters[self._adapter] += 1
-        self._usage[0].inc()
+        self._usage.requests += 1
 
     def event(self, event: Event) -> None:
         """See Record."""
         if isinstance(event, Delta):
-            self._tokens(event.index, event.usage.completion_tokens, self._clock())
+            usage = event.usage
+            self._tokens(event.index, usage.completion_tokens)
             if not self._told:
-                self._prompt(event.usage.prompt_tokens, event.usage.cached_tokens)
+                self._prompt(usage.prompt_tokens, usage.cached_tokens)
         elif isinstance(event, Completion):
             self._completed(event)
 
@@ -308,35 +336,43 @@ class RequestRecord:
         self._series.waiting -= 1
         _less(self._series.waiting_adapters, self._adapter)
 
-    def _tokens(self, index: int, total: int, now: float) -> None:
-        """A choice has so many tokens by now."""
-        choice = self._choices.get(index)
-        if choice is None:
-            assert isinstance(self._request, GenerateRequest)
-            before = len(self._request.resumed_choice(index).output_token_ids) if self._request.resume else 0
-            choice = self._choices[index] = [before, 0.0]
-        made = int(total - choice[0])
+    def _tokens(self, index: int, total: int) -> None:
+        """A choice has so many tokens by now. Called for each event, and so in as few steps as may be."""
+        choice = self._choices.get(index) or self._begin(index)
+        made = total - choice.total
         if made <= 0:
             return
-        if choice[1]:
-            self._series.token_gaps.observe(max(0.0, now - choice[1]) / made, made)
+        now, series = self._clock(), self._series
+        if choice.last:
+            gap = (now - choice.last) / made
+            series.token_gaps.observe(gap if gap > 0.0 else 0.0, made)
         else:
-            if not any(other[1] for other in self._choices.values()):
-                self._series.first_token.observe(max(0.0, now - self._arrival))
-            if made > 1:  # they came together, as far as can be seen from here
-                self._series.token_gaps.observe(0.0, made - 1)
-        choice[0], choice[1] = total, now
-        self._series.generation_tokens.inc(made)
-        self._usage[2].inc(made)
+            self._first(now, made)
+        choice.total, choice.last = total, now
+        series.generated += made
+        self._usage.generated += made
+
+    def _begin(self, index: int) -> _Choice:
+        assert isinstance(self._request, GenerateRequest)
+        before = len(self._request.resumed_choice(index).output_token_ids) if self._request.resume else 0
+        choice = self._choices[index] = _Choice(before)
+        return choice
+
+    def _first(self, now: float, made: int) -> None:
+        """The first tokens of a choice are here."""
+        if not any(other.last for other in self._choices.values()):
+            self._series.first_token.observe(max(0.0, now - self._arrival))
+        if made > 1:  # they came together, as far as can be seen from here
+            self._series.token_gaps.observe(0.0, made - 1)
 
     def _prompt(self, tokens: int, cached: int) -> None:
         self._told = True
         self._series.prompt(tokens, min(cached, tokens))
-        self._usage[1].inc(tokens)
+        self._usage.prompt += tokens
 
     def _completed(self, event: Completion) -> None:
         series, usage, timings = self._series, event.usage, event.timings
-        self._tokens(event.index, usage.completion_tokens, self._clock())
+        self._tokens(event.index, usage.completion_tokens)
         if not self._told:
             self._prompt(usage.prompt_tokens, usage.cached_tokens)
         self._open -= 1
