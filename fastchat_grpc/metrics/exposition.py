@@ -47,6 +47,7 @@ class Exposition:
 
     def __init__(self, config: MetricsConfig, component: str) -> None:
         self._config = config
+        self._component = component
         self._texts: list[Text] = []
         self._writing = threading.Lock()
         self._server: Any = None
@@ -81,7 +82,7 @@ class Exposition:
                 "choose another --metrics-host or --metrics-port"
             ) from error
         threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True).start()
-        logger.info("metrics are at http://%s%s", self.address, PATH)
+        logger.info("metrics of this %s are at http://%s%s", self._component, self.address, PATH)
 
     def stop(self) -> None:
         """Listen no more."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import shutil
@@ -26,6 +27,7 @@ from fastchat_grpc.worker.engine_metrics import EngineCollector
 from fastchat_grpc.worker.request_metrics import RequestMetrics
 from tests.conftest import eventually
 from tests.e2e.gateway_site import KEY, KEYS, Site, running_gateway, running_site
+from tests.e2e.processes import free_port, running_cli, wait_for_workers
 from tests.scrape import fetch, scrape
 
 METRICS = MetricsConfig(port=0)
@@ -34,27 +36,31 @@ DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def site() -> AsyncIterator[Site]:
-    """Two chats, one embedding, one refusal for want of a key, and one for an unknown model."""
+    """Two chats, one embedding, a tokenization, one refusal for want of a key, and one for an unknown model."""
     controller = {"metrics": METRICS, "api_keys": KEYS}
     async with running_site(workers=[{"metrics": METRICS}], controller=controller, metrics=METRICS, key=KEY) as site:
         for text in ("hello", "hello again"):
             assert (await site.chat(text)).status_code == 200
         body = {"model": "echo", "input": "embed me"}
         assert (await site.http.post("/v1/embeddings", json=body)).status_code == 200
+        tokenized = await site.http.post("/tokenize", json={"model": "echo", "prompt": "relayed by the controller"})
+        assert tokenized.status_code == 200
         assert (await site.chat(model="nobody has it")).status_code == 404
         wrong = {"authorization": "Bearer sk-wrong-key"}
         assert (await site.http.post("/v1/chat/completions", json={}, headers=wrong)).status_code == 401
         counts = site.controller.registry.counts
-        await eventually(lambda: counts.attempts["good"] == 3)
+        await eventually(lambda: counts.attempts["good"] == 4)
         yield site
 
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_the_three_processes_agree_on_what_was_done(site: Site) -> None:
     controller = await scrape(site.controller.metrics_address)
-    assert controller.get("fastchat_grpc_picks_total", model_name="echo", result="ok") == 3
+    assert controller.get("fastchat_grpc_picks_total", model_name="echo", result="ok") == 4
     assert controller.get("fastchat_grpc_picks_total", model_name="other", result="model_not_found") >= 1
-    assert controller.get("fastchat_grpc_attempts_total", evidence="good") == 3
+    assert controller.get("fastchat_grpc_attempts_total", evidence="good") == 4
+    tokenize = "fastchat_grpc.v1.GenerationService/Tokenize"
+    assert controller.get("grpc_client_attempt_started_total", grpc_method=tokenize) == 1
     assert controller.get("fastchat_grpc_gateways") == 1
     assert controller.get("fastchat_grpc_endpoints") == 1
     assert controller.get("fastchat_grpc_endpoints_pushed_total") >= 1
@@ -148,6 +154,8 @@ async def test_a_site_without_a_worker_lives_and_is_not_ready() -> None:
 FUNCTIONS = {"sum", "rate", "histogram_quantile", "max", "min", "avg", "count", "increase", "topk", "changes", "vector"}
 WORDS = {*FUNCTIONS, "by", "on", "and", "or", "clamp_min"}
 NAME = re.compile(r"(?<![\w:$.\"~])([a-zA-Z_:][\w:]*)(?=[\s{\[()/+<>=]|$)(\{[^}]*\})?")
+EXPLAINED = {"vllm:lora_requests_info", "fastchat_grpc_target_up", "grpc_method", "grpc_status", "grpc_target"}
+"""Of the page: labels, and what there is only where adapters are loaded, or targets are named."""
 
 
 def expressions() -> list[str]:
@@ -186,6 +194,9 @@ async def test_the_board_and_the_rules_ask_for_nothing_that_is_not_told(site: Si
     for line in "\n".join(texts).splitlines():
         if match := re.match(r"([\w:]+)(?:\{(.*)\})? ", line):
             told.setdefault(match[1], {"instance"}).update(re.findall(r'(\w+)="', match[2] or ""))
+    page = (DEPLOY.parent / "docs" / "operating.md").read_text()
+    for name in set(re.findall(r"`((?:vllm:|fastchat_grpc_|grpc_)\w+)", page)) - EXPLAINED:
+        assert name in told or f"{name}_bucket" in told, f"docs/operating.md names {name}, which is told by nobody"
     several = ("_bucket", "_sum", "_count")
     for expression in expressions():
         asked = used(expression)
@@ -201,6 +212,7 @@ def an_engine_that_tells_all() -> str:
     steps = Steps(failures=1)
     steps.seconds.observe(1)
     steps.sequences.observe(1)
+    steps.tokens.observe(1)
     load = BackendLoad(max_running=1, kv_cache_usage=0.5, kv_block_size=1, kv_block_count=1, preemptions=1, steps=steps)
     registry = CollectorRegistry()
     requests = RequestMetrics(registry, [ModelInfo(name="m", context_length=8)], {"m": True})
@@ -216,3 +228,21 @@ def test_promtool_takes_our_files(what: str, file: str) -> None:
         ["promtool", "check", what, str(DEPLOY / "prometheus" / file)], capture_output=True, check=False
     )
     assert found.returncode == 0, found.stdout.decode() + found.stderr.decode()
+
+
+async def test_serve_tells_of_all_its_parts_at_the_port_that_was_asked_for() -> None:
+    controller, gateway, metrics = free_port(), free_port(), free_port()
+    flags = {"--port": 0, "--controller-port": controller, "--gateway-port": gateway, "--metrics-port": metrics}
+    places = [str(part) for flag in flags.items() for part in flag]
+    async with running_cli("serve", "--backend", "echo", "--model-path", "echo", "--num-workers", "2", *places):
+        await wait_for_workers(f"127.0.0.1:{controller}", 2)
+        async with asyncio.timeout(30):
+            while True:
+                with contextlib.suppress(OSError):
+                    told = await scrape(f"127.0.0.1:{metrics}")
+                    if told.has("fastchat_grpc_target_up") and told.get("fastchat_grpc_target_up") == 3:
+                        break
+                await asyncio.sleep(0.05)
+        for instance in ("worker-0", "worker-1"):
+            assert told.get("fastchat_grpc_worker_state", instance=instance, state="serving") == 1, instance
+        assert told.get("fastchat_grpc_workers", instance="controller", state="ready") == 2
