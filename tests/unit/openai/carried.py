@@ -111,17 +111,23 @@ def same(value: Any) -> Any:
 
 
 async def check_every_break(
-    workers: list[OpenAIServicer], name: str, request: dict[str, Any], seen: Callable[[Any], Any] = same
+    workers: list[OpenAIServicer],
+    name: str,
+    request: dict[str, Any],
+    seen: Callable[[Any], Any] = same,
+    *,
+    step: int = 1,
 ) -> bytes:
     """Break a reply after each of its responses, and after all of them; returns the reply that nothing disturbs.
 
     Args:
         seen: what of a reply is compared.
+        step: every how many responses.
     """
     body = HttpBody(data=json.dumps({"model": "", **request}).encode()).SerializeToString()
     at = methods(workers, name)
     frames = [frame async for frame in at[0](body)]
     whole = joined(await carry(at, OPENAI, body))
-    for breaks in [*([k] for k in range(len(frames) + 1)), [1] * (len(frames) + 1)]:
+    for breaks in [*([k] for k in range(0, len(frames) + 1, step)), [step] * (len(frames) // step + 1)]:
         assert seen(spoken(joined(await carry(at, OPENAI, body, breaks)))) == seen(spoken(whole)), breaks
     return whole
