@@ -21,6 +21,7 @@ from fastchat_grpc.errors import ModelLoadError
 from fastchat_grpc.models.detect import ModelKind
 from fastchat_grpc.models.loading import LoadedModel
 from fastchat_grpc.models.machine import available_memory, cpu_count
+from fastchat_grpc.models.quantization_plan import INT8
 from fastchat_grpc.text.grammar import GrammarCompiler
 from fastchat_grpc.text.reasoning import marks_of
 
@@ -106,7 +107,10 @@ def build_engine(
         engine=engine,
         loaded=loaded,
         embedder=Embedder(
-            loaded.base, loaded.pooling.value, loaded.adapters.activate, packed=isinstance(runner, PackedRunner)
+            loaded.base,
+            loaded.pooling.value,
+            loaded.adapters.activate,
+            packed=runner.model if isinstance(runner, PackedRunner) else None,
         ),
         grammars=GrammarCompiler(loaded.tokenizer),
         context_length=context_length,
@@ -118,7 +122,9 @@ def build_engine(
 def _runner(loaded: LoadedModel, logprob_tokens: int) -> ModelRunner:
     activate = loaded.adapters.activate
     if loaded.kind is ModelKind.DECODER:
-        packed = make_packed_runner(loaded.base, activate, context_length=loaded.context_length)
+        packed = make_packed_runner(
+            loaded.base, activate, rounds_inputs=loaded.quantization == INT8, context_length=loaded.context_length
+        )
         if packed is not None:
             return packed
     return SequentialRunner(loaded.base, activate, logprob_tokens=logprob_tokens)

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from fastchat_grpc.engine.attention import WholeStep, running
+from fastchat_grpc.engine.attention import WholeStep
 from fastchat_grpc.engine.lengths import DynamicRotary
+from fastchat_grpc.engine.step_model import StepModel
 from fastchat_grpc.errors import BackendFailed
 
 BATCH_TOKENS = 2048
@@ -38,15 +39,17 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor
 
 
 class Embedder:
-    """Embeds with a model that the engine thread owns. `packed`: its attention is registered as `PACKED`."""
+    """Embeds with a model that the engine thread owns. `packed`: the same for packed steps, where it can be packed."""
 
-    def __init__(self, model: Any, pooling: str, activate: Callable[[str], None], *, packed: bool = False) -> None:
+    def __init__(
+        self, model: Any, pooling: str, activate: Callable[[str], None], *, packed: StepModel | None = None
+    ) -> None:
         self._encode = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model.base_model
         self._device: torch.device = model.get_input_embeddings().weight.device
         self._rotary = DynamicRotary(model)
         self._pooling = pooling
         self._activate = activate
-        self._hidden = self._hidden_packed if packed else self._hidden_padded
+        self._packed = packed
 
     def pieces(self, inputs: list[list[int]], normalize: bool, adapter: str, future: Future[Vectors]) -> Iterator[None]:
         """Embed batch by batch, yielding between them; the vectors, in the order of the inputs, go to `future`."""
@@ -62,7 +65,9 @@ class Embedder:
 
     def _run(self, inputs: list[list[int]], normalize: bool) -> torch.Tensor:
         self._rotary.restore(self._rotary.fresh)
-        hidden, mask = self._hidden(inputs)
+        hidden, mask = (
+            self._hidden_padded(inputs) if self._packed is None else self._hidden_packed(self._packed, inputs)
+        )
         vectors = pool(hidden.float(), mask.to(hidden.device), self._pooling)
         return torch.nn.functional.normalize(vectors, dim=-1) if normalize else vectors
 
@@ -71,14 +76,12 @@ class Embedder:
         output = self._encode(input_ids=ids.to(self._device), attention_mask=mask.to(self._device))
         return output.last_hidden_state, mask
 
-    def _hidden_packed(self, inputs: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _hidden_packed(self, model: StepModel, inputs: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """All inputs as one row, so that nothing is computed for padding."""
         lengths = [len(token_ids) for token_ids in inputs]
         ids = torch.tensor([token for token_ids in inputs for token in token_ids], device=self._device)
         positions = torch.cat([torch.arange(n, device=self._device) for n in lengths])
-        with running(WholeStep(lengths)):
-            output = self._encode(input_ids=ids[None], position_ids=positions[None], use_cache=False)
-        return padded(list(torch.split(output.last_hidden_state[0], lengths)))
+        return padded(list(torch.split(model.hidden_states(WholeStep(lengths), ids, positions), lengths)))
 
 
 def padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,11 +24,14 @@ MaskFunction = Callable[[Any, Any, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @contextmanager
-def short_windows(model: Any) -> Iterator[bool]:
-    """Shrink the windows and chunks of a model to `SHORT_WINDOW`. Yields whether it has any."""
+def short_windows(model: Any, others: Iterable[Any] = ()) -> Iterator[bool]:
+    """Shrink the windows and chunks of a model, and those that others hold, to `SHORT_WINDOW`.
+
+    Yields whether there are any.
+    """
     changed: list[tuple[Any, str, int]] = []
     try:
-        for holder in _holders(model):
+        for holder in (*_holders(model), *others):
             for name in _WINDOWS:
                 value = getattr(holder, name, None)
                 if isinstance(value, int) and not isinstance(value, bool) and value > SHORT_WINDOW:
@@ -41,10 +44,10 @@ def short_windows(model: Any) -> Iterator[bool]:
 
 
 def _holders(model: Any) -> Iterable[Any]:
-    """Everything that may hold a window: configurations, layers, and what replaces a layer's forward."""
+    """Everything in a model that may hold a window: configurations and layers."""
     found = [model.config, model.config.get_text_config()]
     for module in model.modules():
-        found += [module, getattr(module, "config", None), module.__dict__.get("forward")]
+        found += [module, getattr(module, "config", None)]
     return {id(holder): holder for holder in found if holder is not None}.values()
 
 

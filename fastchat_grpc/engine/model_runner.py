@@ -21,14 +21,13 @@ from fastchat_grpc.engine.attention import (
     Shape,
     make_pools,
     register,
-    running,
     spread,
 )
-from fastchat_grpc.engine.fast_cpu import speed_up
+from fastchat_grpc.engine.cpu_llama import CpuLlama, Unsuitable
 from fastchat_grpc.engine.lengths import limits_sight, short_windows, turns_by_length
 from fastchat_grpc.engine.probe import Probe
 from fastchat_grpc.engine.request import Batch, Chunk, Sequence
-from fastchat_grpc.models.quantization import Int8Linear
+from fastchat_grpc.engine.step_model import StepModel, TransformersModel
 from fastchat_grpc.native.kernels import Kernels, Pools, kernels
 
 log = logging.getLogger(__name__)
@@ -97,14 +96,16 @@ class PackedRunner:
 
     def __init__(
         self,
-        model: Any,
+        model: StepModel,
+        device: torch.device,
         shapes: Rows[Shape],
         activate: Callable[[str], None],
         native: Kernels | None,
     ) -> None:
-        self._model = model
+        """`device`: where inputs go; `shapes`: what each layer stores of a token."""
+        self.model = model
         self._activate = activate
-        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.device = device
         self._shapes = shapes
         on_cpu = all(dtype == torch.float32 and device.type == "cpu" for *_, dtype, device in self._shapes)
         self._kernels = native if on_cpu else None
@@ -132,17 +133,9 @@ class PackedRunner:
 
     def _forward(self, chunks: list[Chunk], adapter: str, wanted: Wanted) -> torch.Tensor:
         step, input_ids, positions = self._pack(chunks)
-        rows = np.array(wanted.rows(chunks), dtype=np.int64)
+        rows = torch.tensor(wanted.rows(chunks), dtype=torch.int64)
         self._activate(adapter)
-        with running(spread(step)):
-            output = self._model(
-                input_ids=self._tensor(input_ids)[None],
-                position_ids=self._tensor(positions)[None],
-                use_cache=False,
-                logits_to_keep=rows,  # no tensor: accelerate takes those to the first device, it is needed on the last
-            )
-        logits: torch.Tensor = output.logits[0].float()
-        return logits
+        return self.model.forward(spread(step), self._tensor(input_ids), self._tensor(positions), rows)
 
     def release(self, sequence: Sequence) -> None:
         sequence.runner_state = None
@@ -258,41 +251,57 @@ def wants_every(chunk: Chunk) -> bool:
 
 
 def make_packed_runner(
-    model: Any, activate: Callable[[str], None], *, fast: bool = True, context_length: int | None = None
+    model: Any,
+    activate: Callable[[str], None],
+    *,
+    rounds_inputs: bool = False,
+    fast: bool = True,
+    context_length: int | None = None,
 ) -> PackedRunner | None:
     """A PackedRunner if the model computes the same with it as without, else None and the model as it was.
 
     Args:
-        fast: allow the kernels and layers that are made for CPUs; they are kept only if they change nothing either.
+        rounds_inputs: the model's layers round their inputs, to 8 bits.
+        fast: allow kernels, and a model written for CPUs; they are kept only if they change nothing either.
         context_length: longest sequence that will come; None: any.
     """
     log.info("checking that requests can share a step without a change of their outputs")
     before = model.config._attn_implementation
-    rough = any(isinstance(module, Int8Linear) for module in model.modules())
-    tolerance = INT8_TOLERANCE if rough else PROBE_TOLERANCE
+    packed = TransformersModel(model)
     register()
     try:
         if turns_by_length(model.config, context_length):
             raise CannotPack("its rotary embedding depends on the longest sequence of a step")
         model.set_attn_implementation(PACKED)
         probes = _probes(model, context_length)
-        _check(probes, tolerance, None)
+        _check(probes, packed, INT8_TOLERANCE if rounds_inputs else PROBE_TOLERANCE, None)
     except Exception as error:
         log.info("packed attention does not suit this model: %s", error)
         model.set_attn_implementation(before)
         return None
     native = kernels() if fast else None
-    if native is not None and not (native.parallel or rough):
+    if native is not None and not (native.parallel or rounds_inputs):
         native = None  # torch's many threads are faster than our one
-    undo = speed_up(model, native) if native is not None else None
-    if undo is not None:
+    device: torch.device = model.get_input_embeddings().weight.device
+    chosen: StepModel = packed
+    if native is not None:
         try:
-            _check(probes, INT8_TOLERANCE if rough else FAST_TOLERANCE, native)
-        except CannotPack as error:
+            chosen = _cpu_llama(model, probes, native, INT8_TOLERANCE if rounds_inputs else FAST_TOLERANCE)
+        except Unsuitable as error:
+            log.info("the model runs as transformers wrote it: %s", error)
+        except Exception as error:  # a model whose code is another than its names say
             log.warning("the fast path for CPUs does not suit this model, and is left out: %s", error)
-            undo()
             native = None
-    return PackedRunner(model, probes[0].shapes, activate, native)
+    return PackedRunner(chosen, device, probes[0].shapes, activate, native)
+
+
+def _cpu_llama(model: Any, probes: list[Probe], native: Kernels, tolerance: float) -> CpuLlama:
+    """The model as written for CPUs. Raises Unsuitable, or CannotPack where it computes something else."""
+    llama = CpuLlama(model, native)
+    _check(probes, llama, tolerance, native, windows=llama.layers)
+    llama.share_weights()
+    log.info("%d layers run on the fast path for CPUs", len(llama.layers))
+    return llama
 
 
 def _probes(model: Any, context_length: int | None) -> list[Probe]:
@@ -308,9 +317,11 @@ def _probes(model: Any, context_length: int | None) -> list[Probe]:
     return [plain, short]
 
 
-def _check(probes: list[Probe], tolerance: float, native: Kernels | None) -> None:
-    """Raise CannotPack where the packed model computes something else."""
+def _check(
+    probes: list[Probe], model: StepModel, tolerance: float, native: Kernels | None, windows: Iterable[Any] = ()
+) -> None:
+    """Raise CannotPack where a model computes something else. `windows`: who holds any, besides transformers' model."""
     for i, probe in enumerate(probes):
-        with short_windows(probe.model) if i > 0 else nullcontext():
-            if not (probe.passes(tolerance) and probe.decodes(tolerance, native)):
+        with short_windows(probe.model, windows) if i > 0 else nullcontext():
+            if not (probe.passes(model, tolerance) and probe.decodes(model, tolerance, native)):
                 raise CannotPack(f"the output is off by {probe.error:.2g}")

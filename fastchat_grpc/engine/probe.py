@@ -1,10 +1,9 @@
-"""Checks, when a model is loaded, that it computes the same in packed steps as in transformers' own way."""
+"""Checks, when a model is loaded, that over packed steps it computes what transformers does in its own way."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
 from fastchat_grpc.engine.attention import (
@@ -15,9 +14,9 @@ from fastchat_grpc.engine.attention import (
     WholeStep,
     make_pools,
     masks_of,
-    running,
     spread,
 )
+from fastchat_grpc.engine.step_model import StepModel
 from fastchat_grpc.native.kernels import Kernels, Pools
 
 LENGTHS = 7, 5
@@ -48,16 +47,16 @@ class Probe:
         self.error = float("inf")
         """The relative error of the last check."""
 
-    def passes(self, tolerance: float) -> bool:
-        """Whether the packed model gives the same logits, up to a relative error."""
+    def passes(self, model: StepModel, tolerance: float) -> bool:
+        """Whether the sequences as a whole get the same logits, up to a relative error."""
         step = WholeStep(list(LENGTHS))
         everything = torch.arange(len(self._ids))
-        logits = self._run(step, everything)
+        logits = self._run(model, step, everything)
         self.shapes = [step.shapes[layer] for layer in sorted(step.shapes)]
         known = bool(step.shapes) and set(step.shapes) == set(range(len(step.shapes)))
         return self._is_close(logits, everything, tolerance) and known
 
-    def decodes(self, tolerance: float, kernels: Kernels | None) -> bool:
+    def decodes(self, model: StepModel, tolerance: float, kernels: Kernels | None) -> bool:
         """Whether the last tokens come out the same in a step of their own, over a cache of those before."""
         count = len(self._ids)
         keys, values = make_pools(self.shapes, count)
@@ -78,21 +77,14 @@ class Probe:
         prompts = step(chunks, before, *nothing)
         decode = step((), last, contexts, torch.tensor(LENGTHS))
         # Of a step only some logits are wanted. A model that makes them all would be read in wrong rows.
-        if len(self._run(spread(prompts), before, keep=1)) != 1:
+        if len(self._run(model, spread(prompts), before, keep=1)) != 1:
             return False
-        return self._is_close(self._run(spread(decode), last), last, tolerance)
+        return self._is_close(self._run(model, spread(decode), last), last, tolerance)
 
-    def _run(self, step: Step, indices: torch.Tensor, keep: int | None = None) -> torch.Tensor:
+    def _run(self, model: StepModel, step: Step, indices: torch.Tensor, keep: int | None = None) -> torch.Tensor:
         """Logits of the tokens at `indices`, or of the first ones of them."""
-        with running(step):
-            output = self.model(
-                input_ids=self._ids[indices].to(self._device)[None],
-                position_ids=self._positions[indices].to(self._device)[None],
-                use_cache=False,
-                logits_to_keep=np.arange(len(indices) if keep is None else keep),
-            )
-        logits: torch.Tensor = output.logits[0].float()
-        return logits
+        rows = torch.arange(len(indices) if keep is None else keep)
+        return model.forward(step, self._ids[indices].to(self._device), self._positions[indices].to(self._device), rows)
 
     def _is_close(self, logits: torch.Tensor, indices: torch.Tensor, tolerance: float) -> bool:
         expected = self.expected[indices.to(self.expected.device)].to(logits.device)

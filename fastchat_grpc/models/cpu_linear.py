@@ -244,9 +244,35 @@ def _fuse_siblings(parent: nn.Module, names: Sequence[str], make: MakeLinear) ->
     if len(known) < len(names) or len({weight.shape[1] for weight in known}) > 1 or len(biases) not in (0, len(names)):
         return
     bias = torch.cat([bias.detach() for bias in biases]) if biases else None
-    fused = FusedLinear(make(torch.cat(known), bias), [weight.shape[0] for weight in known])
-    for index, (name, weight) in enumerate(zip(names, known, strict=True)):
+    share(parent, names, make(torch.cat(known), bias))
+
+
+def share(parent: nn.Module, names: Sequence[str], layer: nn.Module) -> None:
+    """Let one layer compute what several of `parent` do, side by side; it replaces them."""
+    if len(names) == 1:
+        setattr(parent, names[0], layer)
+        return
+    weights = [getattr(parent, name).weight for name in names]
+    fused = FusedLinear(layer, [weight.shape[0] for weight in weights])
+    for index, (name, weight) in enumerate(zip(names, weights, strict=True)):
         setattr(parent, name, FusedPart(weight, fused, index))
+
+
+def whole_of(linears: Sequence[Any]) -> Any:
+    """The one layer that computes all of them side by side, where there is one, else None."""
+    if len(linears) == 1 and not isinstance(linears[0], FusedPart):
+        return linears[0]
+    fused = [linear.fused for linear in linears if isinstance(linear, FusedPart)]
+    whole = len(fused) == len(linears) and all(f is fused[0] for f in fused) and len(fused[0].sizes) == len(fused)
+    return fused[0].layer if whole else None
+
+
+def plain_linear(layer: object) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Weight (out, in) and bias of an nn.Linear in float32, and None for anything else, subclasses included."""
+    if type(layer) is not nn.Linear or layer.weight.dtype != torch.float32 or layer.weight.device.type != "cpu":
+        return None
+    bias: torch.Tensor | None = layer.bias
+    return layer.weight.detach(), None if bias is None else bias.detach()
 
 
 def _plain_weight(layer: object) -> torch.Tensor | None:

@@ -9,13 +9,14 @@ import torch
 
 from fastchat_grpc.engine.embedder import Embedder, batches, pool
 from fastchat_grpc.engine.model_runner import make_packed_runner
+from fastchat_grpc.engine.step_model import TransformersModel
 from tests.unit.engine.test_engine import ask, prompt
 from tests.unit.engine.tiny import Harness, tiny, tiny_t5
 
 INPUTS = [prompt(n) for n in (3, 40, 1, 17)]
 
 
-def embed(model, pooling="mean", normalize=True, packed=False):
+def embed(model, pooling="mean", normalize=True, packed=None):
     future: Future = Future()
     with torch.inference_mode():
         list(Embedder(model, pooling, lambda name: None, packed=packed).pieces(INPUTS, normalize, "", future))
@@ -38,8 +39,9 @@ def test_packed_inputs_give_what_padded_ones_give(pooling):
     model = tiny("llama")
     expected = embed(model, pooling, normalize=False)
     with torch.inference_mode():
-        assert make_packed_runner(model, lambda name: None) is not None
-    assert torch.allclose(embed(model, pooling, normalize=False, packed=True), expected, atol=1e-4, rtol=1e-4)
+        runner = make_packed_runner(model, lambda name: None)
+    for packed in (runner.model, TransformersModel(model)):
+        assert torch.allclose(embed(model, pooling, normalize=False, packed=packed), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_vectors_have_length_one_unless_asked_otherwise():

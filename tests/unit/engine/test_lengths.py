@@ -10,6 +10,7 @@ import torch
 import transformers as hf
 
 from fastchat_grpc.core import GenerateRequest, SamplingParams, StopConditions, TokenPrompt
+from fastchat_grpc.engine.cpu_llama import DecoderLayer
 from fastchat_grpc.engine.embedder import Embedder
 from fastchat_grpc.engine.lengths import limits_sight, short_windows, turns_by_length
 from fastchat_grpc.engine.model_runner import make_packed_runner
@@ -149,11 +150,9 @@ def test_a_wrong_window_of_the_fast_path_is_noticed(int8, monkeypatch, caplog):
     model = model_of(config)
     if int8:
         quantize_int8(model, kernels())
-    from fastchat_grpc.engine import fast_cpu
-
-    monkeypatch.setattr(fast_cpu.FastLayer, "sliding_window", property(lambda self: None))
+    monkeypatch.setattr(DecoderLayer, "sliding_window", property(lambda self: None))
     with torch.inference_mode():
-        assert make_packed_runner(model, lambda name: None) is not None
+        assert make_packed_runner(model, lambda name: None, rounds_inputs=int8) is not None
     assert "does not suit this model" in caplog.text
 
 

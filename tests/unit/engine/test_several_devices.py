@@ -15,6 +15,7 @@ from fastchat_grpc.engine import build
 from fastchat_grpc.engine.attention import PACKED, WholeStep, register, running
 from fastchat_grpc.engine.model_runner import BLOCK_SIZE, PackedRunner
 from fastchat_grpc.engine.request import Batch, Chunk, Request, Sequence
+from fastchat_grpc.engine.step_model import TransformersModel
 from fastchat_grpc.errors import ModelLoadError
 from fastchat_grpc.models.detect import ModelKind
 from tests.unit.engine.test_engine import ask, prompt
@@ -54,7 +55,7 @@ def runner() -> PackedRunner:
     step = WholeStep([4])
     with torch.inference_mode(), running(step), OneDevicePerOperation():
         model(input_ids=torch.tensor([prompt(4)]), use_cache=False)
-    return PackedRunner(model, [step.shapes[0], step.shapes[1]], lambda name: None, None)
+    return PackedRunner(TransformersModel(model), FIRST, [step.shapes[0], step.shapes[1]], lambda name: None, None)
 
 
 def sequence(length: int, blocks: list[int]) -> Sequence:
@@ -64,7 +65,7 @@ def sequence(length: int, blocks: list[int]) -> Sequence:
     return made
 
 
-def test_a_step_takes_its_places_to_the_device_of_each_layer(runner):
+def test_a_step_takes_its_slots_to_the_device_of_each_layer(runner):
     runner.allocate(8)
     one, other = sequence(20, [3, 5]), sequence(7, [1])
     prefill = Batch((Chunk(one, 0, 20, True), Chunk(other, 0, 6, False)))

@@ -124,10 +124,13 @@ class Harness:
         prefix_cache: bool = True,
         activate: Any = lambda name: None,
         logprob_tokens: int = 10_000,
+        rounds_inputs: bool = False,
         **engine: Any,
     ) -> None:
         with torch.inference_mode():
-            runner: Any = make_packed_runner(model, activate) if packed is not False else None
+            runner: Any = None
+            if packed is not False:
+                runner = make_packed_runner(model, activate, rounds_inputs=rounds_inputs)
         if packed:
             assert isinstance(runner, PackedRunner)
         if runner is None:

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from fastchat_grpc.engine import model_runner
-from fastchat_grpc.engine.attention import PagedStep, WholeStep, attend_chunk, attend_decode, running
-from fastchat_grpc.engine.fast_cpu import FastLayer, fuse, speed_up
+from fastchat_grpc.engine.attention import PagedStep, WholeStep, attend_chunk, attend_decode
+from fastchat_grpc.engine.cpu_llama import Attention, CpuLlama, DecoderLayer, Unsuitable
 from fastchat_grpc.engine.model_runner import make_packed_runner
-from fastchat_grpc.models.cpu_linear import OneDnnLinear, padded_rows
+from fastchat_grpc.engine.step_model import TransformersModel
+from fastchat_grpc.models.adapters import load_adapters
+from fastchat_grpc.models.cpu_linear import OneDnnLinear, fast_linear, padded_rows, replace_linears, whole_of
 from fastchat_grpc.models.quantization import quantize_int8
 from fastchat_grpc.native.kernels import SWITCH, DecodeKernel, Pools, Qkv, Rotary, kernels
 from tests.unit.engine.test_engine import ask, prompt
@@ -29,31 +40,161 @@ def runner_of(model, **options):
         return make_packed_runner(model, lambda name: None, **options)
 
 
+VISION = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 16,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 128}
+FAMILIES = {
+    "llama": lambda: LlamaConfig(**LLAMA),
+    "llama with biases": lambda: LlamaConfig(**LLAMA, attention_bias=True, mlp_bias=True),
+    "llama with a tied head": lambda: LlamaConfig(**LLAMA, tie_word_embeddings=True),
+    "llama with heads of an odd size": lambda: LlamaConfig(**LLAMA, head_dim=12),
+    "llama with one key head": lambda: LlamaConfig(**{**LLAMA, "num_key_value_heads": 1}),
+    "llama with yarn": lambda: LlamaConfig(**LLAMA, rope_parameters=dict(YARN)),
+    "mistral": lambda: MistralConfig(**LLAMA, sliding_window=None),
+    "mistral with a window": lambda: MistralConfig(**LLAMA, sliding_window=12),
+    "qwen2": lambda: Qwen2Config(**LLAMA),
+    "qwen2 with windows": lambda: Qwen2Config(**LLAMA, use_sliding_window=True, sliding_window=12, max_window_layers=1),
+    "qwen3": lambda: Qwen3Config(**LLAMA, head_dim=16),
+    "qwen3 with biases": lambda: Qwen3Config(**LLAMA, head_dim=16, attention_bias=True),
+    "llava": lambda: LlavaConfig(
+        text_config=LlamaConfig(**LLAMA),
+        vision_config=CLIPVisionConfig(**VISION, patch_size=8),
+        image_token_index=255,
+    ),
+}
+
+
+def family(name):
+    """A small model with biases that are no zeros and norms that are no ones; the same at every call."""
+    torch.manual_seed(1)
+    auto = AutoModelForImageTextToText if name == "llava" else AutoModelForCausalLM
+    model = auto.from_config(FAMILIES[name]()).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.normal_(std=0.5)
+    return model
+
+
 @needs_kernels
-@pytest.mark.parametrize("name", ["llama", "mistral_window", "qwen3"])
-def test_layers_of_known_families_are_sped_up_and_outputs_stay(name):
-    model = tiny(name)
-    ids = torch.tensor([prompt(30)])
-    before = model(input_ids=ids).logits
-    runner_of(model)
-    assert all(isinstance(layer.forward, FastLayer) for layer in model.model.layers)
-    assert torch.allclose(model(input_ids=ids).logits, before, atol=1e-4)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_models_of_known_families_are_run_as_written_for_cpus_and_say_the_same(name):
+    expected = [greedy_by_generate(family(name), prompt(n), 12) for n in (5, 40)]
+    model = family(name)
+    before = model(input_ids=torch.tensor([prompt(30)])).logits
     with Harness(model) as harness:
-        assert harness.run(ask(prompt(40)))[0].tokens() == greedy_by_generate(tiny(name), prompt(40), 12)
+        assert isinstance(harness.runner.model, CpuLlama)
+        assert [sink.tokens() for sink in harness.run(ask(prompt(5)), ask(prompt(40)))] == expected
+    assert torch.allclose(model(input_ids=torch.tensor([prompt(30)])).logits, before, atol=1e-3, rtol=1e-4)
+
+
+@needs_kernels
+def test_memory_has_weights_once():
+    """The fast path's products are those that transformers' model computes with."""
+    model = tiny("llama")
+    llama = runner_of(model).model
+    assert isinstance(llama, CpuLlama)
+    for layer, theirs in zip(llama.layers, model.model.layers, strict=True):
+        parts = theirs.self_attn.q_proj, theirs.self_attn.k_proj, theirs.self_attn.v_proj
+        assert whole_of(parts) is layer.attention.qkv_proj
+        assert theirs.mlp.down_proj is layer.mlp.down_proj
+    assert model.lm_head is llama.lm_head
+    assert not any(type(module) is torch.nn.Linear for module in model.modules())
 
 
 def test_other_families_keep_their_layers():
-    model = tiny("gpt2")
-    assert runner_of(model) is not None
-    assert speed_up(model, None) is None
+    for name in ("gpt2", "opt"):
+        model = tiny(name)
+        assert isinstance(runner_of(model).model, TransformersModel)
+        with pytest.raises(Unsuitable, match="of no family"):
+            CpuLlama(model, None)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda layer: setattr(layer.mlp, "act_fn", torch.nn.GELU()), "activation"),
+        (lambda layer: setattr(layer, "input_layernorm", torch.nn.Identity()), "a norm is Identity"),
+        (lambda layer: setattr(layer, "_hf_hook", object()), "of no family"),
+        (lambda layer: layer.post_attention_layernorm.bfloat16(), "not in float32"),
+    ],
+)
+def test_what_is_not_as_its_name_says_is_left_to_transformers(spoil, said):
+    model = tiny("llama")
+    spoil(model.model.layers[1])
+    with pytest.raises(Unsuitable, match=said):
+        CpuLlama(model, kernels())
+
+
+@needs_kernels
+def test_a_model_whose_code_is_another_than_its_names_say_loads_all_the_same(monkeypatch, caplog):
+    """Code that comes with a checkpoint may call its layers as it likes."""
+    monkeypatch.setattr(DecoderLayer, "__init__", lambda self, layer, *rest: layer.no_such_thing)
+    assert isinstance(runner_of(tiny("llama")).model, TransformersModel)
+    assert "no_such_thing" in caplog.text
+
+
+@needs_kernels
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head", "embed_tokens"]}, {"use_dora": True}])
+def test_adapters_change_the_text_of_whoever_asks_for_them(options, tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(3)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=32, init_lora_weights=False, target_modules=["q_proj", "up_proj"], **options
+    )
+    adapted = peft.get_peft_model(tiny("llama"), config)
+    adapted.save_pretrained(tmp_path)
+    ids = torch.tensor([prompt(20)])
+    expected = {"a": adapted.eval()(input_ids=ids).logits[0], "": tiny("llama")(input_ids=ids).logits[0]}
+    model, adapters = load_adapters(tiny("llama"), {"a": tmp_path})
+    with torch.inference_mode():
+        runner = make_packed_runner(model.get_base_model(), adapters.activate)
+        assert isinstance(runner.model, CpuLlama)
+        for name in ("a", "", "a"):
+            adapters.activate(name)
+            logits = runner.model.forward(WholeStep([20]), ids[0], torch.arange(20), torch.arange(20))
+            assert torch.allclose(logits, expected[name], atol=1e-3), name
+
+
+@needs_kernels
+def test_an_adapter_with_norms_of_its_own_is_left_to_transformers(tmp_path):
+    """The fast path would compute with the base model's."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["input_layernorm"])
+    peft.get_peft_model(tiny("llama"), config).save_pretrained(tmp_path)
+    model, adapters = load_adapters(tiny("llama"), {"a": tmp_path})
+    with torch.inference_mode():
+        runner = make_packed_runner(model.get_base_model(), adapters.activate)
+    assert isinstance(runner.model, TransformersModel)
+
+
+@needs_kernels
+@pytest.mark.parametrize("make", [lambda: tiny("llama"), lambda: in_8_bits("llama"), lambda: in_16_bits()])
+def test_a_step_that_wants_no_logits_gets_none(make):
+    llama = CpuLlama(make(), kernels())
+    with torch.inference_mode():
+        rows = torch.zeros(0, dtype=torch.int64)
+        assert llama.forward(WholeStep([3]), torch.arange(3), torch.arange(3), rows).shape == (0, VOCABULARY_SIZE)
+
+
+def in_16_bits():
+    """Weights that float16 holds."""
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**{**LLAMA, "hidden_size": 64})).eval().requires_grad_(False)
+    model = model.half().float()
+    replace_linears(model, fast_linear)
+    return model
 
 
 def test_without_kernels_the_engine_says_the_same(monkeypatch):
     monkeypatch.setattr(model_runner, "kernels", lambda: None)
-    model = tiny("llama")
-    with Harness(model) as harness:
+    with Harness(tiny("llama")) as harness:
         sinks = harness.run(*(ask(prompt(n)) for n in (3, 50)))
-    assert not isinstance(model.model.layers[0].forward, FastLayer)
+    assert isinstance(harness.runner.model, TransformersModel)
     assert [s.tokens() for s in sinks] == [greedy_by_generate(tiny("llama"), prompt(n), 12) for n in (3, 50)]
 
 
@@ -68,25 +209,23 @@ def test_a_switch_leaves_the_kernels_out(monkeypatch):
 
 
 @needs_kernels
-def test_a_fast_path_that_is_wrong_is_noticed_and_undone(monkeypatch):
+def test_a_fast_path_that_is_wrong_is_noticed_and_dropped(monkeypatch, caplog):
     model = tiny("llama")
     expected = greedy_by_generate(model, prompt(20), 12)
-    attend = FastLayer._attend
-    monkeypatch.setattr(FastLayer, "_attend", lambda self, step, qkv: attend(self, step, qkv) + 1)
-    runner_of(model)
-    assert not isinstance(model.model.layers[0].forward, FastLayer)
-    assert type(model.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    attend = Attention.attend
+    monkeypatch.setattr(Attention, "attend", lambda self, qkv, step: attend(self, qkv, step) + 1)
     with Harness(model) as harness:
+        assert isinstance(harness.runner.model, TransformersModel)
         assert harness.run(ask(prompt(20)))[0].tokens() == expected
+    assert "does not suit this model" in caplog.text
+    assert type(model.model.layers[0].self_attn.q_proj) is torch.nn.Linear
 
 
 @needs_kernels
-def test_a_wrong_step_through_all_layers_is_noticed_and_undone(monkeypatch):
+def test_a_wrong_step_through_all_layers_is_noticed_and_dropped(monkeypatch):
     decode = DecodeKernel.__call__
     monkeypatch.setattr(DecodeKernel, "__call__", lambda self, x, *rest: -decode(self, x, *rest))
-    model = in_8_bits("llama")
-    runner_of(model)
-    assert not isinstance(model.model.layers[0].forward, FastLayer)
+    assert isinstance(runner_of(in_8_bits("llama"), rounds_inputs=True).model, TransformersModel)
 
 
 def in_8_bits(name):
@@ -113,19 +252,17 @@ def in_8_bits(name):
 @pytest.mark.parametrize("name", ["llama", "llama_biased", "qwen2", "qwen3"])
 @pytest.mark.parametrize("rows", [1, 40])
 def test_a_layer_in_8_bits_is_two_calls_that_give_what_its_parts_give(name, rows):
-    model = in_8_bits(name)
-    runner_of(model)
-    layers = [layer.forward for layer in model.model.layers]
-    assert all(isinstance(layer, FastLayer) and layer._whole is not None for layer in layers)
+    llama = runner_of(in_8_bits(name), rounds_inputs=True).model
+    assert all(layer.int8 is not None for layer in llama.layers)
 
     def logits():
-        step = WholeStep([rows])
-        with torch.inference_mode(), running(step):
-            return model(input_ids=torch.arange(rows)[None], use_cache=False).logits
+        everything = torch.arange(rows)
+        with torch.inference_mode():
+            return llama.forward(WholeStep([rows]), everything, everything, everything)
 
     together = logits()
-    for layer in layers:
-        layer._whole = None
+    for layer in llama.layers:
+        layer.int8 = None
     apart = logits()
     # Not closer: where sums end in another last bit, an input may be rounded to another of its 8-bit levels.
     assert (together - apart).norm() < 0.005 * apart.norm()
@@ -142,7 +279,7 @@ def test_single_tokens_run_through_all_layers_in_one_call_and_say_the_same(name,
         return decode(self, x, *rest)
 
     def say():
-        with Harness(in_8_bits(name)) as harness:
+        with Harness(in_8_bits(name), rounds_inputs=True) as harness:
             return [sink.tokens() for sink in harness.run(*(ask(prompt(n)) for n in (3, 20, 50)))]
 
     monkeypatch.setattr(DecodeKernel, "__call__", counted)
@@ -162,9 +299,9 @@ def test_8_bit_layers_of_odd_sizes_are_computed_by_their_parts():
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**{**LLAMA, **sizes})).eval().requires_grad_(False)
     quantize_int8(model, kernels())
-    runner_of(model)
-    assert all(isinstance(layer.forward, FastLayer) and layer.forward._whole is None for layer in model.model.layers)
-    with Harness(model) as harness:
+    with Harness(model, rounds_inputs=True) as harness:
+        assert isinstance(harness.runner.model, CpuLlama)
+        assert all(layer.int8 is None for layer in harness.runner.model.layers)
         assert len(harness.run(ask(prompt(20)))[0].tokens()) == 12
 
 
@@ -187,17 +324,6 @@ def test_products_of_oneDNN_have_few_sizes_and_give_what_each_row_gives():
     assert len(sizes) < 24
     assert len({padded_rows(rows) for rows in range(1, 1025)}) == 27
     assert all(rows <= padded_rows(rows) < rows + max(8, rows / 2) for rows in range(1, 1025))
-
-
-def test_fused_layers_are_their_parts_side_by_side():
-    torch.manual_seed(0)
-    linears = [torch.nn.Linear(40, n, bias=bias) for n, bias in ((24, True), (8, False), (16, True))]
-    x = torch.randn(5, 40)
-    whole = fuse(linears)
-    assert isinstance(whole, OneDnnLinear)  # random weights need all 32 bits
-    assert torch.allclose(whole(x), torch.cat([linear(x) for linear in linears], dim=-1), atol=1e-5)
-    mixed = fuse([linears[0], torch.nn.Sequential(linears[1])])
-    assert torch.allclose(mixed(x), torch.cat([linear(x) for linear in linears[:2]], dim=-1), atol=1e-6)
 
 
 @needs_kernels
