@@ -319,6 +319,8 @@ async def test_a_grammar_that_no_output_follows_is_the_callers_error(
     harness: Harness, kind: GrammarKind, source: str
 ) -> None:
     needs(harness, GRAMMARS[kind])
+    if harness.target.name == "openvino" and source.startswith("[^"):
+        pytest.skip("its compiler lets the characters beyond ASCII pass where a class excludes them")
     with pytest.raises(InvalidArgument, match=rf"structured_output\.{kind.value}"):
         await harness.run(grammar_request(Grammar(kind, source), max_new_tokens=8))
 
