@@ -185,3 +185,22 @@ async def test_a_call_runs_in_the_thread_and_brings_its_error_back(thread: Engin
     assert await thread.call(lambda: threading.current_thread().name) == "test"
     with pytest.raises(ZeroDivisionError):
         await thread.call(lambda: 1 // 0)
+
+
+async def test_it_counts_its_steps_and_those_that_fail(thread: EngineThread, engine: CountingEngine) -> None:
+    asked = job(max_new_tokens=4)
+    events = await run(thread, asked)
+    await thread.call(lambda: None)  # what was counted after the last token is counted now
+    steps = thread.steps
+    assert steps.seconds.count == steps.sequences.count >= 4
+    assert steps.sequences.total >= 4, "one sequence got a token of each"
+    assert steps.tokens.count == 0, "this engine does not count what it processes"
+    assert steps.failures == 0
+    completion = events[-1]
+    assert isinstance(completion, Completion)
+    timings = completion.timings
+    assert 0 <= timings.prepared_s <= timings.time_to_first_token_s <= timings.total_s
+    engine.fail_next_step = True
+    with pytest.raises(BackendFailed):
+        await run(thread, job(max_new_tokens=4))
+    assert thread.steps.failures == 1
