@@ -7,6 +7,7 @@ import asyncio
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -27,10 +28,12 @@ def run(args: list[str]) -> dict[str, object]:
     parser = argparse.ArgumentParser(prog="bench metrics", description=HELP)
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=12, help="of throughput; 0: CPU of the parts and a scrape alone")
     parser.add_argument("--workers", type=int, default=10_000)
     options = parser.parse_args(args)
-    result: dict[str, object] = {"scrape": asyncio.run(_scrape(options.workers))}
+    result: dict[str, object] = {"in_process": _in_process(), "scrape": asyncio.run(_scrape(options.workers))}
+    if not options.rounds:
+        return result
     with (
         child(role("tools.bench.metrics", "worker", OFF)) as off,
         child(role("tools.bench.metrics", "worker", ON)) as on,
@@ -94,6 +97,51 @@ async def _stream(call: Any, tokens: int) -> None:
         raise RuntimeError(f"expected {tokens} tokens, got {count} messages")
 
 
+# ----------------------------------------------------------------------------------- in process
+
+
+def _in_process() -> dict[str, float]:
+    """CPU of what is done for a token, a request and a call, in microseconds."""
+    from prometheus_client import CollectorRegistry
+
+    from fastchat_grpc.core import Completion, Delta, FinishReason, GenerateRequest, ModelInfo, TextPrompt, Usage
+    from fastchat_grpc.metrics.calls import MethodCalls
+    from fastchat_grpc.rpc.metering import MeteredCall
+    from fastchat_grpc.worker.request_metrics import RequestMetrics
+
+    metrics = RequestMetrics(CollectorRegistry(), [ModelInfo(name="m", context_length=4096)], {"m": False})
+    request = GenerateRequest(prompt=TextPrompt("hello"), model="m")
+    usages = [Usage(prompt_tokens=5, completion_tokens=made) for made in range(1, 1001)]
+    deltas = [Delta(index=0, text="x", token_ids=(1,), usage=usage) for usage in usages]
+    end = Completion(index=0, finish_reason=FinishReason.LENGTH, usage=usages[-1])
+    calls, context = MethodCalls(), Any
+
+    def generation(events: list[Any]) -> None:
+        with metrics.begin(request, "") as record:
+            record.admitted()
+            for event in events:
+                record.event(event)
+
+    def call() -> None:
+        with MeteredCall(calls, None, context):
+            pass
+
+    whole, short = _cpu_us(lambda: generation([*deltas, end]), 100), _cpu_us(lambda: generation([end]), 5_000)
+    found = {"token": (whole - short) / len(deltas), "request": short, "call": _cpu_us(call, 20_000)}
+    print("CPU of what is counted, microseconds:")
+    table(["for each", "us"], [[name, f"{value:.2f}"] for name, value in found.items()])
+    print()
+    return found
+
+
+def _cpu_us(work: Callable[[], None], repeat: int) -> float:
+    work()
+    began = time.process_time()
+    for _ in range(repeat):
+        work()
+    return (time.process_time() - began) / repeat * 1e6
+
+
 # ------------------------------------------------------------------------------------- scraping
 
 
@@ -121,20 +169,41 @@ async def _scrape(workers: int) -> dict[str, object]:
         await asyncio.sleep(1.0)
         idle = await _longest_pause(asyncio.sleep(1.0))
         size = len(await asyncio.to_thread(_get, url))
-        took, pauses = [], []
+        took, pauses, cpu_before = [], [], time.process_time()
         for _ in range(10):
             began = time.perf_counter()
             pauses.append(await _longest_pause(asyncio.to_thread(_get, url)))
             took.append(time.perf_counter() - began)
+        cpu_ms = (time.process_time() - cpu_before) / len(took) * 1000
     finally:
         await app.stop()
     row = {"ms": median(took) * 1000, "pause_ms": median(pauses) * 1000, "worst_ms": max(pauses) * 1000}
     print(f"A scrape of {workers} workers, {size / 1e6:.1f} MB, medians of {len(took)}:")
     table(
-        ["scrape ms", "longest pause of the loop ms", "worst of all", "pause without one"],
-        [[f"{row['ms']:.0f}", f"{row['pause_ms']:.1f}", f"{row['worst_ms']:.1f}", f"{idle * 1000:.1f}"]],
+        [
+            "scrape ms",
+            "its CPU, client and ticks included",
+            "longest pause of the loop ms",
+            "worst of all",
+            "pause without one",
+        ],
+        [
+            [
+                f"{row['ms']:.0f}",
+                f"{cpu_ms:.0f}",
+                f"{row['pause_ms']:.1f}",
+                f"{row['worst_ms']:.1f}",
+                f"{idle * 1000:.1f}",
+            ]
+        ],
     )
-    return {**row, "bytes": size, "idle_pause_ms": idle * 1000, "p90_ms": percentile(took, 0.9) * 1000}
+    return {
+        **row,
+        "cpu_ms": cpu_ms,
+        "bytes": size,
+        "idle_pause_ms": idle * 1000,
+        "p90_ms": percentile(took, 0.9) * 1000,
+    }
 
 
 def _get(url: str) -> bytes:
