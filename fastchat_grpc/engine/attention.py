@@ -238,7 +238,7 @@ class PagedStep:
 
 
 @dataclass(frozen=True, slots=True)
-class SpreadStep:
+class MultiDeviceStep:
     """A step of a model whose layers are on other devices than the step was made on, or on several."""
 
     steps: dict[torch.device, PagedStep]
@@ -250,12 +250,12 @@ class SpreadStep:
         return self.steps[query.device].attend(layer, query, key, value, scale, window)
 
 
-def spread(step: PagedStep) -> Step:
+def for_devices(step: PagedStep) -> Step:
     """A step made on the CPU, for the devices of the model's layers."""
     devices = {keys.device for keys in step.keys}
     if devices == {step.slot_mapping.device}:
         return step
-    return SpreadStep({device: step.to(device) for device in devices})
+    return MultiDeviceStep({device: step.to(device) for device in devices})
 
 
 def make_pools(shapes: Sequence[Shape], tokens: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fastchat_grpc.engine.attention import Step
-from fastchat_grpc.models.cpu_linear import OneDnnLinear, plain_linear, share, whole_of
+from fastchat_grpc.models.cpu_linear import OneDnnLinear, fused_layer, plain_linear, share
 from fastchat_grpc.models.quantization import Int8Linear
 from fastchat_grpc.native.kernels import DecodeKernel, Int8Layer, Int8Weights, Kernels, Qkv, Rotary
 
@@ -205,9 +205,9 @@ class _Weights:
             layer = OneDnnLinear(torch.cat([weight for weight, _ in plain]), _side_by_side(plain))
             self._anew.append(lambda: replace(layer))
             return layer
-        whole: Linear | None = whole_of(linears)
-        if whole is not None:
-            return whole
+        fused: Linear | None = fused_layer(linears)
+        if fused is not None:
+            return fused
         return lambda x: torch.cat([linear(x) for linear in linears], dim=-1)
 
     def share(self) -> None:

@@ -19,9 +19,9 @@ from fastchat_grpc.engine.attention import (
     PagedStep,
     Prefill,
     Shape,
+    for_devices,
     make_pools,
     register,
-    spread,
 )
 from fastchat_grpc.engine.cpu_llama import CpuLlama, Unsuitable
 from fastchat_grpc.engine.lengths import limits_sight, short_windows, turns_by_length
@@ -66,7 +66,7 @@ class ModelRunner(Protocol):
     """Computes chunks, and owns what it keeps of sequences."""
 
     whole_prompts: bool
-    """Whether a prompt must be computed in one piece."""
+    """Whether a prompt must be computed in one chunk."""
     reuses_prefixes: bool
     """Whether blocks of one sequence can serve another."""
 
@@ -125,17 +125,17 @@ class PackedRunner:
         self._pools = Pools(self._keys, self._values)
 
     def run(self, batch: Batch) -> StepLogits:
-        wanted = Wanted(batch)
-        parts = [self._forward(chunks, adapter, wanted) for adapter, chunks in by_adapter(batch).items()]
+        logits_rows = LogitsRows(batch)
+        parts = [self._forward(chunks, adapter, logits_rows) for adapter, chunks in by_adapter(batch).items()]
         for parent, child in batch.forks:
             self._fork(parent, child)
-        return wanted.result(parts)
+        return logits_rows.result(parts)
 
-    def _forward(self, chunks: list[Chunk], adapter: str, wanted: Wanted) -> torch.Tensor:
+    def _forward(self, chunks: list[Chunk], adapter: str, logits_rows: LogitsRows) -> torch.Tensor:
         step, input_ids, positions = self._pack(chunks)
-        rows = torch.tensor(wanted.rows(chunks), dtype=torch.int64)
+        rows = torch.tensor(logits_rows.rows(chunks), dtype=torch.int64)
         self._activate(adapter)
-        return self.model.forward(spread(step), self._tensor(input_ids), self._tensor(positions), rows)
+        return self.model.forward(for_devices(step), self._tensor(input_ids), self._tensor(positions), rows)
 
     def release(self, sequence: Sequence) -> None:
         sequence.runner_state = None
@@ -212,7 +212,7 @@ def by_adapter(batch: Batch) -> dict[str, list[Chunk]]:
     return groups
 
 
-class Wanted:
+class LogitsRows:
     """Keeps account of whose logits are where, while a batch runs in parts."""
 
     def __init__(self, batch: Batch) -> None:

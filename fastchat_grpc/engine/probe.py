@@ -12,9 +12,9 @@ from fastchat_grpc.engine.attention import (
     Shape,
     Step,
     WholeStep,
+    for_devices,
     make_pools,
     masks_of,
-    spread,
 )
 from fastchat_grpc.engine.step_model import StepModel
 from fastchat_grpc.native.kernels import Kernels, Pools
@@ -31,13 +31,13 @@ class Probe:
     def __init__(self, model: Any) -> None:
         embedding = model.get_input_embeddings().weight
         generator = torch.Generator().manual_seed(0)
-        pieces = [torch.randint(embedding.shape[0], (1, n), generator=generator) for n in LENGTHS]
+        sequences = [torch.randint(embedding.shape[0], (1, n), generator=generator) for n in LENGTHS]
         self.model = model
         self._device: torch.device = embedding.device
-        self._ids = torch.cat(pieces, dim=1)[0]
+        self._ids = torch.cat(sequences, dim=1)[0]
         self._positions = torch.cat([torch.arange(n) for n in LENGTHS])
         with masks_of() as masks:
-            alone = [model(input_ids=ids.to(self._device), use_cache=False).logits[0] for ids in pieces]
+            alone = [model(input_ids=ids.to(self._device), use_cache=False).logits[0] for ids in sequences]
         self.masks = masks
         """The mask functions that the model made for them."""
         self.expected = torch.cat(alone).float()
@@ -77,9 +77,9 @@ class Probe:
         prompts = step(chunks, before, *nothing)
         decode = step((), last, contexts, torch.tensor(LENGTHS))
         # Of a step only some logits are wanted. A model that makes them all would be read in wrong rows.
-        if len(self._run(model, spread(prompts), before, keep=1)) != 1:
+        if len(self._run(model, for_devices(prompts), before, keep=1)) != 1:
             return False
-        return self._is_close(self._run(model, spread(decode), last), last, tolerance)
+        return self._is_close(self._run(model, for_devices(decode), last), last, tolerance)
 
     def _run(self, model: StepModel, step: Step, indices: torch.Tensor, keep: int | None = None) -> torch.Tensor:
         """Logits of the tokens at `indices`, or of the first ones of them."""

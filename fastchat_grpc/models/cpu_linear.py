@@ -258,7 +258,7 @@ def share(parent: nn.Module, names: Sequence[str], layer: nn.Module) -> None:
         setattr(parent, name, FusedPart(weight, fused, index))
 
 
-def whole_of(linears: Sequence[Any]) -> Any:
+def fused_layer(linears: Sequence[Any]) -> Any:
     """The one layer that computes all of them side by side, where there is one, else None."""
     if len(linears) == 1 and not isinstance(linears[0], FusedPart):
         return linears[0]

@@ -21,7 +21,7 @@ from fastchat_grpc.engine.cpu_llama import Attention, CpuLlama, DecoderLayer, Un
 from fastchat_grpc.engine.model_runner import make_packed_runner
 from fastchat_grpc.engine.step_model import TransformersModel
 from fastchat_grpc.models.adapters import load_adapters
-from fastchat_grpc.models.cpu_linear import OneDnnLinear, fast_linear, padded_rows, replace_linears, whole_of
+from fastchat_grpc.models.cpu_linear import OneDnnLinear, fast_linear, fused_layer, padded_rows, replace_linears
 from fastchat_grpc.models.quantization import quantize_int8
 from fastchat_grpc.native.kernels import SWITCH, DecodeKernel, Pools, Qkv, Rotary, kernels
 from tests.unit.engine.test_engine import ask, prompt
@@ -100,7 +100,7 @@ def test_memory_has_weights_once():
     assert isinstance(llama, CpuLlama)
     for layer, theirs in zip(llama.layers, model.model.layers, strict=True):
         parts = theirs.self_attn.q_proj, theirs.self_attn.k_proj, theirs.self_attn.v_proj
-        assert whole_of(parts) is layer.attention.qkv_proj
+        assert fused_layer(parts) is layer.attention.qkv_proj
         assert theirs.mlp.down_proj is layer.mlp.down_proj
     assert model.lm_head is llama.lm_head
     assert not any(type(module) is torch.nn.Linear for module in model.modules())
