@@ -45,32 +45,47 @@ class CannotPack(Exception):
     """The model's attention has a part that packed attention does not have; it needs the generic runner."""
 
 
-_current = threading.local()
+class AttentionContext(threading.local):
+    """What attention layers are given beside their arguments, by thread: transformers' interface passes no more.
+
+    It cannot see which model's forward is running: whatever model calls `PACKED` attention in a thread takes part in
+    that thread's step, so one forward at a time may run there, and none that leaves layers to other threads. Nor
+    does it see what the model does between its layers; that packing changes nothing there is checked when a model is
+    loaded (`probe`). A compiled or captured forward would keep the step that it was traced with.
+    """
+
+    step: Step | None = None
+    masks: list[Any] | None = None
+    """Where mask functions are collected that a model asks for; None: nowhere."""
+
+
+_context = AttentionContext()
 
 
 @contextmanager
 def running(step: Step) -> Iterator[None]:
     """Let the model's attention layers work on `step`, in this thread."""
-    _current.step = step
+    _context.step = step
     try:
         yield
     finally:
-        _current.step = None
+        _context.step = None
 
 
 def current_step() -> Step | None:
     """The step that this thread's model works on."""
-    return getattr(_current, "step", None)
+    return _context.step
 
 
 @contextmanager
 def masks_of() -> Iterator[list[Any]]:
     """Collect the mask functions that a model asks for in this thread, outside a step."""
-    _current.masks = []
+    masks: list[Any] = []
+    _context.masks = masks
     try:
-        yield _current.masks
+        yield masks
     finally:
-        _current.masks = None
+        _context.masks = None
 
 
 def register() -> None:
@@ -81,9 +96,8 @@ def register() -> None:
     def mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
         if current_step() is not None:
             return None
-        masks: list[Any] | None = getattr(_current, "masks", None)
-        if masks is not None and kwargs.get("mask_function") is not None:
-            masks.append(kwargs["mask_function"])
+        if _context.masks is not None and kwargs.get("mask_function") is not None:
+            _context.masks.append(kwargs["mask_function"])
         return sdpa_mask(*args, **kwargs)
 
     AttentionInterface.register(PACKED, _packed_attention)

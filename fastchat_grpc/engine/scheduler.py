@@ -10,7 +10,7 @@ from fastchat_grpc.engine.kv_cache import BlockPool
 from fastchat_grpc.engine.request import Batch, Chunk, Sequence
 
 GROW_AFTER_STEPS = 64
-SMALLEST_PIECE_BLOCKS = 2
+SMALLEST_CHUNK_BLOCKS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +21,7 @@ class SchedulerLimits:
     prefill_tokens: int
     """Prompt tokens per step at most."""
     step_seconds: float = 0.25
-    """What a running stream should wait for between two tokens; pieces of prompts are cut to it."""
+    """What a running stream should wait for between two tokens; prefill chunks are cut to it."""
     logprob_tokens: int = 2**31 - 1
     """Of these, those of prompts that want log probabilities, which take a row of logits each."""
     reuse_prefixes: bool = True
@@ -48,7 +48,7 @@ class Scheduler:
         self.preemptions = 0
         self._max_running = limits.max_running
         self._prefill_tokens = limits.prefill_tokens
-        self._piece = float(limits.prefill_tokens)
+        self._chunk_tokens = float(limits.prefill_tokens)  # of all prefill chunks of a step, as steps are fast or slow
         self._good_steps = 0
 
     def add(self, sequence: Sequence) -> None:
@@ -78,11 +78,11 @@ class Scheduler:
     def pace(self, batch: Batch, seconds: float) -> None:
         """Note how long a step took; prompts are cut finer where machine, model or context make steps slow."""
         tokens = sum(chunk.count for chunk in batch.chunks if chunk.count > 1)
-        if tokens * 2 < self._piece:  # a small step says little of a large one
+        if tokens * 2 < self._chunk_tokens:  # a small step says little of a large one
             return
         fitting = tokens * self.limits.step_seconds / max(seconds, 1e-6)
-        smallest = SMALLEST_PIECE_BLOCKS * self.pool.block_size
-        self._piece = min(max((self._piece + fitting) / 2, smallest), self.limits.prefill_tokens)
+        smallest = SMALLEST_CHUNK_BLOCKS * self.pool.block_size
+        self._chunk_tokens = min(max((self._chunk_tokens + fitting) / 2, smallest), self.limits.prefill_tokens)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence and free what it holds; harmless if it is not here."""
@@ -153,7 +153,7 @@ class Scheduler:
         return True
 
     def _prefill(self, forks: list[tuple[Sequence, Sequence]]) -> list[Chunk]:
-        budget = min(self._prefill_tokens, int(self._piece))
+        budget = min(self._prefill_tokens, int(self._chunk_tokens))
         started = [s for s in self.running if _prefilling(s)]
         joined = self._admit(budget, sum(len(s.tokens) - s.computed for s in started))
         chunks = []
@@ -212,24 +212,24 @@ class Scheduler:
 
     def _claim(self, sequence: Sequence) -> bool:
         """Give a sequence blocks for all its tokens, shared ones first. False where the pool has no room."""
-        known: list[tuple[int, int]] = []
+        cached: list[tuple[int, int]] = []
         if self.limits.reuse_prefixes and not sequence.request.wants_prompt_logprobs:
             # The last token is always computed, for its logits.
-            known = self.pool.match(sequence.tokens[:-1], sequence.request.adapter)
-        for _, block in known:
+            cached = self.pool.match(sequence.tokens[:-1], sequence.request.adapter)
+        for _, block in cached:
             self.pool.share(block)
         # One spare block for each running sequence's next tokens, or joining would only preempt somebody.
-        needed = self.pool.blocks_for(len(sequence.tokens)) - len(known)
+        needed = self.pool.blocks_for(len(sequence.tokens)) - len(cached)
         spare = min(len(self.running), self.pool.block_count // 16)
         if needed + spare > self.pool.available:
-            self.pool.release([block for _, block in known])
+            self.pool.release([block for _, block in cached])
             return False
         table = sequence.table
-        table.blocks = [block for _, block in known]
-        table.published = len(known)
-        table.node = known[-1][0] if known else table.node
+        table.blocks = [block for _, block in cached]
+        table.published = len(cached)
+        table.node = cached[-1][0] if cached else table.node
         table.blocks.extend(self.pool.allocate() for _ in range(needed))
-        sequence.computed = len(known) * self.pool.block_size
+        sequence.computed = len(cached) * self.pool.block_size
         return True
 
     def _fork(self, parent: Sequence) -> Iterable[Sequence]:
