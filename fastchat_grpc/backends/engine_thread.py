@@ -1,9 +1,9 @@
-"""One thread that steps a batch: the driver of engines that are libraries without a loop of their own.
+"""One thread that steps a batch: the driver of engines without a loop of their own.
 
 The thread owns the engine and everything in it. The event loop only puts orders into a queue, and gets what
 a step made in one call, so nothing of the engine needs a lock.
 
-    event loop:  submit / stop / call ---orders---> thread:  take orders; step; repeat
+    event loop:  submit / stop / call ---orders---> thread:  take orders; one call; step; repeat
                  Job.feed <------ one call per step -------
 """
 
@@ -13,91 +13,30 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from time import monotonic
-from typing import Protocol, TypeVar
+from typing import Any, TypeVar
 
 from fastchat_grpc.backends.base import Steps
-from fastchat_grpc.backends.driver import Job, as_domain_error
-from fastchat_grpc.core import FinishReason, TokenLogprob
+from fastchat_grpc.backends.driver import as_domain_error
 from fastchat_grpc.errors import WorkerUnavailable
 from fastchat_grpc.models.ending import end_process
+from fastchat_grpc.text.batch import BatchEngine, Output, Running
+from fastchat_grpc.text.job import Job
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-JOIN_TIMEOUT_S = 30.0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Running:
-    """One choice of a job, as the engine runs it. Compared by identity."""
-
-    job: Job
-    index: int
-    token_ids: Sequence[int]
-    """The prompt, and the output that another worker has made of it."""
-    max_tokens: int
-    min_tokens: int
-    seed: int
-    scores_prompt: bool = False
-    """Whether the prompt's log probabilities are wanted of this choice."""
-
-    @property
-    def prompt_length(self) -> int:
-        """Tokens of `token_ids` that are the prompt's."""
-        return len(self.job.prompt_ids)
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """What a step made for one sequence."""
-
-    sequence: Running
-    token_ids: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprob, ...] = ()
-    finish_reason: FinishReason | None = None
-    started: bool = False
-    """The engine has begun with the sequence."""
-    cached_tokens: int = 0
-    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
-    error: Exception | None = None
-    """The sequence alone has failed."""
-
-
-class BatchEngine(Protocol):
-    """An engine as its thread sees it. Every method runs in that thread."""
-
-    def add(self, sequence: Running) -> None:
-        """Begin a sequence at a later step. An error raised here is that sequence's."""
-        ...
-
-    def remove(self, sequence: Running) -> None:
-        """Forget a sequence; nothing is wrong with one that has ended."""
-        ...
-
-    def step(self) -> Iterable[Output]:
-        """Make the next tokens. An error raised here is every running sequence's."""
-        ...
-
-    @property
-    def busy(self) -> bool:
-        """Whether a step has something to do."""
-        ...
-
-    def reset(self) -> None:
-        """Forget every sequence, after a step has failed."""
-        ...
-
-    def close(self) -> None:
-        """Free everything."""
-        ...
+CLOSE_TIMEOUT_S = 60.0
+"""How long closing waits for the step that runs: a long prompt on a slow machine takes some seconds."""
 
 
 class EngineThread:
-    """Runs a BatchEngine; implements `driver.TokenEngine`. Make it on the event loop, then `await start()`."""
+    """Runs a BatchEngine; implements `text.job.TokenEngine`. Make it on the event loop, then `await start()`."""
 
     def __init__(
         self,
@@ -113,8 +52,11 @@ class EngineThread:
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._sequences: dict[tuple[Job, int], Running] = {}  # of the event loop
         self._waiting: dict[Job, list[Running]] = {}  # siblings that wait for the prompt's log probabilities
+        self._answers: set[asyncio.Future[Any]] = set()  # of calls; of the event loop
         self._running: set[Running] = set()  # of the thread
+        self._calls: deque[Callable[[], None]] = deque()  # of the thread
         self._engine: BatchEngine | None = None
+        self._shares_prompts = False
         self._closed = False
         self.steps = Steps()
         """What its steps were like."""
@@ -143,11 +85,11 @@ class EngineThread:
         ]
         for sequence in sequences:
             self._sequences[job, sequence.index] = sequence
-        if scores_prompt:
+        if scores_prompt and not self._shares_prompts:
             # The prompt's event comes before any token, so the other choices wait for the one that scores it.
             self._waiting[job] = sequences[1:]
             sequences = sequences[:1]
-        else:
+        if not scores_prompt:
             job.show_prompt()
         self._add(sequences)
 
@@ -168,27 +110,40 @@ class EngineThread:
         return sum(job.held_tokens for job in {sequence.job for sequence in self._sequences.values()})
 
     async def call(self, function: Callable[[], T]) -> T:
-        """Run a function in the thread, between two steps."""
-        future: Future[T] = Future()
+        """Run a function in the thread, between two steps, of which each pair has one such function between them.
+
+        Cancelling the wait for it keeps a function that has not begun from running.
+
+        Raises:
+            WorkerUnavailable: the thread ended before it came to it.
+        """
+        answer: asyncio.Future[T] = self._loop.create_future()
 
         def run() -> None:
-            if not future.set_running_or_notify_cancel():
+            if answer.cancelled():
                 return
             try:
-                future.set_result(function())
+                self._tell(partial(_answer, answer, function()))
             except Exception as error:
-                future.set_exception(error)
+                self._tell(partial(_refuse, answer, error))
 
-        self._order(run)
-        return await asyncio.wrap_future(future)
+        self._order(lambda: self._calls.append(run))
+        self._answers.add(answer)
+        try:
+            return await answer
+        finally:
+            self._answers.discard(answer)
 
     async def close(self) -> None:
         """End every request and the thread. Safe to call twice."""
         if not self._closed:
             self._end("the worker closes")
             self._orders.put(None)
-        if self._thread.ident is not None:
-            await asyncio.to_thread(self._thread.join, JOIN_TIMEOUT_S)
+        if self._thread.ident is None:
+            return
+        await asyncio.to_thread(self._thread.join, CLOSE_TIMEOUT_S)
+        if self._thread.is_alive():
+            logger.error("the engine is still in a step after %.0f s and is left to end by itself", CLOSE_TIMEOUT_S)
 
     def _end(self, reason: str) -> None:
         self._closed = True
@@ -196,6 +151,8 @@ class EngineThread:
             job.fail(WorkerUnavailable(reason))
         self._sequences.clear()
         self._waiting.clear()
+        for answer in self._answers:
+            _refuse(answer, WorkerUnavailable(reason))
 
     def _add(self, sequences: Sequence[Running]) -> None:
         def add() -> None:
@@ -212,15 +169,21 @@ class EngineThread:
     # In the thread.
 
     def _run(self) -> None:
+        if not self._ready.set_running_or_notify_cancel():  # whoever wanted it has gone
+            return
         try:
             self._engine = self._make_engine()
+            self._shares_prompts = self._engine.shares_prompts
         except BaseException as error:
             self._ready.set_exception(error)
             return
         self._ready.set_result(None)
         try:
             while self._take_orders():
-                self._deliver(self._step())
+                if self._calls:
+                    self._calls.popleft()()
+                if self._engine.busy:
+                    self._deliver(self._step())
         except Exception as error:
             # Nobody would answer any more, and the worker would look idle.
             as_domain_error(error)  # says in the log what it was
@@ -228,13 +191,14 @@ class EngineThread:
             self._die(f"the thread {self._thread.name} ended")
         finally:
             self._engine.close()
+            self._engine = None
 
     def _take_orders(self) -> bool:
         """Carry out what is in the queue, waiting for it where there is nothing else to do. False: the end."""
         assert self._engine is not None
         while True:
             try:
-                order = self._orders.get(block=not self._engine.busy)
+                order = self._orders.get(block=not (self._engine.busy or self._calls))
             except queue.Empty:
                 return True
             if order is None:
@@ -267,7 +231,9 @@ class EngineThread:
             self._engine.reset()
         else:
             self._count(outputs, monotonic() - began, self._processed - processed)
-        for output in outputs:
+        for position, output in enumerate(outputs):
+            if output.error is not None:
+                outputs[position] = replace(output, error=as_domain_error(output.error))
             if output.finish_reason is not None or output.error is not None:
                 self._running.discard(output.sequence)
         return outputs
@@ -289,7 +255,7 @@ class EngineThread:
         if outputs:
             self._tell(lambda: self._receive(outputs))
 
-    def _tell(self, what: Callable[[], None]) -> None:
+    def _tell(self, what: Callable[[], object]) -> None:
         try:
             self._loop.call_soon_threadsafe(what)
         except RuntimeError:  # the loop is closed: nobody is left to tell
@@ -299,24 +265,42 @@ class EngineThread:
 
     def _receive(self, outputs: Sequence[Output]) -> None:
         for output in outputs:
-            sequence, job = output.sequence, output.sequence.job
-            if (job, sequence.index) not in self._sequences:
-                continue
-            if output.error is not None:
-                self._forget(sequence)
-                self._waiting.pop(job, None)
-                job.fail(output.error)
-                continue
-            if output.started:
-                job.started()
-            job.cached_tokens = max(job.cached_tokens, output.cached_tokens)
-            if output.prompt_logprobs is not None:
-                job.show_prompt(output.prompt_logprobs)
-                self._add(self._waiting.pop(job, []))
-            if output.finish_reason is not None:
-                self._forget(sequence)
-            if output.token_ids or output.finish_reason is not None:
-                job.feed(sequence.index, output.token_ids, output.logprobs, output.finish_reason)
+            if (output.sequence.job, output.sequence.index) in self._sequences:
+                try:
+                    self._pass_on(output)
+                except Exception as error:
+                    self._fail(output.sequence, as_domain_error(error))
+
+    def _pass_on(self, output: Output) -> None:
+        sequence, job = output.sequence, output.sequence.job
+        if output.error is not None:
+            self._fail(sequence, output.error)
+            return
+        if output.started_at is not None:
+            job.started(output.started_at)
+        job.cached_tokens = max(job.cached_tokens, output.cached_tokens)
+        if output.prompt_logprobs is not None:
+            job.show_prompt(output.prompt_logprobs)
+            if waiting := self._waiting.pop(job, []):
+                self._add(waiting)
+        if output.finish_reason is not None:
+            self._forget(sequence)
+        if output.token_ids or output.finish_reason is not None:
+            job.feed(sequence.index, output.token_ids, output.logprobs, output.finish_reason)
+
+    def _fail(self, sequence: Running, error: Exception) -> None:
+        self._waiting.pop(sequence.job, None)
+        sequence.job.fail(error)
 
     def _forget(self, sequence: Running) -> None:
         self._sequences.pop((sequence.job, sequence.index), None)
+
+
+def _answer(answer: asyncio.Future[T], result: T) -> None:
+    if not answer.done():
+        answer.set_result(result)
+
+
+def _refuse(answer: asyncio.Future[Any], error: Exception) -> None:
+    if not answer.done():
+        answer.set_exception(error)

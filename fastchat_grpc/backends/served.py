@@ -1,4 +1,4 @@
-"""What the backends over foreign engines share: the model as served, its tokenizer, and the checks of requests.
+"""What the backends over token engines share: the model as served, its tokenizer, and the checks of requests.
 
 Such an engine takes and gives token ids. Prompts become tokens here, by the same tokenizer code for all of
 them, so counting, truncation, chat templates and refusals do not depend on the engine.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from fastchat_grpc.backends import driver, lanes
 from fastchat_grpc.backends.capabilities import (
@@ -41,6 +42,7 @@ from fastchat_grpc.errors import (
 from fastchat_grpc.models.facts import ModelFacts, read_facts
 from fastchat_grpc.models.resolve import resolve
 from fastchat_grpc.text import prompt as prompts
+from fastchat_grpc.text.job import Job
 from fastchat_grpc.text.reasoning import marks_of
 from fastchat_grpc.text.tokenizer import Tokenizer
 
@@ -57,6 +59,10 @@ class Served:
     adapters: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     """LoRA adapters by name, each as its engine wants it."""
     embedding_size: int = 0
+    embed_length: int | None = None
+    """Most tokens of an input to embed; None: the context length."""
+    output_apart: bool = False
+    """The output has a context of its own, as in an encoder-decoder."""
     traits: Traits | None = None
     """Where it can do more or less, as configured, than its backend declares."""
     default_sampling: SamplingDefaults = NO_DEFAULTS
@@ -93,7 +99,7 @@ class Served:
             raise NotSupported(f"model {self.names[0]} makes embeddings only")
         if isinstance(request.prompt, ChatPrompt) and not self.tokenizer.chat_template:
             raise InvalidArgument("chat", "the model has no chat template; send a prompt, or set --conv-template")
-        return await driver.prepare(self.tokenizer, request, self.context_length)
+        return await driver.prepare(self.tokenizer, request, self.context_length, output_apart=self.output_apart)
 
     def adapter(self, request: GenerateRequest) -> Any:
         """The adapter that a request asks for, by its field or as a model; None for the base. AdapterNotFound."""
@@ -107,6 +113,7 @@ class Served:
         """Token ids of each input. Raises NotSupported, InvalidArgument or PromptTooLong."""
         if Capability.EMBED not in self.capabilities:
             raise NotSupported(f"model {request.model or self.names[0]} has no embeddings here")
+        limit = self.embed_length or self.context_length
         truncate = truncate_default if request.truncate is None else request.truncate
         inputs = []
         for i, item in enumerate(request.inputs):
@@ -114,9 +121,9 @@ class Served:
             prompts.check_token_ids(f"inputs[{i}]", token_ids, self.tokenizer.vocabulary_size)
             if not token_ids:
                 raise InvalidArgument(f"inputs[{i}]", "has no tokens")
-            if len(token_ids) > self.context_length and not truncate:
-                raise PromptTooLong(f"inputs[{i}]", len(token_ids), self.context_length)
-            inputs.append(token_ids[: self.context_length])
+            if len(token_ids) > limit and not truncate:
+                raise PromptTooLong(f"inputs[{i}]", len(token_ids), limit)
+            inputs.append(token_ids[:limit])
         return inputs
 
 
@@ -145,17 +152,23 @@ class ServedBackend:
         """The model's chat template (Jinja), or an empty string."""
         return self._served.tokenizer.chat_template
 
-    def _job(self, request: GenerateRequest, prompt_ids: Sequence[int], arrival: float) -> driver.Job:
-        tokenizer = self._served.tokenizer
-        return driver.Job(
+    async def _job(self, request: GenerateRequest, arrival: float) -> Job:
+        """The request with its prompt as tokens, after every check that needs no engine."""
+        served = self._served
+        prompt_ids = await served.prepare(request)
+        make = partial(
+            Job,
             request,
             prompt_ids,
-            tokenizer,
-            context_length=self._served.context_length,
+            served.tokenizer,
+            context_length=served.context_length,
             stream_interval=self._config.stream_interval,
             arrival=arrival,
-            reasoning=marks_of(self._config.model.reasoning_parser, tokenizer.chat_template),
+            reasoning=marks_of(self._config.model.reasoning_parser, served.tokenizer.chat_template),
+            output_apart=served.output_apart,
         )
+        replayed = sum(len(choice.output_token_ids) for choice in request.resume or ())
+        return await lanes.run(replayed * lanes.CHARACTERS_PER_TOKEN, make)
 
     async def _embed_inputs(self, request: EmbedRequest) -> list[list[int]]:
         size = sum(map(len, request.inputs))
@@ -195,7 +208,10 @@ def refuse_settings(config: BackendConfig, hints: Mapping[str, str]) -> None:
             raise ConfigError(f"{flag} is not supported by the {config.name} backend: {hint}")
 
 
-def whole_number(config: BackendConfig, option: str, default: int, low: int = 1) -> int:
+D = TypeVar("D", int, None)
+
+
+def whole_number(config: BackendConfig, option: str, default: D, low: int = 1) -> int | D:
     """An option that is a whole number. Raises ConfigError."""
     text = config.options.get(option)
     if text is None:

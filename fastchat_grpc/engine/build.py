@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ import torch
 from fastchat_grpc.config import BackendConfig, EngineConfig
 from fastchat_grpc.core import Capability
 from fastchat_grpc.engine.embedder import Embedder
-from fastchat_grpc.engine.engine import Delivery, Engine
+from fastchat_grpc.engine.engine import Engine
 from fastchat_grpc.engine.kv_cache import BlockPool
 from fastchat_grpc.engine.model_runner import BLOCK_SIZE, ModelRunner, PackedRunner, make_packed_runner
 from fastchat_grpc.engine.output_rules import OutputRules
@@ -23,7 +22,6 @@ from fastchat_grpc.models.loading import LoadedModel
 from fastchat_grpc.models.machine import available_memory, cpu_count
 from fastchat_grpc.models.quantization_plan import INT8
 from fastchat_grpc.text.grammar import GrammarCompiler
-from fastchat_grpc.text.reasoning import marks_of
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +57,8 @@ class BuiltEngine:
         return self.loaded.kind is ModelKind.ENCODER_DECODER
 
 
-def build_engine(
-    loaded: LoadedModel, config: BackendConfig, settings: EngineConfig, deliver: Callable[[list[Delivery]], None]
-) -> BuiltEngine:
-    """Make the engine of a model; it does not run yet.
+def build_engine(loaded: LoadedModel, config: BackendConfig, settings: EngineConfig) -> BuiltEngine:
+    """Make the engine of a model, in the thread that will own it.
 
     Raises:
         ModelLoadError: not even one block of the cache fits into memory.
@@ -93,12 +89,7 @@ def build_engine(
         runner,
         Scheduler(BlockPool(block_count, BLOCK_SIZE), limits),
         loaded.tokenizer,
-        deliver,
         context_length=context_length,
-        stream_interval=config.stream_interval,
-        seed=config.model.seed,
-        encoder_decoder=encoder_decoder,
-        reasoning=marks_of(config.model.reasoning_parser, loaded.tokenizer.chat_template),
         rules=OutputRules.of(loaded.base.generation_config, runner.start_token)
         if encoder_decoder and isinstance(runner, SequentialRunner)
         else None,

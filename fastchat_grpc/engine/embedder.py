@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,25 +50,19 @@ class Embedder:
         self._activate = activate
         self._packed = packed
 
-    def pieces(self, inputs: list[list[int]], normalize: bool, adapter: str, future: Future[Vectors]) -> Iterator[None]:
-        """Embed batch by batch, yielding between them; the vectors, in the order of the inputs, go to `future`."""
-        vectors: Vectors = [[]] * len(inputs)
-        for batch in batches([len(token_ids) for token_ids in inputs], BATCH_TOKENS):
-            self._activate(adapter)
-            pooled = self._run([inputs[i] for i in batch], normalize)
-            for i, vector in zip(batch, pooled.tolist(), strict=True):
-                vectors[i] = vector
-            yield
-        if future.set_running_or_notify_cancel():
-            future.set_result(vectors)
-
-    def _run(self, inputs: list[list[int]], normalize: bool) -> torch.Tensor:
+    @torch.inference_mode()
+    def embed(self, inputs: list[list[int]], normalize: bool, adapter: str) -> Vectors:
+        """The vectors of some inputs, computed together: see `batches`."""
+        self._activate(adapter)
         self._rotary.restore(self._rotary.fresh)
         hidden, mask = (
             self._hidden_padded(inputs) if self._packed is None else self._hidden_packed(self._packed, inputs)
         )
         vectors = pool(hidden.float(), mask.to(hidden.device), self._pooling)
-        return torch.nn.functional.normalize(vectors, dim=-1) if normalize else vectors
+        if normalize:
+            vectors = torch.nn.functional.normalize(vectors, dim=-1)
+        made: Vectors = vectors.tolist()
+        return made
 
     def _hidden_padded(self, inputs: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         ids, mask = padded([torch.tensor(token_ids) for token_ids in inputs])
@@ -91,8 +84,8 @@ def padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), mask
 
 
-def batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """Indices in groups of similar lengths whose padded size keeps to the budget, shortest first."""
+def batches(lengths: list[int], budget: int = BATCH_TOKENS) -> list[list[int]]:
+    """Indices of inputs in groups of similar lengths whose padded size keeps to the budget, shortest first."""
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if groups and lengths[i] * (len(groups[-1]) + 1) <= budget:

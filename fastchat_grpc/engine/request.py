@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastchat_grpc.core import GenerateRequest, TokenLogprob
 from fastchat_grpc.engine.kv_cache import BlockTable
-from fastchat_grpc.text.choice import Choice
-
-if TYPE_CHECKING:
-    from fastchat_grpc.text.grammar import CompiledGrammar, GrammarState
+from fastchat_grpc.text.batch import Running
+from fastchat_grpc.text.grammar import GrammarState
+from fastchat_grpc.text.stop import EndTokens
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class Request:
-    """One GenerateRequest. `sink` is whatever the events are delivered to; the engine only hands it back."""
+    """One GenerateRequest, whose choices share what is known of the prompt."""
 
     spec: GenerateRequest
-    prompt: list[int]
-    sink: Any
-    arrival: float
-    """Monotonic seconds; with `number`, the order within a priority."""
+    prompt: Tokens[int]
     number: int = 0
-    grammar: CompiledGrammar | None = None
+    """Of its arrival: the order within a priority."""
     sequences: list[Sequence] = field(default_factory=list)
+    """Choices that have not ended."""
     prompt_logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
     """By position; filled during prefill where the request asks for them."""
-    prefill_started: float | None = None
-    cached_tokens: int = 0
-    echoed: bool = False
-    """The prompt has been sent, if it was wanted."""
-    cancelled: bool = False
-    closed: bool = False
-    """Its sink has been closed; nothing more may be sent."""
+    started: bool = False
+    """Whether any of its tokens have been computed."""
+    scored: bool = False
+    """Whether the log probabilities of its prompt have been handed out."""
+    ends: EndTokens | None = None
 
     @property
     def adapter(self) -> str:
@@ -42,13 +38,8 @@ class Request:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Whether log probabilities of the prompt are still to be sent."""
-        return self.spec.output.prompt_logprobs is not None and self.spec.resume is None
-
-    @property
-    def done(self) -> bool:
-        """Whether every choice has ended."""
-        return all(sequence.finished for sequence in self.sequences)
+        """Whether log probabilities of the prompt are still to be handed out."""
+        return not self.scored and self.spec.output.prompt_logprobs is not None and self.spec.resume is None
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -60,14 +51,13 @@ class Sequence:
     tokens: list[int]
     """Prompt and output so far."""
     seed: int
+    running: Running | None = None
+    """What the engine was given, and says its tokens by."""
     computed: int = 0
     """Tokens at the start whose keys and values are in the cache."""
     table: BlockTable = field(default_factory=BlockTable)
-    choice: Choice | None = None
-    """Made at the first token, when it is known how much came from the cache."""
     followers: list[Sequence] = field(default_factory=list)
     """Choices of the same request that wait for this one's prefill to share it."""
-    first_token_at: float | None = None
     grammar: GrammarState | None = None
     sampling_state: Any = None
     """Owned by the sampler: token counts for penalties."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,7 +88,7 @@ class SequentialRunner:
     def _kept_of(self, length: int) -> dict[torch.device, int]:
         """Bytes that the model keeps of a prompt, by device."""
         tokens = [1] * length
-        request = Request(spec=GenerateRequest(prompt=TokenPrompt((1,))), prompt=tokens, sink=None, arrival=0.0)
+        request = Request(spec=GenerateRequest(prompt=TokenPrompt((1,))), prompt=tokens)
         sequence = Sequence(request=request, index=0, tokens=tokens, seed=0)
         self._activate("")
         self._forward(Chunk(sequence, 0, length, samples=True))
@@ -160,7 +161,7 @@ class SequentialRunner:
                     return int(token[0] if isinstance(token, list) else token)
         return 0
 
-    def _tensor(self, token_ids: list[int]) -> torch.Tensor:
+    def _tensor(self, token_ids: Tokens[int]) -> torch.Tensor:
         return torch.tensor([token_ids], device=self.device)
 
 

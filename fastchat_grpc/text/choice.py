@@ -19,7 +19,7 @@ from fastchat_grpc.core import (
 from fastchat_grpc.text.blanks import MAX_BLANKS, BlankRun
 from fastchat_grpc.text.detokenizer import make_detokenizer
 from fastchat_grpc.text.reasoning import Marks, parser_for
-from fastchat_grpc.text.stop import StopMatcher
+from fastchat_grpc.text.stop import EndTokens, StopMatcher
 from fastchat_grpc.text.tokenizer import Tokenizer
 
 PROMPT_END_TOKENS = 16
@@ -34,16 +34,15 @@ class ChoiceLimits:
     context_length: int
     stream_interval: int
     """Default number of tokens between two Deltas."""
-    cached_tokens: int = 0
-    prompt_takes_room: bool = True
-    """Whether prompt and output share the context; not so in an encoder-decoder."""
+    output_apart: bool = False
+    """The output has a context of its own and shares none with the prompt, as in an encoder-decoder."""
     reasoning: Marks | None = None
     """How the model marks what it thinks before it answers; None: it does not."""
 
     @property
     def output_tokens(self) -> int:
         """Most tokens of output."""
-        return self.context_length - self.prompt_tokens if self.prompt_takes_room else self.context_length
+        return self.context_length if self.output_apart else self.context_length - self.prompt_tokens
 
 
 def continues_text(request: GenerateRequest) -> bool:
@@ -63,8 +62,7 @@ class Choice:
     """Feed it tokens with `push`; take what is ready with `delta`; it has ended when `finish_reason` is set.
 
     A resumed choice replays its tokens on construction, silently, and may have ended by that already.
-    A backend pushes nothing after the end. Under a grammar an end of sequence is the end, before min_new_tokens too:
-    the grammar allowed nothing else, and nothing can follow.
+    A backend pushes nothing after the end.
 
     Args:
         prompt_ids: the prompt, or at least its last tokens: the output's text may go on from its text, or begin in a
@@ -84,14 +82,15 @@ class Choice:
         self.finish_reason: FinishReason | None = None
         self.matched: str | int | None = None
         self.token_count = 0
+        self.cached_tokens = 0
+        """Of the prompt; set by whoever knows."""
         self._limits = limits
         self._tokenizer = tokenizer
         self._interval = request.output.stream_interval or limits.stream_interval
         self._min_tokens = stopping.min_new_tokens
         self._max_tokens = min(stopping.max_new_tokens, limits.output_tokens)
         self._stop_token_ids = frozenset(stopping.stop_token_ids)
-        self._eos_token_ids = frozenset() if stopping.ignore_eos else tokenizer.eos_token_ids
-        self._final_token_ids = frozenset() if request.grammar is None else tokenizer.eos_token_ids
+        self._ends = EndTokens(request, tokenizer.eos_token_ids)
         self._blanks = BlankRun() if request.grammar is not None and request.grammar.kind in _JSON else None
         self._include_stop = stopping.include_stop
         self._detokenizer = make_detokenizer(
@@ -115,11 +114,10 @@ class Choice:
         self._token_ids.append(token_id)
         if logprob is not None:
             self._logprobs.append(logprob)
-        suppressed = self.token_count <= self._min_tokens
-        ends = token_id in self._stop_token_ids or token_id in self._eos_token_ids
-        if (ends and not suppressed) or token_id in self._final_token_ids:
+        if self._ends.at(token_id, self.token_count):
             self._stop_at(token_id)
             return
+        suppressed = self.token_count <= self._min_tokens
         inside = self._thought is not None and self._thought.inside
         if text := self._detokenizer.push(token_id) or self._mark(token_id):
             self._say(self._matcher.feed(text, too_early=suppressed))
@@ -148,7 +146,7 @@ class Choice:
         return Usage(
             prompt_tokens=self._limits.prompt_tokens,
             completion_tokens=self.token_count,
-            cached_tokens=self._limits.cached_tokens,
+            cached_tokens=self.cached_tokens,
             reasoning_tokens=self._reasoning_tokens,
         )
 

@@ -1,9 +1,29 @@
-"""Stop strings: found as soon as the text contains one, with possible starts held back."""
+"""Ends of an output: tokens that end it, and stop strings, found as soon as the text contains one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from fastchat_grpc.core import GenerateRequest
+
+
+class EndTokens:
+    """Which tokens end an output: ends of sequence and stop tokens, behind the first min_new_tokens.
+
+    Under a grammar an end of sequence is the end before them too: the grammar allowed nothing else, and nothing can
+    follow.
+    """
+
+    def __init__(self, request: GenerateRequest, eos_token_ids: frozenset[int]) -> None:
+        stopping = request.stopping
+        self._min_tokens = stopping.min_new_tokens
+        self._always = frozenset() if request.grammar is None else eos_token_ids
+        self._late = frozenset(stopping.stop_token_ids) | (frozenset() if stopping.ignore_eos else eos_token_ids)
+
+    def at(self, token_id: int, count: int) -> bool:
+        """Whether a token is the end, as token number `count` of the output, counted from 1."""
+        return (token_id in self._late and count > self._min_tokens) or token_id in self._always
 
 
 @dataclass(slots=True)

@@ -13,9 +13,9 @@ import pytest
 if importlib.util.find_spec("mlx_lm") is None:
     pytest.skip("mlx-lm is not installed", allow_module_level=True)
 
-from fastchat_grpc.backends.engine_thread import Running
 from fastchat_grpc.backends.mlx.engine import MlxEngine, MlxLimits, use_fast_blas
 from fastchat_grpc.backends.mlx.sampler import StepSampler
+from fastchat_grpc.text.batch import Running
 from tests.conformance.harness import request
 
 TOKENIZER: Any = SimpleNamespace(eos_token_ids=frozenset({0}), token_bytes=lambda token_id: b"%d" % token_id)

@@ -18,7 +18,6 @@ import pytest_asyncio
 pytest.importorskip("openvino_genai")
 
 from fastchat_grpc.backends import registry
-from fastchat_grpc.backends.driver import Job
 from fastchat_grpc.backends.echo import EchoTokenizer
 from fastchat_grpc.backends.openvino import model as openvino_model
 from fastchat_grpc.backends.openvino.backend import OpenVinoBackend
@@ -29,6 +28,7 @@ from fastchat_grpc.config import BackendConfig, ModelConfig
 from fastchat_grpc.core import Delta, Grammar, GrammarKind, PromptEcho
 from fastchat_grpc.errors import ConfigError, InvalidArgument, ModelLoadError, UnsupportedField
 from fastchat_grpc.models.embedded import EMBEDDED_MODEL
+from fastchat_grpc.text.job import Job
 from tests.conformance.harness import chat, request
 from tests.conformance.openvino_engine import kill_while
 

@@ -178,8 +178,8 @@ async def test_closing_the_backend_fails_what_runs_and_leaves_no_thread(llama: t
 async def test_a_closed_backend_gives_its_memory_back(llama: tuple[Path, Any]) -> None:
     async with running(llama[0]) as (backend, _):
         await generate(backend, ask("hello"))
-        engine = backend._built.engine
-        kept = [weakref.ref(x) for x in (backend._built.loaded.model, engine, engine._runner._keys[0])]
+        engine = backend._loaded.engine
+        kept = [weakref.ref(x) for x in (engine._runner._model, engine, engine._runner._keys[0])]
         del backend, engine
     # The thread that closed it lets go of it in its own time.
     await until(lambda: gc.collect() >= 0 and not any(ref() is not None for ref in kept))

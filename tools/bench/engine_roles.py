@@ -59,30 +59,30 @@ def run_generate(counts: str, tokens: str) -> None:
 
 
 def run_profile(kind: str, streams: str) -> None:
-    """Steps of a full batch, with a clock around each part of the engine."""
-    import torch
-
+    """Steps of a full batch, with a clock around each part of the engine. Text is made beside it, on an event loop."""
     from fastchat_grpc.config import BackendConfig, EngineConfig, ModelConfig
     from fastchat_grpc.core import GenerateRequest, SamplingParams, StopConditions, TokenPrompt
     from fastchat_grpc.engine.build import build_engine
     from fastchat_grpc.models.loading import load_model
+    from fastchat_grpc.text.batch import Running
+    from fastchat_grpc.text.job import Job
 
     count = int(streams)
     model = ModelConfig(path=str(embedded_model()), load_8bit=kind == "8bit")
-    engine = build_engine(load_model(model), BackendConfig(model=model), EngineConfig(), lambda deliveries: None).engine
+    loaded = load_model(model)
+    engine = build_engine(loaded, BackendConfig(model=model), EngineConfig()).engine
     spent = _clocks(engine)
     for i in range(count):
         ids = tuple(100 + (7 * i + j) % 3000 for j in range(48))
         stopping = StopConditions(max_new_tokens=400, ignore_eos=True)
         request = GenerateRequest(prompt=TokenPrompt(ids), sampling=SamplingParams(temperature=0.7), stopping=stopping)
-        engine.submit(request, list(ids), None, arrival=0.0)
-    with torch.inference_mode():
-        engine._take_commands()
-        _steps_until(engine, count * 4)
-        spent.clear()
-        began = time.perf_counter()
-        _steps_until(engine, engine.generated_tokens + count * PROFILED_STEPS)
-        whole = (time.perf_counter() - began) / PROFILED_STEPS * 1000
+        job = Job(request, ids, loaded.tokenizer, context_length=1024, stream_interval=1)
+        engine.add(Running(job=job, index=0, token_ids=ids, max_tokens=400, min_tokens=0, seed=i))
+    _steps_until(engine, count * 4)
+    spent.clear()
+    began = time.perf_counter()
+    _steps_until(engine, engine.generated_tokens + count * PROFILED_STEPS)
+    whole = (time.perf_counter() - began) / PROFILED_STEPS * 1000
     parts = {name: seconds / PROFILED_STEPS * 1000 for name, seconds in spent.items()}
     report = {"step": whole, **parts, "other": whole - sum(parts.values())}
     report["outside the forward, %"] = 100 * (whole - parts["forward"]) / whole
@@ -92,8 +92,7 @@ def run_profile(kind: str, streams: str) -> None:
 
 def _steps_until(engine: Any, tokens: int) -> None:
     while engine.generated_tokens < tokens:
-        engine._step()
-        engine._flush()
+        engine.step()
 
 
 def _clocks(engine: Any) -> dict[str, float]:
@@ -116,7 +115,7 @@ def _clocks(engine: Any) -> dict[str, float]:
     timed(engine._runner, "run", "forward")
     timed(engine._sampler, "sample", "sample")
     timed(engine.scheduler, "commit", "commit")
-    timed(engine, "_advance", "text and events")
+    timed(engine, "_advance_safely", "take tokens")
     return spent
 
 

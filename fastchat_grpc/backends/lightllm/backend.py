@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from fastchat_grpc.backends import driver
 from fastchat_grpc.backends.base import BackendLoad
 from fastchat_grpc.backends.capabilities import TRAITS, Feature
-from fastchat_grpc.backends.driver import Job, Piece
+from fastchat_grpc.backends.driver import Piece
 from fastchat_grpc.backends.event_lines import lines
 from fastchat_grpc.backends.served import Served, ServedBackend, find_model, refuse_settings, whole_number
 from fastchat_grpc.config import BackendConfig
@@ -45,6 +45,7 @@ from fastchat_grpc.errors import (
     UnsupportedField,
     WorkerUnavailable,
 )
+from fastchat_grpc.text.job import Job
 from fastchat_grpc.text.tokenizer import Tokenizer
 
 OPTIONS = frozenset({"url", "timeout_s", "constraints"})
@@ -124,7 +125,7 @@ class LightllmBackend(ServedBackend):
         served = self._served
         served.adapter(request)
         check_limits(request)
-        job = self._job(request, await served.prepare(request), arrival)
+        job = await self._job(request, arrival)
         job.show_prompt()
         self._jobs.add(job)
         try:

@@ -8,37 +8,26 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
-from fastchat_grpc.backends import driver, lanes
 from fastchat_grpc.backends.base import BackendLoad
+from fastchat_grpc.backends.batched import BatchedBackend, Loaded
 from fastchat_grpc.backends.capabilities import TRAITS
-from fastchat_grpc.backends.driver import Job, Seeds
-from fastchat_grpc.backends.engine_thread import EngineThread
+from fastchat_grpc.backends.driver import Seeds
 from fastchat_grpc.backends.llama_cpp.engine import EngineLimits, LlamaEngine, embed
 from fastchat_grpc.backends.llama_cpp.tokenizer import LlamaTokenizer
 from fastchat_grpc.backends.served import (
     Served,
-    ServedBackend,
     refuse_settings,
     switch,
     whole_number,
 )
 from fastchat_grpc.config import BackendConfig, ModelConfig
-from fastchat_grpc.core import (
-    Capability,
-    EmbedRequest,
-    EmbedResult,
-    Event,
-    GenerateRequest,
-    ModelInfo,
-    SamplingDefaults,
-)
-from fastchat_grpc.errors import ConfigError, ModelLoadError, WorkerUnavailable
+from fastchat_grpc.core import Capability, SamplingDefaults
+from fastchat_grpc.errors import ConfigError, ModelLoadError
 from fastchat_grpc.models.embedded import EMBEDDED_MODEL, embedded_gguf
 from fastchat_grpc.models.facts import chat_template_text, limited_context
 from fastchat_grpc.models.generation_config import default_sampling
@@ -46,6 +35,7 @@ from fastchat_grpc.models.machine import cpu_count
 from fastchat_grpc.models.overrides import override_for
 from fastchat_grpc.models.resolve import resolve
 from fastchat_grpc.text.grammar import GrammarCompiler
+from fastchat_grpc.text.job import Job
 
 logger = logging.getLogger(__name__)
 
@@ -85,63 +75,21 @@ def create(config: BackendConfig) -> LlamaCppBackend:
     return LlamaCppBackend(config)
 
 
-class LlamaCppBackend(ServedBackend):
+class LlamaCppBackend(BatchedBackend):
     """One GGUF file and the thread that runs it."""
+
+    thread_name = "llama-cpp-engine"
 
     def __init__(self, config: BackendConfig) -> None:
         super().__init__(config)
         self._seeds = Seeds(config.model.seed)
         self._loader = _Loader(config)
-        self._thread: EngineThread | None = None
 
-    async def start(self) -> Sequence[ModelInfo]:
-        self._thread = EngineThread("llama-cpp-engine", self._loader.load, self._seed)
-        await self._thread.start()
-        self._served_model = self._loader.served
-        return self._served.infos()
-
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-        arrival = monotonic()
-        served = self._served
-        served.adapter(request)
-        job = self._job(request, await served.prepare(request), arrival)
-        if request.grammar is not None:
-            assert self._loader.grammars is not None
-            job.grammar = await lanes.GRAMMARS.run(self._loader.grammars.compile, request.grammar)
-        async with aclosing(driver.drive(job, self._running)) as events:
-            async for event in events:
-                yield event
-
-    async def embed(self, request: EmbedRequest) -> EmbedResult:
-        inputs = await self._embed_inputs(request)
-        thread, loader = self._running, self._loader
-        vectors = []
-        for token_ids in inputs:  # one at a time, so that streams go on in between
-            vectors.append(await thread.call(lambda ids=token_ids: loader.embed(ids, request.normalize)))  # type: ignore[misc]
-        return EmbedResult(embeddings=vectors, prompt_tokens=sum(map(len, inputs)))
+    def _load(self) -> Loaded:
+        return self._loader.load()
 
     def load(self) -> BackendLoad:
-        engine = self._loader.engine if self._thread is not None else None
-        return BackendLoad(
-            max_running=self._loader.max_running,
-            kv_cache_usage=engine.kv_cache_usage if engine is not None else 0.0,
-            kv_free_tokens=engine.kv_free_tokens if engine is not None else 0,
-            processed_tokens=engine.processed_tokens if engine is not None else 0,
-            prefix_cache=True,
-            steps=self._thread.steps if self._thread is not None else None,
-        )
-
-    async def close(self) -> None:
-        thread, self._thread = self._thread, None
-        self._served_model = None
-        if thread is not None:
-            await thread.close()
-
-    @property
-    def _running(self) -> EngineThread:
-        if self._thread is None:
-            raise WorkerUnavailable("the model is not loaded, or was unloaded")
-        return self._thread
+        return replace(super().load(), prefix_cache=True)
 
     def _seed(self, job: Job, index: int) -> int:
         return self._seeds.of_choice(job.request, index)
@@ -152,7 +100,7 @@ class _Loader:
 
     def __init__(self, config: BackendConfig) -> None:
         self._config = config
-        self.max_running = config.model.max_running or DEFAULT_MAX_RUNNING
+        self._max_running = config.model.max_running or DEFAULT_MAX_RUNNING
         self._threads = whole_number(config, "threads", cpu_count())
         self._gpu_layers = whole_number(config, "gpu_layers", _ALL_LAYERS, low=_ALL_LAYERS)
         self._prefill_tokens = whole_number(config, "prefill_tokens", 256)
@@ -160,11 +108,8 @@ class _Loader:
         self._prefix_cache = switch(config, "prefix_cache", True)
         self._model: Any = None
         self._embedder: Any = None
-        self.engine: LlamaEngine | None = None
-        self.served: Served | None = None
-        self.grammars: GrammarCompiler | None = None
 
-    def load(self) -> LlamaEngine:
+    def load(self) -> Loaded:
         """Load the file. Raises ModelLoadError."""
         import llama_cpp as llama
 
@@ -183,8 +128,7 @@ class _Loader:
             llama.llama_model_free(model)
             raise
         size = int(llama.llama_model_n_embd(model))
-        self.grammars = GrammarCompiler(tokenizer)
-        self.served = Served(
+        served = Served(
             backend="llama_cpp",
             names=settings.served_names,
             tokenizer=tokenizer,
@@ -194,24 +138,28 @@ class _Loader:
             default_sampling=_default_sampling(llama, model),
             quantization=(llama.llama_ftype_name(llama.llama_model_ftype(model)) or b"").decode(),
         )
-        self.engine = LlamaEngine(llama, model, context, tokenizer, limits, on_close=self._close_embedder)
-        return self.engine
+        engine = LlamaEngine(llama, model, context, tokenizer, limits, on_close=self._close_embedder)
+        return Loaded(
+            engine=engine,
+            served=served,
+            max_running=self._max_running,
+            embed=lambda inputs, normalize, _: [self._embed(engine, served, ids, normalize) for ids in inputs],
+            grammars=GrammarCompiler(tokenizer),
+        )
 
-    def embed(self, token_ids: Sequence[int], normalize: bool) -> list[float]:
+    def _embed(self, engine: LlamaEngine, served: Served, token_ids: Sequence[int], normalize: bool) -> list[float]:
         """The embedding of one text. The first call makes a context for it."""
         import llama_cpp as llama
 
-        assert self.served is not None
-        assert self.engine is not None
         if self._embedder is None:
-            parameters = self._context_parameters(llama, self.served.context_length, 1)
+            parameters = self._context_parameters(llama, served.context_length, 1)
             parameters.embeddings = True
             parameters.pooling_type = _POOLING_NONE
             self._embedder = llama.llama_init_from_model(self._model, parameters)
             if not self._embedder:
                 raise ModelLoadError("llama.cpp has no memory for embeddings")
-        vector = embed(llama, self._embedder, token_ids, self.served.embedding_size, self._prefill_tokens)
-        self.engine.processed_tokens += len(token_ids)
+        vector = embed(llama, self._embedder, token_ids, served.embedding_size, self._prefill_tokens)
+        engine.processed_tokens += len(token_ids)
         norm = sum(x * x for x in vector) ** 0.5 if normalize else 1.0
         return [x / (norm or 1.0) for x in vector]
 
@@ -236,7 +184,7 @@ class _Loader:
         return LlamaTokenizer(llama, model, chat_template_text(settings.chat_template), override.chat_template)
 
     def _limits(self, llama: Any, model: Any, context_length: int) -> EngineLimits:
-        most = context_length * self.max_running
+        most = context_length * self._max_running
         cache = self._kv_cache_tokens or min(most, max(context_length, DEFAULT_KV_CACHE_TOKENS))
         if cache < context_length:
             raise ModelLoadError(
@@ -249,9 +197,9 @@ class _Loader:
             or llama.llama_model_n_swa(model) > 0
         )
         return EngineLimits(
-            slots=self.max_running,
+            slots=self._max_running,
             kv_cache_tokens=cache,
-            prefill_tokens=max(self._prefill_tokens, self.max_running),
+            prefill_tokens=max(self._prefill_tokens, self._max_running),
             prefix_cache=self._prefix_cache and cuttable,
         )
 

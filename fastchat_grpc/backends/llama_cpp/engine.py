@@ -14,13 +14,14 @@ import ctypes
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any
 
-from fastchat_grpc.backends.driver import as_domain_error, token_logprob
-from fastchat_grpc.backends.engine_thread import Output, Running
+from fastchat_grpc.backends.driver import token_logprob
 from fastchat_grpc.backends.llama_cpp.sampler import Sampler
 from fastchat_grpc.core import TokenLogprob
 from fastchat_grpc.errors import BackendFailed, OutOfMemory
+from fastchat_grpc.text.batch import Output, Running
 from fastchat_grpc.text.tokenizer import Tokenizer
 
 NO_ROOM = 1  # llama_decode: no place in the KV cache for the batch
@@ -78,7 +79,7 @@ class _Share:
 
 
 class LlamaEngine:
-    """Implements `engine_thread.BatchEngine`.
+    """Implements `text.batch.BatchEngine`.
 
     Args:
         llama: the module llama_cpp.
@@ -86,6 +87,8 @@ class LlamaEngine:
         context: llama_context_p with `limits`, freed by `close`.
         on_close: frees what else belongs to the model, before the model itself.
     """
+
+    shares_prompts = False
 
     def __init__(
         self,
@@ -292,7 +295,7 @@ class LlamaEngine:
             yield from self._commit(share)
         except Exception as error:
             self._release(share.slot)
-            yield Output(running, error=as_domain_error(error))
+            yield Output(running, error=error)
 
     def _commit(self, share: _Share) -> Iterator[Output]:
         """What a share of the batch brought: log probabilities of the prompt, the next token."""
@@ -300,7 +303,7 @@ class LlamaEngine:
         assert work is not None
         if not work.started:
             work.started = True
-            yield Output(work.running, started=True, cached_tokens=work.cached_tokens)
+            yield Output(work.running, started_at=monotonic(), cached_tokens=work.cached_tokens)
         if work.scoring:
             self._score(share, work)
         if _missing(slot) > 0:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-from fastchat_grpc.backends.engine_thread import Running
 from fastchat_grpc.errors import BackendFailed
+from fastchat_grpc.text.batch import Running
 from fastchat_grpc.text.grammar import GrammarState
 from fastchat_grpc.text.seeds import splitmix64
 from fastchat_grpc.text.tokenizer import Tokenizer

@@ -9,14 +9,15 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from fastchat_grpc.backends.driver import token_logprob
-from fastchat_grpc.backends.engine_thread import Output, Running
 from fastchat_grpc.backends.mlx.sampler import Chooser, StepSampler, raw_logprobs
 from fastchat_grpc.config import ModelConfig
 from fastchat_grpc.core import TokenLogprob
 from fastchat_grpc.errors import ConfigError, ModelLoadError
+from fastchat_grpc.text.batch import Output, Running
 from fastchat_grpc.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,11 @@ class _Work:
 
 
 class MlxEngine:
-    """Implements `engine_thread.BatchEngine`."""
+    """Implements `text.batch.BatchEngine`."""
+
+    shares_prompts = False
+    kv_cache_usage = 0.0  # the batch generator does not say; its backend estimates it
+    kv_free_tokens = 0
 
     def __init__(self, model: Any, tokenizer: Tokenizer, limits: MlxLimits) -> None:
         self._model = model
@@ -229,7 +234,7 @@ class MlxEngine:
         work = self._work.get(uid)
         if work is not None and not work.started:
             work.started = True
-            yield Output(work.running, started=True)
+            yield Output(work.running, started_at=monotonic())
 
     def _output(self, response: Any) -> Output:
         work = self._work[response.uid]

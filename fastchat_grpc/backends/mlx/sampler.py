@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastchat_grpc.backends.engine_thread import Running
 from fastchat_grpc.core import SamplingParams
+from fastchat_grpc.text.batch import Running
 from fastchat_grpc.text.seeds import splitmix64
 from fastchat_grpc.text.tokenizer import Tokenizer
 

@@ -29,6 +29,7 @@ from fastchat_grpc.backends.served import (
     ServedBackend,
     refuse_settings,
     switch,
+    whole_number,
 )
 from fastchat_grpc.config import BackendConfig
 from fastchat_grpc.core import EmbedRequest, EmbedResult, Event, GenerateRequest, ModelInfo
@@ -73,9 +74,9 @@ class Options:
         given = config.options
         return cls(
             device=given.get("device", "CPU").upper(),
-            cache_gb=_whole_number(given, "cache_gb") or 0,
+            cache_gb=whole_number(config, "cache_gb", 0),
             prefix_cache=switch(config, "prefix_cache", True),
-            threads=_whole_number(given, "threads"),
+            threads=whole_number(config, "threads", None),
             properties=_json_object(given.get("properties", "{}")),
         )
 
@@ -116,8 +117,7 @@ class OpenVinoBackend(ServedBackend):
         arrival = monotonic()
         served, engine = self._served, self._running
         adapter = served.adapter(request)
-        prompt_ids = await served.prepare(request)
-        job = self._job(request, prompt_ids, arrival)
+        job = await self._job(request, arrival)
         running = EngineRequest(engine, adapter or "", self._seeds.request_seed(request))
         async with aclosing(driver.drive(job, running)) as events:
             async for event in events:
@@ -208,15 +208,6 @@ class OpenVinoBackend(ServedBackend):
 
 def _default_cache_gb(pipelines: int) -> int:
     return max(1, min(16, int(total_memory() / 2**30 / 4 / pipelines)))
-
-
-def _whole_number(options: Mapping[str, str], name: str) -> int | None:
-    text = options.get(name)
-    if text is None:
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"--backend-option {name} must be a whole number of at least 1, got {text}")
-    return int(text)
 
 
 def _json_object(text: str) -> dict[str, Any]:

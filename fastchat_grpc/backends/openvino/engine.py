@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from fastchat_grpc.backends.driver import Job, Seeds, as_domain_error, token_logprob
+from fastchat_grpc.backends.driver import Seeds, as_domain_error, token_logprob
 from fastchat_grpc.backends.openvino import messages
 from fastchat_grpc.backends.openvino.sampling import echoes, generation_config, grammar_field
 from fastchat_grpc.core import FinishReason, TokenLogprob
@@ -23,6 +23,7 @@ from fastchat_grpc.errors import (
     OutOfMemory,
     WorkerUnavailable,
 )
+from fastchat_grpc.text.job import Job
 from fastchat_grpc.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

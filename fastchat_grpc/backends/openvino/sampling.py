@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastchat_grpc.backends.driver import Job
 from fastchat_grpc.core import Grammar, GrammarKind, SamplingParams
+from fastchat_grpc.text.job import Job
 from fastchat_grpc.text.seeds import splitmix64
 from fastchat_grpc.text.tokenizer import Tokenizer
 

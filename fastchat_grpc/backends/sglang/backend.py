@@ -21,7 +21,7 @@ from typing import Any
 
 from fastchat_grpc.backends import driver
 from fastchat_grpc.backends.base import BackendLoad
-from fastchat_grpc.backends.driver import Job, Piece, Seeds
+from fastchat_grpc.backends.driver import Piece, Seeds
 from fastchat_grpc.backends.loop_thread import LoopThread
 from fastchat_grpc.backends.served import Served, ServedBackend, find_model, refuse_settings
 from fastchat_grpc.backends.sglang.requests import (
@@ -38,6 +38,7 @@ from fastchat_grpc.config import BackendConfig
 from fastchat_grpc.core import Capability, EmbedRequest, EmbedResult, Event, GenerateRequest, ModelInfo
 from fastchat_grpc.errors import ModelLoadError, UnsupportedField, WorkerUnavailable
 from fastchat_grpc.models.facts import limited_context
+from fastchat_grpc.text.job import Job
 
 DEFAULT_MAX_RUNNING = 64
 
@@ -94,7 +95,7 @@ class SglangBackend(ServedBackend):
         served = self._served
         adapter = served.adapter(request)
         check_limits(request, self._seeded)
-        job = self._job(request, await served.prepare(request), arrival)
+        job = await self._job(request, arrival)
         self._jobs.add(job)
         shown = asyncio.Event()
         if request.output.prompt_logprobs is None or request.resume is not None:

@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastchat_grpc.backends import driver
-from fastchat_grpc.backends.driver import Job, Piece
+from fastchat_grpc.backends.driver import Piece
 from fastchat_grpc.config import BackendConfig
 from fastchat_grpc.core import FinishReason, GenerateRequest, Grammar, GrammarKind, TokenLogprob
 from fastchat_grpc.errors import ConfigError, FastChatError, InvalidArgument, UnsupportedField, WorkerUnavailable
 from fastchat_grpc.models.facts import ModelFacts
 from fastchat_grpc.models.resolve import resolve
+from fastchat_grpc.text.job import Job
 from fastchat_grpc.text.tokenizer import Tokenizer
 
 MAX_REPETITION_PENALTY = 2.0

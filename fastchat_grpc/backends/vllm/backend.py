@@ -47,6 +47,7 @@ from fastchat_grpc.errors import (
     WorkerUnavailable,
 )
 from fastchat_grpc.models.facts import ModelFacts
+from fastchat_grpc.text.job import Job
 
 CLOSE_TIMEOUT_S = 10.0
 """Time for the engine's process to end before it is killed."""
@@ -82,7 +83,7 @@ class VllmBackend(ServedBackend):
         self._options = options
         self._seeds = Seeds(config.model.seed)
         self._statistics = Statistics()
-        self._jobs: set[driver.Job] = set()
+        self._jobs: set[Job] = set()
         self._loaded: _Loaded | None = None
         self._closed = threading.Event()
 
@@ -108,7 +109,7 @@ class VllmBackend(ServedBackend):
         served = self._served
         adapter = served.adapter(request)
         check_limits(request)
-        job = self._job(request, await served.prepare(request), arrival)
+        job = await self._job(request, arrival)
         self._jobs.add(job)
         shown = asyncio.Event()
         if request.output.prompt_logprobs is None or request.resume is not None:
@@ -125,9 +126,7 @@ class VllmBackend(ServedBackend):
         finally:
             self._jobs.discard(job)
 
-    async def _stream(
-        self, job: driver.Job, index: int, adapter: Any, shown: asyncio.Event
-    ) -> AsyncGenerator[Piece, None]:
+    async def _stream(self, job: Job, index: int, adapter: Any, shown: asyncio.Event) -> AsyncGenerator[Piece, None]:
         """One choice, as one request of vLLM. The first brings the prompt's log probabilities, ahead of the others."""
         from vllm.inputs import tokens_input
 

@@ -10,6 +10,7 @@ from fastchat_grpc.backends.base import Steps
 from fastchat_grpc.backends.driver import Piece
 from fastchat_grpc.core import FinishReason, GenerateRequest, Grammar, GrammarKind, TokenLogprob
 from fastchat_grpc.errors import BackendFailed, FastChatError, InvalidArgument, UnsupportedField, WorkerUnavailable
+from fastchat_grpc.text.job import Job
 from fastchat_grpc.text.tokenizer import Tokenizer
 
 NO_OUTPUT = "vLLM cannot compile it, or no output can follow it"
@@ -25,7 +26,7 @@ _GIVEN_UP = "error"
 
 
 def sampling_parameters(
-    job: driver.Job, index: int, *, seed: int | None, stop_token_ids: Iterable[int], prompt_logprobs: int | None
+    job: Job, index: int, *, seed: int | None, stop_token_ids: Iterable[int], prompt_logprobs: int | None
 ) -> Any:
     """vLLM's SamplingParams for one choice. vLLM ends it at stop tokens and at its length; stop strings are ours."""
     from vllm import SamplingParams
@@ -58,7 +59,7 @@ def sampling_parameters(
         raise translated_refusal(error, job.request.grammar) from error
 
 
-def prompt_logprobs(tokenizer: Tokenizer, job: driver.Job, positions: Sequence[Any]) -> tuple[TokenLogprob, ...]:
+def prompt_logprobs(tokenizer: Tokenizer, job: Job, positions: Sequence[Any]) -> tuple[TokenLogprob, ...]:
     """Log probabilities of the prompt's tokens, from vLLM's list of them."""
     count = job.request.output.prompt_logprobs or 0
     pairs = zip(job.prompt_ids, positions, strict=False)

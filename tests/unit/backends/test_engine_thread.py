@@ -11,16 +11,19 @@ from typing import Any
 import pytest
 
 from fastchat_grpc.backends import driver
-from fastchat_grpc.backends.driver import Job
 from fastchat_grpc.backends.echo import EchoTokenizer
-from fastchat_grpc.backends.engine_thread import EngineThread, Output, Running
+from fastchat_grpc.backends.engine_thread import EngineThread
 from fastchat_grpc.core import Completion, Delta, Event, PromptEcho
 from fastchat_grpc.errors import BackendFailed, InvalidArgument, WorkerUnavailable
+from fastchat_grpc.text.batch import Output, Running
+from fastchat_grpc.text.job import Job
 from tests.unit.backends.asking import request
 
 
 class CountingEngine:
     """Makes the letters a, b, c, ... for every sequence; holds back while `gate` is closed."""
+
+    shares_prompts = False
 
     def __init__(self) -> None:
         self.running: dict[Running, int] = {}
@@ -50,7 +53,7 @@ class CountingEngine:
             raise RuntimeError("broken")
         for running, count in list(self.running.items()):
             if running.scores_prompt and count == 0:
-                yield Output(running, started=True, prompt_logprobs=())
+                yield Output(running, started_at=0.0, prompt_logprobs=())
             self.running[running] = count + 1
             yield Output(running, (ord("a") + count,))
 

@@ -13,9 +13,7 @@ from typing import Any
 
 import pytest
 
-from fastchat_grpc.backends.driver import Job
 from fastchat_grpc.backends.echo import EchoTokenizer
-from fastchat_grpc.backends.engine_thread import Output, Running
 from fastchat_grpc.backends.llama_cpp import backend as llama_cpp
 from fastchat_grpc.backends.llama_cpp import engine as llama_cpp_engine
 from fastchat_grpc.backends.llama_cpp.engine import EngineLimits, LlamaEngine
@@ -26,6 +24,8 @@ from fastchat_grpc.backends.vllm.requests import piece, sampling_parameters
 from fastchat_grpc.config import BackendConfig, ModelConfig
 from fastchat_grpc.core import Grammar, GrammarKind, ResumedChoice
 from fastchat_grpc.errors import BackendFailed, InvalidArgument
+from fastchat_grpc.text.batch import Output, Running
+from fastchat_grpc.text.job import Job
 from tests.unit.backends.asking import request
 from tests.unit.backends.test_llama_cpp import LlamaMemory
 

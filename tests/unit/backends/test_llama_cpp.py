@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastchat_grpc.backends.driver import Job
 from fastchat_grpc.backends.echo import EchoTokenizer
-from fastchat_grpc.backends.engine_thread import Running
 from fastchat_grpc.backends.llama_cpp import backend as llama_cpp
 from fastchat_grpc.backends.llama_cpp import engine as llama_cpp_engine
 from fastchat_grpc.backends.llama_cpp.engine import EngineLimits, LlamaEngine
@@ -19,6 +17,8 @@ from fastchat_grpc.config import BackendConfig, ModelConfig
 from fastchat_grpc.core import ChatMessage, ChatPrompt
 from fastchat_grpc.errors import ConfigError, ModelLoadError, OutOfMemory
 from fastchat_grpc.models.chat_template import ChatTemplate
+from fastchat_grpc.text.batch import Running
+from fastchat_grpc.text.job import Job
 from tests.unit.backends.asking import request
 
 

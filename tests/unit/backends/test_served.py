@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fastchat_grpc.backends.driver import Job
 from fastchat_grpc.backends.echo import EchoTokenizer
 from fastchat_grpc.backends.openvino import model as openvino_model
 from fastchat_grpc.backends.openvino.model import OpenVinoModel
 from fastchat_grpc.config import ModelConfig
+from fastchat_grpc.text.job import Job
 from tests.unit.backends.asking import request
 
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+from itertools import chain
 
 import pytest
 import torch
@@ -16,11 +16,15 @@ from tests.unit.engine.tiny import Harness, tiny, tiny_t5
 INPUTS = [prompt(n) for n in (3, 40, 1, 17)]
 
 
+def pieces(embedder, normalize=True):
+    """(index, vector) of all inputs, batch by batch."""
+    for batch in batches([len(token_ids) for token_ids in INPUTS]):
+        yield zip(batch, embedder.embed([INPUTS[i] for i in batch], normalize, ""), strict=True)
+
+
 def embed(model, pooling="mean", normalize=True, packed=None):
-    future: Future = Future()
-    with torch.inference_mode():
-        list(Embedder(model, pooling, lambda name: None, packed=packed).pieces(INPUTS, normalize, "", future))
-    return torch.tensor(future.result(timeout=0))
+    embedder = Embedder(model, pooling, lambda name: None, packed=packed)
+    return torch.tensor([vector for _, vector in sorted(chain.from_iterable(pieces(embedder, normalize)))])
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
@@ -71,10 +75,9 @@ def test_embedding_runs_between_the_steps_of_running_streams():
         expected = harness.run(ask(prompt(20), 60))[0].tokens()
         sink = harness.submit(ask(prompt(20), 60))
         sink.wait_for_tokens(2)
-        future: Future = Future()
         embedder = Embedder(model, "mean", lambda name: None)
-        harness.engine.run_job(embedder.pieces(INPUTS, True, "", future), future)
-        assert len(future.result(timeout=30)) == 4
+        future = harness.run_job(pieces(embedder))
+        assert len(list(chain.from_iterable(future.result(timeout=30)))) == 4
         assert sink.wait().tokens() == expected
 
 
@@ -87,14 +90,12 @@ def test_a_cancelled_embedding_stops_and_a_failing_one_says_so():
                 started.append(i)
                 yield
 
-        endless: Future = Future()
-        harness.engine.run_job(pieces(), endless)
+        endless = harness.run_job(pieces())
         while len(started) < 3:
             pass
         endless.cancel()
-        broken: Future = Future()
-        harness.engine.run_job((1 / 0 for _ in [0]), broken)
+        broken = harness.run_job(1 / 0 for _ in [0])
         with pytest.raises(Exception, match="ZeroDivisionError"):
             broken.result(timeout=30)
         assert harness.run(ask(prompt(5)))[0].error is None
-        assert not harness.engine._jobs
+        assert not harness.thread._calls

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import threading
 import time
-from concurrent.futures import Future
 
 import pytest
 import torch
@@ -204,7 +203,7 @@ def test_cancelling_frees_the_request_at_the_next_step(llama):
         sink = harness.submit(ask(prompt(20), 400))
         other = harness.submit(ask(prompt(10), 60))
         sink.wait_for_tokens(3)
-        harness.engine.abort(sink.request)
+        harness.abort(sink)
         other.wait()
         until(lambda: not harness.engine._requests)
         assert harness.pool.available == harness.pool.block_count
@@ -224,8 +223,8 @@ def test_cancelling_while_waiting_and_twice_is_harmless(llama):
     with Harness(llama, max_running=1) as harness:
         running = harness.submit(ask(prompt(20), 60))
         waiting = harness.submit(ask(prompt(21), 60, output=OutputOptions(n=3)))
-        harness.engine.abort(waiting.request)
-        harness.engine.abort(waiting.request)
+        harness.abort(waiting)
+        harness.abort(waiting)
         running.wait()
         until(lambda: not harness.engine._requests)
         assert not waiting.events
@@ -261,7 +260,7 @@ def test_a_request_that_breaks_alone_fails_alone(llama, monkeypatch):
         def fragile(sequence, *rest):
             if sequence.request.spec.request_id == "broken" and sequence.output_length == 3:
                 raise KeyError("no such token")
-            advance(sequence, *rest)
+            return advance(sequence, *rest)
 
         monkeypatch.setattr(harness.engine, "_advance", fragile)
         first, second = harness.run(broken, fine)
@@ -309,10 +308,10 @@ def test_closing_fails_what_runs_and_frees_everything(llama):
     with Harness(llama) as harness:
         sink = harness.submit(ask(prompt(20), 400))
         sink.wait_for_tokens(1)
-        harness.engine.close()
+        harness.close()
         assert isinstance(sink.wait().error, WorkerUnavailable)
         assert harness.pool.available == harness.pool.block_count
-        harness.engine.close()
+        harness.close()
 
 
 def test_who_comes_while_the_engine_closes_is_answered_too(llama):
@@ -329,18 +328,17 @@ def test_who_comes_while_the_engine_closes_is_answered_too(llama):
         harness.runner.run = slow
         first = harness.submit(ask(prompt(20), 400))
         assert entered.wait(60)
-        late, future = harness.submit(ask(prompt(10))), Future()
-        harness.engine.run_job(iter(()), future)
-        harness.engine._closing = True
+        late, future = harness.submit(ask(prompt(10))), harness.run_job(iter(()))
+        closer = threading.Thread(target=harness.close)
+        closer.start()
+        until(lambda: harness.thread._closed)
         closing.set()
-        harness.engine.close()
+        closer.join(60)
         assert isinstance(late.wait().error, WorkerUnavailable)
         assert isinstance(first.wait().error, WorkerUnavailable)
         assert isinstance(future.exception(60), WorkerUnavailable)
-        with pytest.raises(WorkerUnavailable):
-            harness.submit(ask(prompt(10)))
-        with pytest.raises(WorkerUnavailable):
-            harness.engine.run_job(iter(()), Future())
+        assert isinstance(harness.submit(ask(prompt(10))).wait().error, WorkerUnavailable)
+        assert isinstance(harness.run_job(iter(())).exception(60), WorkerUnavailable)
 
 
 def test_nothing_is_left_after_many_requests_come_and_go(llama):
@@ -351,12 +349,13 @@ def test_nothing_is_left_after_many_requests_come_and_go(llama):
             request = ask(prompt(rng.randrange(1, 90), i % 7), rng.randrange(1, 40), output=OutputOptions(n=1 + i % 3))
             sinks.append(harness.submit(request))
             if rng.random() < 0.3:
-                harness.engine.abort(rng.choice(sinks).request)
-        until(lambda: not harness.engine._requests, 120)
+                harness.abort(rng.choice(sinks))
+        until(lambda: all(sink.reading.done() for sink in sinks), 120)
+        until(lambda: not (harness.engine._requests or harness.thread._sequences), 120)
         assert harness.pool.available == harness.pool.block_count
         assert not harness.scheduler.waiting
         assert not harness.scheduler.running
-        assert not harness.engine._outbox
+        assert not harness.engine._sequences
 
 
 def test_prefixes_of_one_adapter_do_not_serve_another(llama):
@@ -418,28 +417,28 @@ def test_the_last_batch_is_let_go_of_when_nothing_runs(llama):
 
 def test_events_that_cannot_be_delivered_fail_requests_and_not_the_engine(llama):
     with Harness(llama) as harness:
-        deliver, failing = harness.engine._deliver, [True]
+        pass_on, failing = harness.thread._pass_on, [True]
 
-        def fragile(deliveries):
-            if failing and any(delivery.events for delivery in deliveries):
+        def fragile(output):
+            if failing and output.token_ids:
                 failing.clear()
                 raise ValueError("no such sink")
-            deliver(deliveries)
+            pass_on(output)
 
-        harness.engine._deliver = fragile
+        harness.thread._pass_on = fragile
         assert isinstance(harness.run(ask(prompt(20)))[0].error, BackendFailed)
         assert len(harness.run(ask(prompt(20)))[0].tokens()) == 12
 
 
 def test_an_engine_thread_that_ends_by_itself_ends_the_process(llama):
     reasons = []
-    harness = Harness(llama)
-    harness.engine._die = reasons.append
-    harness.engine._deliver = lambda deliveries: (_ for _ in ()).throw(ValueError("gone"))
-    with harness:
-        harness.submit(ask(prompt(20)))
+    with Harness(llama) as harness:
+        harness.thread._die = reasons.append
+        harness.thread._deliver = lambda outputs: (_ for _ in ()).throw(ValueError("gone"))
+        sink = harness.submit(ask(prompt(20)))
         until(lambda: reasons)
-    assert reasons == ["the engine thread ended"]
+        assert isinstance(sink.wait().error, WorkerUnavailable)
+    assert reasons == ["the thread engine ended"]
 
 
 def test_a_device_that_computes_nothing_any_more_ends_the_process(llama, monkeypatch):
@@ -462,7 +461,7 @@ def test_a_device_that_computes_nothing_any_more_ends_the_process(llama, monkeyp
 
 
 def test_closing_does_not_wait_for_ever(llama, monkeypatch, caplog):
-    monkeypatch.setattr("fastchat_grpc.engine.engine.CLOSE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("fastchat_grpc.backends.engine_thread.CLOSE_TIMEOUT_S", 0.05)
     release, entered = threading.Event(), threading.Event()
     with Harness(llama) as harness:
 
@@ -474,11 +473,11 @@ def test_closing_does_not_wait_for_ever(llama, monkeypatch, caplog):
         monkeypatch.setattr(harness.runner, "run", stuck)
         harness.submit(ask(prompt(20)))
         assert entered.wait(60)
-        harness.engine.close()
+        harness.close()
         assert "left to end by itself" in caplog.text
         release.set()
-        harness.engine._thread.join(60)
-        assert not harness.engine._thread.is_alive()
+        harness.thread._thread.join(60)
+        assert not harness.thread._thread.is_alive()
 
 
 def test_prompts_with_log_probabilities_are_computed_in_slices(llama):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from concurrent.futures import Future
 
 import pytest
 import torch
@@ -98,10 +97,7 @@ def test_an_embedding_does_not_depend_on_what_was_embedded_before():
     embedder = Embedder(model, "mean", lambda name: None)
 
     def embed(length):
-        future = Future()
-        with torch.inference_mode():
-            list(embedder.pieces([prompt(length)], True, "", future))
-        return future.result(0)[0]
+        return embedder.embed([prompt(length)], True, "")[0]
 
     alone = embed(40)
     embed(120)

@@ -32,7 +32,7 @@ def sequence(sampling: SamplingParams, prompt: list[int], output: list[int], **s
         sampling=sampling,
         stopping=StopConditions(**{"max_new_tokens": 9, **stopping}),
     )
-    request = Request(spec=spec, prompt=prompt, sink=None, arrival=0.0)
+    request = Request(spec=spec, prompt=prompt)
     return Sequence(request=request, index=0, tokens=[*prompt, *output], seed=sampling.seed or 0)
 
 

@@ -20,7 +20,7 @@ class World:
         self.number += 1
         prompt = [first or self.number * 1000 + i for i in range(length)]
         spec = GenerateRequest(prompt=TokenPrompt(tuple(prompt)), priority=priority, output=OutputOptions(n=n))
-        request = Request(spec=spec, prompt=prompt, sink=None, arrival=0.0, number=self.number)
+        request = Request(spec=spec, prompt=prompt, number=self.number)
         request.sequences = [Sequence(request=request, index=i, tokens=list(prompt), seed=0) for i in range(n)]
         request.sequences[0].followers = request.sequences[1:]
         self.scheduler.add(request.sequences[0])

@@ -59,7 +59,7 @@ def runner() -> PackedRunner:
 
 
 def sequence(length: int, blocks: list[int]) -> Sequence:
-    request = Request(spec=ask(prompt(length)), prompt=prompt(length), sink=None, arrival=0.0)
+    request = Request(spec=ask(prompt(length)), prompt=prompt(length))
     made = Sequence(request=request, index=0, tokens=prompt(length), seed=0)
     made.table.blocks = blocks
     return made

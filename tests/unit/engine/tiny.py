@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import Future
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,13 +25,16 @@ from transformers import (
     T5Config,
 )
 
+from fastchat_grpc.backends.driver import as_domain_error, drive
 from fastchat_grpc.backends.echo import EOS, VOCABULARY_SIZE, EchoTokenizer
+from fastchat_grpc.backends.engine_thread import EngineThread
 from fastchat_grpc.core import Completion, Delta, Event, GenerateRequest, PromptEcho
-from fastchat_grpc.engine.engine import Delivery, Engine
+from fastchat_grpc.engine.engine import Engine
 from fastchat_grpc.engine.kv_cache import BlockPool
 from fastchat_grpc.engine.model_runner import BLOCK_SIZE, PackedRunner, make_packed_runner
 from fastchat_grpc.engine.scheduler import Scheduler, SchedulerLimits
 from fastchat_grpc.engine.sequential_runner import SequentialRunner
+from fastchat_grpc.text.job import Job
 
 SMALL = {"vocab_size": VOCABULARY_SIZE, "eos_token_id": EOS, "bos_token_id": 1, "pad_token_id": 0}
 # Large weights, so that a random model has opinions and no two logits are close.
@@ -80,12 +87,13 @@ def tiny_t5() -> Any:
 
 @dataclass
 class Sink:
-    """Receives one request's events, on the engine thread."""
+    """Receives one request's events, on the harness's event loop."""
 
     events: list[Event] = field(default_factory=list)
     error: Exception | None = None
     done: threading.Event = field(default_factory=threading.Event)
     seen: threading.Condition = field(default_factory=threading.Condition)
+    reading: Future[None] | None = None
 
     def wait(self, timeout: float = 60) -> Sink:
         assert self.done.wait(timeout), "the request did not end"
@@ -111,7 +119,9 @@ class Sink:
 
 
 class Harness:
-    """An engine over a model, with sinks for its requests."""
+    """An engine over a model in its thread, an event loop in another, and sinks for its requests."""
+
+    thread: EngineThread
 
     def __init__(
         self,
@@ -125,6 +135,7 @@ class Harness:
         activate: Any = lambda name: None,
         logprob_tokens: int = 10_000,
         rounds_inputs: bool = False,
+        encoder_decoder: bool = False,
         **engine: Any,
     ) -> None:
         with torch.inference_mode():
@@ -148,42 +159,82 @@ class Harness:
         )
         self.scheduler = Scheduler(self.pool, limits)
         self.tokenizer = EchoTokenizer()
-        self.engine = Engine(
-            runner,
-            self.scheduler,
-            self.tokenizer,
-            self._deliver,
-            context_length=min(512, blocks * BLOCK_SIZE),
-            stream_interval=1,
-            **engine,
-        )
-        self.steps = 0
+        self._context_length = min(512, blocks * BLOCK_SIZE)
+        self._encoder_decoder = encoder_decoder
+        self.engine = Engine(runner, self.scheduler, self.tokenizer, context_length=self._context_length, **engine)
+        self._loop = asyncio.new_event_loop()
 
     def __enter__(self) -> Harness:
-        self.engine.start()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self._await(self._start())
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.engine.close()
+        self._await(self._end())
+        self._loop.call_soon_threadsafe(self._loop.stop)
 
     def submit(self, request: GenerateRequest, grammar: Any = None) -> Sink:
         sink = Sink()
-        sink.request = self.engine.submit(request, list(request.prompt.token_ids), sink, arrival=0.0, grammar=grammar)  # type: ignore
+        sink.reading = asyncio.run_coroutine_threadsafe(self._read(request, grammar, sink), self._loop)
         return sink
+
+    def abort(self, sink: Sink) -> None:
+        """As when a caller goes."""
+        assert sink.reading is not None
+        sink.reading.cancel()
 
     def run(self, *requests: GenerateRequest) -> list[Sink]:
         return [sink.wait() for sink in [self.submit(request) for request in requests]]
 
-    @staticmethod
-    def _deliver(deliveries: list[Delivery]) -> None:
-        for delivery in deliveries:
-            sink: Sink = delivery.sink
-            with sink.seen:
-                sink.events.extend(delivery.events)
-                sink.seen.notify_all()
-            if delivery.closed:
-                sink.error = delivery.error
-                sink.done.set()
+    def run_job(self, pieces: Iterator[Any]) -> Future[list[Any]]:
+        """Other work in the engine's thread, a piece between two steps; what the pieces give."""
+        return asyncio.run_coroutine_threadsafe(self._run_job(pieces), self._loop)
+
+    def close(self) -> None:
+        self._await(self.thread.close())
+
+    async def _start(self) -> None:
+        self.thread = EngineThread("engine", lambda: self.engine, lambda job, index: job.request.sampling.seed or 0)
+        await self.thread.start()
+
+    async def _end(self) -> None:
+        await self.thread.close()
+        await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
+
+    async def _read(self, request: GenerateRequest, grammar: Any, sink: Sink) -> None:
+        job = Job(
+            request,
+            list(request.prompt.token_ids),  # type: ignore[union-attr]
+            self.tokenizer,
+            context_length=self._context_length,
+            stream_interval=1,
+            output_apart=self._encoder_decoder,
+        )
+        job.grammar = grammar
+        try:
+            async with aclosing(drive(job, self.thread)) as events:
+                async for event in events:
+                    with sink.seen:
+                        sink.events.append(event)
+                        sink.seen.notify_all()
+        except Exception as error:
+            sink.error = error
+        sink.done.set()
+
+    async def _run_job(self, pieces: Iterator[Any]) -> list[Any]:
+        made = []
+        try:
+            while (piece := await self.thread.call(lambda: next(pieces, _END))) is not _END:
+                made.append(piece)
+        except Exception as error:
+            raise as_domain_error(error) from error
+        return made
+
+    def _await(self, what: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(what, self._loop).result(90)
+
+
+_END = object()
 
 
 def greedy_by_generate(model: Any, prompt: list[int], count: int, **options: Any) -> list[int]:
