@@ -1,1 +1,2 @@
-"""Text from tokens: detokenization, stops, events. Shared by every backend; needs no torch."""
+"""Text from tokens: requests on their way through an engine, detokenization, stops, events. Shared by every backend;
+needs no torch."""
