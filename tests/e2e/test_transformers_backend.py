@@ -179,7 +179,7 @@ async def test_a_closed_backend_gives_its_memory_back(llama: tuple[Path, Any]) -
     async with running(llama[0]) as (backend, _):
         await generate(backend, ask("hello"))
         engine = backend._loaded.engine
-        kept = [weakref.ref(x) for x in (engine._runner._model, engine, engine._runner._keys[0])]
+        kept = [weakref.ref(x) for x in (engine._runner.model, engine, engine._runner._keys[0])]
         del backend, engine
     # The thread that closed it lets go of it in its own time.
     await until(lambda: gc.collect() >= 0 and not any(ref() is not None for ref in kept))
