@@ -238,10 +238,8 @@ workers:
 """)
     controller = f"127.0.0.1:{controller_port}"
     async with running_cli("serve", "-f", str(file)), AsyncClient(controller) as client:
-        await wait_for_workers(controller)
-        async with asyncio.timeout(20):
-            while {model.model.name for model in await client.models()} != {"alpha", "beta", "gamma"}:
-                await asyncio.sleep(0.05)
+        await wait_for_workers(controller, 2)
+        assert {model.model.name for model in await client.models()} == {"alpha", "beta", "gamma"}
         assert (
             "".join([event.text async for event in client.generate("hi", model="beta") if isinstance(event, Delta)])
             == "hi"
