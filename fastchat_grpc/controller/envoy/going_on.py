@@ -239,9 +239,7 @@ def _nobody(journey: Journey, nobody: Nobody) -> pb.ContinueStreamResponse:
     """Nobody can take it, and waiting is of no use, or was of none."""
     if not journey.resumed:
         return _as_the_worker_said(journey) or _refusal(journey, nobody.error)
-    broke = (
-        f"the stream broke ({journey.error.message}), and" if journey.error is not None else "the stream waited, and"
-    )
+    broke = f"the stream broke ({journey.error.message})" if journey.error is not None else "the stream waited"
     if journey.verdict is Verdict.UNABLE and journey.error is not None:
         why = f"the stream broke, and the worker that was asked to go on cannot: {journey.error.message}"
         return _refusal(journey, NotResumable(why))

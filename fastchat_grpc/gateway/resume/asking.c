@@ -76,7 +76,8 @@ static void ask_next(Stream *s) {
         s->calling = false;
         if (s->gone || s->phase != PHASE_ASKING) return;
         if (result == STARTED && !s->answered) return;
-        if (s->answered && follow(s) && s->phase != PHASE_ASKING) return;
+        unsigned attempts = s->attempts;
+        if (s->answered && follow(s) && (s->phase != PHASE_ASKING || s->attempts != attempts)) return;
     }
     /* None of them says anything: what was picked at first may do. */
     if (stream_take_place(s))
@@ -100,5 +101,8 @@ void stream_answered(Stream *s, int result, const Text *parts, size_t count) {
     if (!whole) s->answer.size = 0; /* which is no answer */
     s->answered = true;
     if (s->calling) return;
-    if (!follow(s) || s->phase == PHASE_ASKING) ask_next(s);
+    unsigned attempts = s->attempts;
+    bool followed = follow(s);
+    /* An attempt that ended at once has asked by itself. */
+    if (s->attempts == attempts && (!followed || s->phase == PHASE_ASKING)) ask_next(s);
 }

@@ -192,6 +192,7 @@ void stream_try(Stream *s) {
         return;
     }
     s->attempts++;
+    s->worker_id.size = 0; /* the last one's word says nothing of this one */
     stream_note(s, "place", buffer_text(&s->place));
     stream_note(s, "attempts", (Text){number, (size_t)snprintf(number, sizeof number, "%u", s->attempts)});
     s->phase = PHASE_RUNNING;
