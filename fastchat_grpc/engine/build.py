@@ -9,7 +9,7 @@ import torch
 
 from fastchat_grpc.config import BackendConfig, EngineConfig
 from fastchat_grpc.core import Capability
-from fastchat_grpc.engine.embedder import Embedder
+from fastchat_grpc.engine.embedder import Embedder, Vectors
 from fastchat_grpc.engine.engine import Engine
 from fastchat_grpc.engine.kv_cache import BlockPool
 from fastchat_grpc.engine.model_runner import BLOCK_SIZE, ModelRunner, PackedRunner, make_packed_runner
@@ -55,6 +55,16 @@ class BuiltEngine:
     def output_apart(self) -> bool:
         """Whether prompt and output have a context each."""
         return self.loaded.kind is ModelKind.ENCODER_DECODER
+
+    def embed(self, inputs: list[list[int]], normalize: bool, adapter: str) -> Vectors:
+        """As `Embedder.embed`, with what a step does besides: it counts its tokens, and sees a device that fails."""
+        try:
+            vectors = self.embedder.embed(inputs, normalize, adapter)
+        except Exception as error:
+            self.engine.end_if_broken(error)
+            raise
+        self.engine.processed_tokens += sum(map(len, inputs))
+        return vectors
 
 
 def build_engine(loaded: LoadedModel, config: BackendConfig, settings: EngineConfig) -> BuiltEngine:

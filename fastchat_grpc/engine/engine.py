@@ -49,7 +49,7 @@ class Engine:
         self.scheduler = scheduler
         self.generated_tokens = 0
         self.processed_tokens = 0
-        """Prompt and output tokens computed since start: what a watchdog looks at."""
+        """Prompt, output and embedded tokens computed since start: what a watchdog looks at."""
         self._runner = runner
         scheduler.on_free = runner.release
         self._tokenizer = tokenizer
@@ -121,6 +121,16 @@ class Engine:
 
     def close(self) -> None:
         self.reset()
+
+    def end_if_broken(self, error: Exception) -> None:
+        """After an error on the device: end the process where the device computes nothing any more.
+
+        Raises:
+            WorkerUnavailable: it does not.
+        """
+        if is_broken(self._runner.device):
+            self._die(f"the device {self._runner.device} computes nothing any more")
+            raise WorkerUnavailable("the device of this worker has failed") from error
 
     # A step.
 
@@ -244,9 +254,7 @@ class Engine:
             largest = max(batch.sequences, key=lambda s: len(s.tokens)).request
             return self._fail(largest, OutOfMemory(f"no memory for a request of {len(largest.prompt)} prompt tokens"))
         log.error("a step failed, and %d sequences with it", len(batch.sequences), exc_info=error)
-        if is_broken(self._runner.device):
-            self._die(f"the device {self._runner.device} computes nothing any more")
-            raise WorkerUnavailable("the device of this worker has failed") from error
+        self.end_if_broken(error)
         failure = BackendFailed(f"the model failed in a step: {type(error).__name__}")
         requests = {id(sequence.request): sequence.request for sequence in batch.sequences}
         return [output for request in requests.values() for output in self._fail(request, failure)]

@@ -63,7 +63,7 @@ class TransformersBackend(BatchedBackend):
             engine=built.engine,
             served=_served(built, self._config.model.served_names),
             max_running=built.max_running,
-            embed=built.embedder.embed,
+            embed=built.embed,
             embed_batches=batches,
             grammars=built.grammars,
         )

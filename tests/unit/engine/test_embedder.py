@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from itertools import chain
+from typing import Any, cast
 
 import pytest
 import torch
 
+from fastchat_grpc.engine.build import BuiltEngine
 from fastchat_grpc.engine.embedder import Embedder, batches, pool
 from fastchat_grpc.engine.model_runner import make_packed_runner
 from fastchat_grpc.engine.step_model import TransformersModel
+from fastchat_grpc.errors import WorkerUnavailable
 from tests.unit.engine.test_engine import ask, prompt
 from tests.unit.engine.tiny import Harness, tiny, tiny_t5
 
@@ -99,3 +102,42 @@ def test_a_cancelled_embedding_stops_and_a_failing_one_says_so():
             broken.result(timeout=30)
         assert harness.run(ask(prompt(5)))[0].error is None
         assert not harness.thread._calls
+
+
+def built(harness) -> BuiltEngine:
+    model: Any = harness.runner.model
+    return BuiltEngine(
+        engine=harness.engine,
+        loaded=cast(Any, None),
+        embedder=Embedder(tiny("llama"), "mean", lambda name: None, packed=model),
+        grammars=cast(Any, None),
+        context_length=512,
+        max_running=1,
+        capabilities=frozenset(),
+    )
+
+
+def test_embedded_tokens_are_progress():
+    """Else a worker that embeds without a pause calls itself DEGRADED, as one whose engine hangs."""
+    harness = Harness(tiny("llama"))
+    built(harness).embed(INPUTS, True, "")
+    assert harness.engine.processed_tokens == sum(map(len, INPUTS))
+
+
+def test_a_device_that_an_embedding_breaks_ends_the_process(monkeypatch):
+    """A worker that only embeds runs no step that would find out, and would fail each request for ever."""
+    reasons: list[str] = []
+    harness = Harness(tiny("llama"), die=reasons.append)
+    engine = built(harness)
+
+    def illegal(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(harness.runner.model, "hidden_states", illegal)
+    with pytest.raises(RuntimeError, match="illegal"):
+        engine.embed(INPUTS, True, "")
+    assert not reasons, "the device still computes: only this call fails"
+    monkeypatch.setattr("fastchat_grpc.engine.engine.is_broken", lambda device: True)
+    with pytest.raises(WorkerUnavailable):
+        engine.embed(INPUTS, True, "")
+    assert reasons == ["the device cpu computes nothing any more"]
