@@ -206,7 +206,7 @@ class Engine:
             known, prompt = request.prompt_logprobs, request.prompt
             if not known:
                 known[0] = unknown_logprob(prompt[0], self._tokenizer)
-            position = chunk.start + 1  # of the token that the next row foretells
+            position = chunk.start + 1  # of the token that the next row's logits are for
             for logits in slices:
                 following = prompt[position : position + len(logits)]
                 if not following:

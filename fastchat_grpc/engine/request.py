@@ -92,7 +92,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step: decodes (one token each) first, then pieces of prompts."""
+    """One step: decodes (one token each) first, then prefill chunks."""
 
     chunks: tuple[Chunk, ...]
     forks: tuple[tuple[Sequence, Sequence], ...] = ()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastchat_grpc.config import ModelConfig
-from fastchat_grpc.core import NO_DEFAULTS, Capability, ModelInfo, SamplingDefaults
+from fastchat_grpc.core import NO_DEFAULTS, Capability, SamplingDefaults
 from fastchat_grpc.errors import ModelLoadError
 from fastchat_grpc.models.adapters import LoraAdapters, load_adapters
 from fastchat_grpc.models.detect import Detected, ModelKind, Pooling, detect, first_line
@@ -88,26 +88,6 @@ class LoadedModel:
         if self.tokenizer.chat_template:
             can.add(Capability.CHAT)
         return frozenset(can)
-
-    def infos(self, names: tuple[str, ...], capabilities: frozenset[Capability]) -> tuple[ModelInfo, ...]:
-        """The model under each of its names, and each LoRA adapter as a model of its own."""
-        base = names[0]
-
-        def info(name: str, base_model: str = "") -> ModelInfo:
-            return ModelInfo(
-                name=name,
-                base_model=base_model,
-                context_length=self.context_length,
-                capabilities=capabilities,
-                backend="transformers",
-                embedding_size=self.hidden_size if Capability.EMBED in capabilities else 0,
-                vocabulary_size=self.vocabulary_size,
-                quantization=self.quantization or _name(self.dtype),
-                precision=self.precision,
-                default_sampling=self.default_sampling,
-            )
-
-        return (*(info(name) for name in names), *(info(name, base) for name in self.adapters.names))
 
 
 def load_model(settings: ModelConfig) -> LoadedModel:

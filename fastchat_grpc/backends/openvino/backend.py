@@ -1,7 +1,7 @@
 """OpenVINO GenAI: the continuous batching pipeline for Intel and AMD CPUs (and Intel GPUs). Needs no torch.
 
 Tokens in, tokens out; text, stops and usage are the shared code's. The engine runs in a process of its
-own (see `openvino_process`). What it cannot do is declared in `capabilities`.
+own (see `process.py`). What it cannot do is declared in `capabilities`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ OpenVINO GenAI compiles a grammar in the middle of a step, which every stream wa
 compile leaves the pipeline unusable for every request. So each grammar first runs through a pipeline of its own,
 over a model with the real vocabulary and next to no weights; when that one breaks, another takes its place.
 
-It does so twice: in a process of its own (`openvino_grammar_process`), which may end or be ended; and, once it is
+It does so twice: in a process of its own (`grammar_process.py`), which may end or be ended; and, once it is
 known to compile, in a thread of the engine's process. What is compiled belongs to the tokenizer, which the small
 pipeline there shares with the large one, so that the latter finds it done.
 """

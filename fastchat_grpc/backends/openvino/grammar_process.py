@@ -2,7 +2,7 @@
 
 One that the compiler does not survive would end every stream of the engine's process, and one that takes too long
 could not be stopped there. Here it ends alone. The process starts with the first grammar. Frames as in
-`openvino_messages`: a GrammarLoad once, then grammars, each answered by a text or None.
+`messages.py`: a GrammarLoad once, then grammars, each answered by a text or None.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """From a model path to what OpenVINO GenAI reads: an exported folder or a GGUF file.
 
-The embedded model and GGUF files need no export (see `openvino_gguf`). A Hugging Face folder is exported once,
+The embedded model and GGUF files need no export (see `gguf.py`). A Hugging Face folder is exported once,
 by optimum-intel, into the cache. That library needs torch and releases of transformers that the server need
 not have, so it runs in another process and may live in another environment, which
 `--backend-option export_python=/path/to/python` names, or which is found by itself.

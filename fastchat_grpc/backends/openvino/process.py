@@ -2,7 +2,7 @@
 
 `ContinuousBatchingPipeline.step` holds Python's lock while it computes, so in the worker's own process
 every step would stop the event loop; here it stops nothing but this one. A crash of the engine, too, ends
-this process and not the worker. Messages (see `openvino_messages`) come in on standard input and go out on
+this process and not the worker. Messages (see `messages.py`) come in on standard input and go out on
 standard output.
 """
 
