@@ -7,6 +7,7 @@ import logging
 import socket
 import urllib.request
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from prometheus_client import Counter, Gauge
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 5.0
 """A process that does not tell its metrics within this time is left out, and told to be down."""
+MAX_ASKED = 64
+"""So many processes are asked at once: those that hang cost their time together."""
 OWN = "gateway"
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -66,8 +69,11 @@ class GatewayMetrics:
         self._up.set(text is not None)
         if text is not None:
             yield OWN, text
-        for name, address in self._targets:
-            text = _asked(lambda address=address: _target(address))  # type: ignore[misc]
+        if not self._targets:
+            return
+        with ThreadPoolExecutor(min(len(self._targets), MAX_ASKED), "scrape") as threads:
+            texts = list(threads.map(lambda target: _asked(lambda: _target(target[1])), self._targets))
+        for (name, _), text in zip(self._targets, texts, strict=True):
             self._target_up.labels(name).set(text is not None)
             if text is not None:
                 yield name, text

@@ -28,7 +28,7 @@ def merged(parts: Iterable[tuple[str, str]]) -> str:
 def _by_family(text: str) -> Iterator[tuple[str, str]]:
     """Lines, each with the name of its family."""
     family = ""
-    for line in text.splitlines():
+    for line in text.split("\n"):  # what else ends lines elsewhere may stand in a label
         if line.startswith(("# HELP ", "# TYPE ")):
             family = line.split(" ", 3)[2]
         elif not line or line.startswith("#"):

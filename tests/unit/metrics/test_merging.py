@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from fastchat_grpc.metrics.merging import merged
 from tests.scrape import Scrape
 
@@ -43,3 +45,10 @@ def test_a_text_without_types_is_kept() -> None:
     told = Scrape(merged([("one", 'x 1\ny{a="b"} 2\n')]))
     assert told.get("x", instance="one") == 1
     assert told.get("y", a="b", instance="one") == 2
+
+
+@pytest.mark.parametrize("sign", ["\u2028", "\x85", "\r", "\x0c", "\x1c"])
+def test_a_line_ends_at_a_line_feed_alone(sign: str) -> None:
+    """What else ends lines elsewhere may stand in a label's value, and must not spoil what all others tell."""
+    text = f'# TYPE g gauge\ng{{model_name="a{sign}b"}} 1\n'
+    assert merged([("one", text)]) == f'# TYPE g gauge\ng{{instance="one",model_name="a{sign}b"}} 1\n'
