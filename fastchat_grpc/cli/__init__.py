@@ -61,10 +61,7 @@ def cli() -> None:
 
 def main() -> None:
     """Run a command. Errors that a user can cause are one line on stderr."""
-    # Kubernetes tells pods of a service that is called fastchat-grpc by variables that look like our flags'.
-    for name in ("FASTCHAT_GRPC_PORT", "FASTCHAT_GRPC_HOST"):
-        if os.environ.get(name, "").startswith("tcp://"):
-            del os.environ[name]
+    forget_services()
     # What the C core would print about a failed bind or connection, our errors say in one line.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
@@ -81,6 +78,14 @@ def main() -> None:
         sys.exit(1)
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
+
+
+def forget_services() -> None:
+    """Kubernetes tells pods of its services by variables, and those of services such as fastchat-grpc or
+    fastchat-grpc-controller look like our flags'."""
+    for name, value in list(os.environ.items()):
+        if name.startswith("FASTCHAT_GRPC_") and value.startswith(("tcp://", "udp://", "sctp://")):
+            del os.environ[name]
 
 
 def _fail(message: str, error: click.ClickException | None = None) -> None:

@@ -28,6 +28,8 @@ NOT_OFFERED: Mapping[str, str] = {
 """Flags of a part that `serve` does not have, and why. It has all others, and passes them on."""
 SECRETS = ("join_token", "api_keys", "parent_join_token")
 """Flags whose values reach the parts by the environment: command lines can be read by everybody on the machine."""
+PLACE = ("port", "worker_address", "worker_id")
+"""What no two workers have in common."""
 AUTHORITIES: Mapping[str, str] = {
     "controller": "worker_ca",
     "worker": "controller_ca",
@@ -119,6 +121,7 @@ class Plan:
         if with_gateway:
             own = ["--mode", "direct", "--host", self.gateway_host, "--port", str(self.gateway_port), *at_controller]
             found.append(self._part("gateway", "gateway", own + metrics["gateway"], self._section("gateway")))
+        _refuse_doubles(found)
         return found
 
     def _part(self, name: str, part: str, own: Sequence[str], *sections: Section) -> Planned:
@@ -176,10 +179,11 @@ class Plan:
         if flags["num_workers"] < 1:
             raise ConfigError(f"--num-workers must be at least 1, got {flags['num_workers']}")
         shared = Section() if self._file is None else self._file.worker
-        entries = (self._file.workers if self._file is not None else None) or (
-            Section(shared.where, shared.values, shared.lines, flags["num_workers"]),
-        )
+        named = self._file.workers if self._file is not None else None
+        entries = named or (Section(shared.where, shared.values, shared.lines, flags["num_workers"]),)
         count = sum(entry.replicas for entry in entries)
+        if named and count > 1:
+            self._refuse_shared_places(shared)
         if flags["worker_address"] and count > 1 and not flags["port"]:
             raise ConfigError("several workers with one --worker-address need a --port, from which theirs are counted")
         places = list(_places(flags, entries, shared, count))
@@ -187,6 +191,15 @@ class Plan:
         if double := next((name for name in ids if ids.count(name) > 1), None):
             raise ConfigError(f"two workers have the --worker-id {double}")
         return places
+
+    def _refuse_shared_places(self, shared: Section) -> None:
+        """Several workers cannot have one place, and from where theirs are counted is said at the top."""
+        assert self._file is not None
+        if name := next((name for name in PLACE if name in shared.values), None):
+            raise ConfigError(
+                f"{self._file.path}:{shared.lines[name]}: worker.{name} is of one worker, and there are several; "
+                "say it in an entry of workers, or at the top, from where those of all are counted"
+            )
 
     def _metrics(self, names: Sequence[str]) -> dict[str, list[str]]:
         """The flags of each part's metrics: the gateway, or else the controller, has the port that was asked for, and
@@ -231,19 +244,37 @@ def _places(flags: Mapping[str, Any], entries: Sequence[Section], shared: Sectio
     """The places of the workers, counted from the first port, address and id; a worker may have its own."""
     following, total = flags["port"], 0
     for entry in entries:
-        own_port, own_address = entry.values.get("port"), entry.values.get("worker_address")
+        said = {**shared.values, **entry.values}
+        own_port, own_address = said.get("port"), said.get("worker_address")
         for i in range(entry.replicas):
             port = following if own_port is None else own_port and own_port + i
             if own_port is None and following:
                 following += 1
             address = _counted(own_address, i) if own_address else _counted(flags["worker_address"], total)
-            name = entry.values.get("worker_id") or ""
+            name = said.get("worker_id") or ""
             if name:
                 name = name if entry.replicas == 1 else f"{name}-{i}"
             elif flags["worker_id"]:
                 name = flags["worker_id"] if count == 1 else f"{flags['worker_id']}-{total}"
             total += 1
             yield Place(port, address, name, (entry, shared))
+
+
+def _refuse_doubles(parts: Sequence[Planned]) -> None:
+    """Raise ConfigError where two are to listen at one place, which the second would say after models are loaded."""
+    holders: dict[str, str] = {}
+    for part in parts:
+        flags = part.flags
+        for name, host, port in (
+            (part.name, flags["host"], flags["port"]),
+            (f"metrics of {part.name}", flags["metrics_host"], flags["metrics_port"]),
+        ):
+            if not port:
+                continue
+            place = join_address(dial_host(host.strip("[]")), port)
+            if place in holders:
+                raise ConfigError(f"{holders[place]} and {name} are both to listen on {place}")
+            holders[place] = name
 
 
 def _counted(address: str | None, i: int) -> str:

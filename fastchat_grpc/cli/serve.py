@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import click
 from fastchat_grpc.cli import options
 from fastchat_grpc.cli.fleet import COMMANDS, NOT_OFFERED, Plan, Planned
 from fastchat_grpc.cli.process import run_until_signalled
-from fastchat_grpc.cli.settings import FROM_ENVIRONMENT, located, read, settings_option
+from fastchat_grpc.cli.settings import FROM_ENVIRONMENT, PREFIX, located, read, settings_option
 from fastchat_grpc.cli.settings_file import SettingsFile
 from fastchat_grpc.cli.supervisor import Part, Supervisor
 from fastchat_grpc.config import CONTROLLER_PORT, GATEWAY_PORT, WORKER_PORT, join_address
@@ -45,6 +46,8 @@ def serve(ctx: click.Context, /, **flags: Any) -> None:
 
 def planned(ctx: click.Context) -> list[Planned]:
     """The processes that `serve` would start, with all that each of them reads. Raises ConfigError."""
+    for name in ("config", "print_config"):  # what parts read of the file they are told from here
+        os.environ.pop(f"{PREFIX}_{name.upper()}", None)
     file: SettingsFile | None = read(ctx.params["config"]) if ctx.params["config"] is not None else None
     asked: bool | None = ctx.params["gateway"]
     if asked is None and file is not None:

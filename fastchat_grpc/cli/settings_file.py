@@ -246,7 +246,12 @@ class _Reader:
     def _scalar(self, node: yaml.Node) -> Any:
         import yaml
 
-        return yaml.SafeLoader("").construct_object(node) if isinstance(node, yaml.ScalarNode) else None
+        if not isinstance(node, yaml.ScalarNode):
+            return None
+        try:
+            return yaml.SafeLoader("").construct_object(node)
+        except (yaml.YAMLError, ValueError, KeyError) as error:  # such as a date that looks like one and is none
+            self._fail(node, f"{node.value!r} is no value of YAML: {getattr(error, 'problem', None) or error}")
 
     def _bool(self, node: yaml.Node) -> bool | None:
         value = self._scalar(node)

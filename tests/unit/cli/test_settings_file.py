@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from textwrap import dedent
 
@@ -130,6 +131,13 @@ def test_secrets_of_a_file_reach_no_command_line(file: Path) -> None:
         ("a: [\n", ":2: this is not YAML"),
         ("", " holds no settings"),
         ("port: {a: 1}", ":1: port must be a single value"),
+        ("port: 2026-13-45", ":1: '2026-13-45' is no value of YAML: month must be in"),
+        ("port: !!int abc", ":1: 'abc' is no value of YAML: "),
+        ("port: !!bool abc", ":1: 'abc' is no value of YAML: "),
+        ("worker_id: !!python/object:os.system a", ":1: 'a' is no value of YAML: "),
+        # What each worker has by itself cannot be said for several of them at once.
+        ("worker:\n  worker_id: x\nworkers: [{}, {}]", ":2: worker.worker_id is of one worker"),
+        ("worker:\n  port: 7\nworkers: [{}, {}]", ":2: worker.port is of one worker"),
         # What the flags themselves refuse is found in the file, too.
         ("weight: 1e9", ":1: --weight must be"),
         ("workers:\n- weight: 0", ":2: --weight must be"),
@@ -140,6 +148,37 @@ def test_what_is_wrong_is_said_with_its_line_and_its_key(file: Path, text: str, 
     with pytest.raises(ConfigError) as caught:
         fleet(file, text, "--backend", "echo", "--no-gateway")
     assert str(caught.value).startswith(f"{file}{problem}"), caught.value
+
+
+@pytest.mark.parametrize(
+    ("text", "both"),
+    [
+        ("workers: [{port: 7100}, {port: 7100}]", "worker-0 and worker-1 .*127.0.0.1:7100"),
+        ("workers: [{port: 21003}, {}, {}]", "worker-0 and worker-2 .*127.0.0.1:21003"),
+        ("controller_port: 7100\nport: 7100", "controller and worker-0 .*127.0.0.1:7100"),
+        ("metrics_port: 21001", "controller and metrics of controller .*127.0.0.1:21001"),
+    ],
+)
+def test_no_two_listen_at_one_place(file: Path, text: str, both: str) -> None:
+    with pytest.raises(ConfigError, match=both):
+        fleet(file, text, "--backend", "echo", "--no-gateway")
+
+
+def test_a_worker_that_is_the_only_one_may_have_its_place_in_either_section(file: Path) -> None:
+    found = fleet(file, "gateway: false\nworker: {backend: echo, port: 7, worker_id: x}\nworkers: [{}]")
+    assert (found["worker-0"].flags["port"], found["worker-0"].flags["worker_id"]) == (7, "x")
+    assert found["controller"].flags["expect_workers"] == ("x",)
+
+
+def test_parts_take_the_file_of_serve_from_it_alone(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each part that finds the file's name in the environment would read it by itself, and a gateway would print
+    its configuration and end, again and again."""
+    file.write_text("gateway: false\nworkers: [{backend: echo}, {backend: echo, max_queue: 5}]")
+    monkeypatch.setenv("FASTCHAT_GRPC_CONFIG", str(file))
+    monkeypatch.setenv("FASTCHAT_GRPC_PRINT_CONFIG", "1")
+    found = planned(serve.make_context("serve", []))
+    assert [part.flags["max_queue"] for part in found if part.kind == "worker"] == [256, 5]
+    assert not {"FASTCHAT_GRPC_CONFIG", "FASTCHAT_GRPC_PRINT_CONFIG"} & set(os.environ)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
