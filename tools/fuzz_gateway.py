@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,11 +21,17 @@ SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 COUNT = 10_000_000
 
 
-def build(path: Path, compiler: str = os.environ.get("CC", "cc")) -> None:
-    """Compile the harness to `path`. Raises CalledProcessError, with what the compiler says."""
-    sources = [str(HARNESS), *(str(MODULE / part) for part in PARTS)]
-    command = [compiler, "-std=c11", "-O1", "-g", *SANITIZERS, "-Wall", "-Wextra", "-Werror", f"-I{MODULE}", *sources]
-    subprocess.run([*command, "-o", str(path)], check=True, capture_output=True, text=True)
+def build(
+    path: Path,
+    compiler: str = os.environ.get("CC", "cc"),
+    harness: Path = HARNESS,
+    parts: Sequence[str] = PARTS,
+    flags: Sequence[str] = (),
+) -> None:
+    """Compile a harness, and parts of the module, to `path`. Raises CalledProcessError, with what the compiler says."""
+    sources = [str(harness), *(str(MODULE / part) for part in parts)]
+    command = [compiler, "-std=c11", "-O1", "-g", *SANITIZERS, "-Wall", "-Wextra", "-Werror", f"-I{MODULE}", *flags]
+    subprocess.run([*command, *sources, "-o", str(path)], check=True, capture_output=True, text=True)
 
 
 def main(count: int = COUNT, seed: int = 1) -> int:

@@ -198,7 +198,7 @@ class OpenAIServicer(openai_pb2_grpc.OpenAIServiceServicer):
         if self._worker_id is not None and asked_for(context.invocation_metadata()):
             model = find_model(self._catalog, call.generations[0].model)
             pieces = self._pieces(call, model, start, size, begun=begun is not None)
-            header += told(served_by=self._worker_id())
+            header += told(served_by=self._worker_id(), knows_state="1")
             if model is not None:
                 header += told(fingerprint=model.fingerprint, backend=model.backend)
         call = replace(call, generations=seeded_apart(call.generations, start.resume))

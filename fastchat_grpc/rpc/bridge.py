@@ -8,7 +8,7 @@ CLIENT_HEADER = "x-fastchat-client"
 """Request header with the name of the caller's API key, for the worker's logs."""
 RESUME_HEADER = "x-fastchat-resume"
 """Request header with "1" by which a bridge asks a worker for the state of its answer, piece by piece, to go on with it
-elsewhere. A public gateway drops a caller's own."""
+elsewhere. A public gateway drops a caller's own. The worker's answer has it, too: it knows what that is."""
 WORKER_HEADER = "x-fastchat-worker"
 """Response header with the identity of the worker, where the bridge has asked for state."""
 PLACES_KEY = "places"

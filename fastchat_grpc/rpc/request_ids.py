@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from fastchat_grpc.core import MAX_REQUEST_ID_LENGTH
-from fastchat_grpc.rpc.bridge import WORKER_HEADER
+from fastchat_grpc.rpc.bridge import RESUME_HEADER, WORKER_HEADER
 
 REQUEST_ID = "x-request-id"
 WORKER_ID = "x-fastchat-grpc-worker"
@@ -17,6 +17,7 @@ BACKEND = "x-fastchat-grpc-backend"
 """That runs it: likewise."""
 _KEYS = {
     "served_by": WORKER_HEADER,
+    "knows_state": RESUME_HEADER,
     "request_id": REQUEST_ID,
     "worker_id": WORKER_ID,
     "fingerprint": FINGERPRINT,
@@ -39,7 +40,8 @@ def told(**values: str) -> tuple[tuple[str, str], ...]:
     """Metadata that tells a caller who answers which request. What cannot be metadata, or is empty, is left out.
 
     Args:
-        values: `request_id`, `worker_id`, `fingerprint` and `backend`; `served_by` is the worker, for a bridge.
+        values: `request_id`, `worker_id`, `fingerprint` and `backend`; for a bridge, `served_by` is the
+            worker, and `knows_state` "1".
     """
     return tuple((_KEYS[name], value) for name, value in values.items() if value and _printable(value))
 

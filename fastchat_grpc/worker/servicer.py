@@ -52,7 +52,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         header = told(request_id=domain.request_id, **who)
         made: GenerationPieces | None = None
         if asked_for(context.invocation_metadata()):
-            header += told(served_by=worker_id)
+            header += told(served_by=worker_id, knows_state="1")
             able = can_go_on(domain, model.capabilities)
             begins = beginning(domain, model, self._rng) if able else pb.Resume()
             domain, made = seeded(domain, begins), GenerationPieces(begins, Room(request.ByteSize(), able=able))

@@ -62,7 +62,8 @@ class MockWorker:
         try:
             if fault.get("number") == -1:
                 await self._do(fault["do"], context)
-            await context.send_initial_metadata(((WORKER_HEADER, self.worker_id),))
+            knows = ((RESUME_HEADER, "1"),) if spec["state"] >= 0 else ()
+            await context.send_initial_metadata(((WORKER_HEADER, self.worker_id), *knows))
             for i in range(first, spec["n"]):
                 if fault.get("number") == i and (odd := await self._do(fault["do"], context)) is not None:
                     yield odd

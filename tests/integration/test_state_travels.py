@@ -44,6 +44,7 @@ def method(channel: grpc.aio.Channel, name: str) -> Method:
             async for frame in stream:
                 told = dict(await stream.initial_metadata())
                 assert told["x-fastchat-worker"] in "ab"
+                assert told["x-fastchat-resume"] == "1"
                 assert told["x-fastchat-grpc-fingerprint"] == told["x-fastchat-grpc-backend"] == "echo"
                 yield frame
         finally:

@@ -16,7 +16,7 @@ static bool write_question(Stream *s) {
         .worker_id = buffer_text(&s->worker_id),
         .code = number,
         .details = buffer_text(&s->details),
-        .started = s->frames.passed > 0 || (s->frames.kept && !s->frames.lost),
+        .started = s->frames.passed > 0 || frames_resume(&s->frames),
         .parked = s->after_parking,
         .losses = s->losses,
         .fingerprint = buffer_text(&s->fingerprint),

@@ -126,7 +126,9 @@ void frames_begin(Frames *frames) {
     if (frames->passed == 0 && frames->lost) frames->kept = frames->lost = false;
 }
 
-bool frames_can_go_on(const Frames *frames) { return frames->passed == 0 || (frames->kept && !frames->lost); }
+bool frames_resume(const Frames *frames) { return frames->kept && !frames->lost; }
+
+bool frames_can_go_on(const Frames *frames) { return frames->passed == 0 || frames_resume(frames); }
 
 bool frames_extensible(const Buffer *request) {
     return request->size >= FRAME_HEAD && request->data[0] == 0 &&
@@ -136,7 +138,7 @@ bool frames_extensible(const Buffer *request) {
 bool frames_request(const Frames *frames, const Buffer *request, Buffer *out) {
     size_t head = out->size;
     if (!buffer_put(out, request->data, request->size)) return false;
-    if (!frames->kept || frames->lost) return true; /* the caller has nothing: from the start */
+    if (!frames_resume(frames)) return true; /* the caller has nothing: from the start */
     if (!buffer_put(out, frames->state.data, frames->state.size)) return false;
     frame_set_size(out->data + head, out->size - head - FRAME_HEAD);
     return true;

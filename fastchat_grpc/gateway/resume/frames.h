@@ -44,6 +44,8 @@ FramesResult frames_feed(Frames *frames, const char *data, size_t size, Buffer *
 void frames_begin(Frames *frames);
 /* Whether another worker can give the rest, or all of it where the caller has nothing yet. */
 bool frames_can_go_on(const Frames *frames);
+/* Whether the next worker is sent what is kept, and not the request alone. */
+bool frames_resume(const Frames *frames);
 /* Append the request for the next worker: the caller's, one frame, and behind it what is kept.
  * False where there is no memory. */
 bool frames_request(const Frames *frames, const Buffer *request, Buffer *out);

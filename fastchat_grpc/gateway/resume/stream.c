@@ -193,6 +193,8 @@ void stream_try(Stream *s) {
     }
     s->attempts++;
     s->worker_id.size = 0; /* the last one's word says nothing of this one */
+    s->resumes = frames_resume(&s->frames);
+    s->knows = false;
     stream_note(s, "place", buffer_text(&s->place));
     stream_note(s, "attempts", (Text){number, (size_t)snprintf(number, sizeof number, "%u", s->attempts)});
     s->phase = PHASE_RUNNING;
@@ -241,7 +243,8 @@ static size_t held_headers(const Buffer *held, Header *headers) {
 
 /* Of the hop to the worker alone. */
 static bool is_ours(Text name) {
-    return text_is(name, "x-fastchat-worker") || text_is(name, "grpc-accept-encoding") || text_begins(name, "x-envoy-");
+    return text_is(name, "x-fastchat-worker") || text_is(name, "x-fastchat-resume") ||
+           text_is(name, "grpc-accept-encoding") || text_begins(name, "x-envoy-");
 }
 
 static void learn(Buffer *known, Text value) {
@@ -258,6 +261,7 @@ void stream_headers(Stream *s, const Header *headers, size_t count, bool end) {
         }
     }
     buffer_set(&s->worker_id, header_find(headers, count, "x-fastchat-worker"));
+    s->knows = text_is(header_find(headers, count, "x-fastchat-resume"), "1");
     learn(&s->fingerprint, header_find(headers, count, "x-fastchat-grpc-fingerprint"));
     learn(&s->backend, header_find(headers, count, "x-fastchat-grpc-backend"));
     if (s->worker_id.size) stream_note(s, "served", buffer_text(&s->worker_id));
@@ -301,6 +305,12 @@ static void mind_the_reader(Stream *s, size_t sent) {
 
 void stream_data(Stream *s, const Text *parts, size_t count) {
     Buffer *out = &s->out;
+    if (s->resumes && !s->knows) { /* it has begun anew: its answer is not the rest of this one */
+        stream_drop(s);
+        stream_set_status(s, TEXT("12"), TEXT("the worker does not know the state that it was to go on from"), (Text){0});
+        end_attempt(s);
+        return;
+    }
     out->size = 0;
     FramesResult result = FRAMES_OK;
     for (size_t i = 0; i < count && result == FRAMES_OK; i++)

@@ -42,6 +42,8 @@ typedef struct {
     bool active;        /* whether events count at all */
     bool starting;      /* inside start_http_stream, which may report an end before it returns */
     bool ended;         /* and has */
+    bool resumes;       /* it was sent what is kept */
+    bool knows;         /* and its worker has said that it knows what that is */
     unsigned attempts, losses;
     Buffer place, worker_id, fingerprint, backend;
     Buffer held;        /* headers of the answer, until its first frame goes on */

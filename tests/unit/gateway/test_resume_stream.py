@@ -1,0 +1,74 @@
+"""The gateway's module off Envoy: what it makes of one stream's events, under AddressSanitizer."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fastchat_grpc.native.library import find_compiler
+from tools.fuzz_gateway import MODULE, build
+
+Told = Callable[[str], list[str]]
+HARNESS = Path(__file__).parent / "stub_envoy.c"
+BROKEN = "begin heads 1 ack frame 1 Hello reset 1"
+"""The caller has a part, and the controller is asked (callout 2)."""
+
+
+@pytest.fixture(scope="module")
+def envoy(tmp_path_factory: pytest.TempPathFactory) -> Told:
+    """What the module does when it is told the words of `stub_envoy.c`, line by line."""
+    compiler = find_compiler()
+    if compiler is None:
+        pytest.skip("no C compiler")
+    path = tmp_path_factory.mktemp("stub") / "stub_envoy"
+    try:
+        build(
+            path,
+            compiler,
+            HARNESS,
+            [part.name for part in MODULE.glob("*.c")],
+            ("-Wl,--wrap=calloc", "-Wl,--wrap=realloc"),
+        )
+    except subprocess.CalledProcessError as error:
+        if "sanitize" in error.stderr or "asan" in error.stderr:
+            pytest.skip("the compiler has no AddressSanitizer")
+        raise AssertionError(error.stderr) from None
+
+    def told(words: str) -> list[str]:
+        done = subprocess.run([path, *words.split()], capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+        return done.stdout.splitlines()
+
+    return told
+
+
+def said(lines: list[str]) -> str:
+    """All the text that the caller got."""
+    return "".join(line.removeprefix("caller gets ") for line in lines if line.startswith("caller gets "))
+
+
+def test_another_worker_goes_on(envoy: Told) -> None:
+    lines = envoy(f"{BROKEN} goes 2 second heads 3 ack frame 3 World trailers 3 0")
+    assert said(lines) == "HelloWorld"
+    assert [line for line in lines if "starts" in line or "asks" in line] == [
+        "1 starts with 3 bytes at first",
+        "2 asks controller_0",
+        "3 starts with 8 bytes at second",
+    ]
+    assert lines[-1] == "trailers grpc-status=0"
+
+
+def test_a_worker_that_does_not_know_of_state_is_left_before_its_text_is_passed_on(envoy: Told) -> None:
+    """It ignores what it was sent to go on from, and begins anew."""
+    lines = envoy(
+        f"{BROKEN} goes 2 second heads 3 plain bare 3 Hello bare 3 World goes 4 third heads 5 ack frame 5 World"
+    )
+    assert said(lines) == "HelloWorld"
+    assert lines[-4:-1] == ["3 is reset", "4 asks controller_0", "5 starts with 8 bytes at third"]
+
+
+def test_a_reply_that_was_complete_ends_without_a_word_of_the_next_worker(envoy: Told) -> None:
+    assert envoy(f"{BROKEN} goes 2 second heads 3 end")[-1].startswith("trailers")
