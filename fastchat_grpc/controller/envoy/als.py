@@ -190,15 +190,15 @@ class Completions(als_pb2_grpc.AccessLogServiceServicer):  # type: ignore[misc]
         """Take one entry: an attempt of a request, or its end."""
         name = entry.request.request_headers.get(TICKET_HEADER, "")
         ticket = self._tickets.get(name)
-        if ticket is None:
-            return
         if entry.common_properties.access_log_type == accesslog_pb2.UpstreamEnd:
-            self._attempted(ticket, entry)
+            if ticket is not None:
+                self._attempted(ticket, entry)
             return
         told = entry.common_properties.metadata.filter_metadata
-        if LUA_NAMESPACE in told:
+        if ticket is not None and LUA_NAMESPACE in told:
             self._carried(ticket, told[LUA_NAMESPACE])
-        self._tickets.take(name)
+        if name:
+            self._tickets.end(name)
 
     def _carried(self, ticket: Ticket, told: struct_pb2.Struct) -> None:
         """A stream that the gateway's module carried has ended; where that says nothing, its caller has left."""

@@ -26,9 +26,11 @@ from fastchat_grpc.controller.fleet import Reservation, Worker
 from fastchat_grpc.controller.relay import Relay
 from fastchat_grpc.controller.search import Search
 from fastchat_grpc.errors import (
+    AdapterNotFound,
     Code,
     FailoverExhausted,
     FastChatError,
+    ModelNotFound,
     NoLiveWorker,
     NotResumable,
     WorkerUnavailable,
@@ -54,7 +56,8 @@ class Journey:
     def __init__(self, pick: Pick, search: Search, wait_s: float) -> None:
         self.pick = pick
         self.search = search
-        self.wait_s = self.patience_s = wait_s
+        self.wait_s = wait_s
+        self.waits_until = monotonic() + wait_s
         self.started = False
         self.displaced = False
         self.attempts = 1
@@ -81,6 +84,11 @@ class Journey:
             backend = self.backend if pick.seeded else ""
             return wanted.going_on(ResumeNeeds(pick.needs, self.fingerprint, backend))
         return wanted.going_on(pick.resumed) if pick.resumed is not None else wanted
+
+    @property
+    def patience_s(self) -> float:
+        """Time left to wait in, whichever controllers are asked in it."""
+        return self.waits_until - monotonic()
 
     @property
     def resumed(self) -> bool:
@@ -118,16 +126,20 @@ class GoingOn:
     async def answer(self, question: pb.ContinueStreamRequest) -> pb.ContinueStreamResponse:
         """Where the stream goes on. Raises InvalidArgument for a pick that is none."""
         pick = Pick.decode(question.pick)
+        if self._tickets.has_ended(pick.ticket):
+            return pb.ContinueStreamResponse()  # which nobody reads any more
         ticket = self._tickets.get(pick.ticket)
         if ticket is None:
             ticket = self._tickets.adopt(pick.ticket, pick.gateway)
         journey = ticket.journey
         if journey is None:
             journey = ticket.journey = self._begin(pick, ticket)
-        if journey.waits_with != question:
+        known = journey.waits_with == question
+        if not known:
             self._note(ticket, journey, question)
         journey.waits_with = None
-        return await self._next(ticket, journey, question)
+        # What has begun is taken to other controllers, who may know somebody now, before anybody waits.
+        return await self._next(ticket, journey, question, 0.0 if journey.started and not known else HOLD_S)
 
     def _begin(self, pick: Pick, ticket: Ticket) -> Journey:
         search = Search(self._dispatcher, pick.model, pick.key)
@@ -141,7 +153,7 @@ class GoingOn:
 
     def _note(self, ticket: Ticket, journey: Journey, question: pb.ContinueStreamRequest) -> None:
         """An attempt has ended."""
-        journey.patience_s = journey.wait_s
+        journey.waits_until = monotonic() + journey.wait_s
         journey.started = question.started
         journey.learn(question.model_fingerprint, question.backend)
         worker = self._worker(ticket, question)
@@ -179,17 +191,19 @@ class GoingOn:
     # ---------------------------------------------------------------------------- what is done next
 
     async def _next(
-        self, ticket: Ticket, journey: Journey, question: pb.ContinueStreamRequest
+        self, ticket: Ticket, journey: Journey, question: pb.ContinueStreamRequest, hold_s: float
     ) -> pb.ContinueStreamResponse:
         limits = replace(self._failover.config, max_attempts=max(1, journey.pick.choices))
-        until = monotonic() + HOLD_S
+        until = monotonic() + hold_s
         while next_step(journey.situation(), Outlook.READY, limits) is Step.TRY:
+            if not ticket.open:  # void, or the stream has ended while it was waited: nothing would be released
+                return pb.ContinueStreamResponse(ask_again=True)
             try:
                 reservation = self._reserve(journey)
             except Nobody as nobody:
                 if next_step(journey.situation(), nobody.outlook, limits) is Step.STOP:
                     return _nobody(journey, nobody)
-            except FastChatError as error:  # nobody has the model any more
+            except FastChatError as error:
                 return _refusal(journey, error)
             else:
                 return self._move(ticket, journey, reservation)
@@ -197,13 +211,16 @@ class GoingOn:
                 journey.waits_with = pb.ContinueStreamRequest()
                 journey.waits_with.CopyFrom(question)
                 return pb.ContinueStreamResponse(ask_again=True)
-            await self._news(journey, min(left_s, journey.patience_s))
+            await self._news(journey, max(0.0, min(left_s, journey.patience_s)))
         return _stopped(journey)
 
     def _reserve(self, journey: Journey) -> Reservation:
         gateway = journey.pick.gateway
         wanted = journey.wanted()._replace(reaches=lambda worker: self._place(worker, gateway) is not None)
-        return journey.search.reserve(wanted)
+        try:
+            return journey.search.reserve(wanted)
+        except (ModelNotFound, AdapterNotFound) as error:  # whoever picked knew it; this controller may yet hear of it
+            raise Nobody(Outlook.OPEN, NoLiveWorker(error.message, metadata=error.metadata)) from None
 
     def _place(self, worker: Worker, gateway: str) -> str | None:
         return self._endpoints.location(worker, gateway)
@@ -223,7 +240,6 @@ class GoingOn:
 
     async def _news(self, journey: Journey, timeout_s: float) -> None:
         """Return when a worker may have come, or the gateway has learned of one."""
-        began = monotonic()
         room = asyncio.ensure_future(journey.search.wait(journey.wanted(), timeout_s))
         acked = asyncio.ensure_future(self._endpoints.acked())
         try:
@@ -232,7 +248,6 @@ class GoingOn:
             room.cancel()
             acked.cancel()
             await asyncio.gather(room, acked, return_exceptions=True)
-            journey.patience_s -= monotonic() - began
 
 
 def _nobody(journey: Journey, nobody: Nobody) -> pb.ContinueStreamResponse:

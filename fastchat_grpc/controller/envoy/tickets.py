@@ -14,6 +14,8 @@ from fastchat_grpc.controller.fleet import Reservation, Worker
 
 LIFETIME_S = 3600.0
 """A ticket whose end nobody tells is void after this time."""
+ENDED_S = 15.0
+"""The end of a request is remembered for this time: a question that it overtook must not open its ticket again."""
 
 
 @dataclass(slots=True)
@@ -25,6 +27,7 @@ class Ticket:
         place: "ip:port" of the worker that `reservation` is for.
         further: workers that come next, by their places.
         journey: what a stream has been through that has lost a worker (`going_on`).
+        open: whether somebody will still release what it owns.
     """
 
     gateway: str
@@ -33,6 +36,7 @@ class Ticket:
     further: dict[str, Worker]
     issued_at: float
     journey: Any = None
+    open: bool = True
 
     def move_on(self, place: str, reservation: Reservation) -> None:
         """The request has gone on to another worker."""
@@ -52,6 +56,7 @@ class Tickets:
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
         self._clock = clock
         self._open: OrderedDict[str, Ticket] = OrderedDict()
+        self._ended: OrderedDict[str, float] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._open)
@@ -73,10 +78,23 @@ class Tickets:
         """An open ticket; None for one that is unknown, or another controller's."""
         return self._open.get(name)
 
+    def end(self, name: str) -> None:
+        """A request has ended, of this controller or of another."""
+        self.take(name)
+        now = self._clock()
+        self._ended[name] = now
+        while self._ended[next(iter(self._ended))] < now - ENDED_S:
+            self._ended.popitem(last=False)
+
+    def has_ended(self, name: str) -> bool:
+        """Whether a request has ended a short while ago."""
+        return name in self._ended
+
     def take(self, name: str) -> Ticket | None:
-        """End a ticket and release its reservation; None for one that is unknown, or another controller's."""
+        """Close a ticket and release its reservation; None for one that is unknown, or another controller's."""
         ticket = self._open.pop(name, None)
         if ticket is not None:
+            ticket.open = False
             ticket.release()
         return ticket
 

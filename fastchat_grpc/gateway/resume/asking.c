@@ -4,7 +4,10 @@
 #include "ask.h"
 #include "stream.h"
 
-enum { MOST_ROUNDS = 1000 /* of a controller that says: ask again */ };
+enum { MOST_ROUNDS = 1000 /* of controllers that say: ask again */ };
+
+/* Whether the next worker gets the rest of an answer. */
+static bool begun(const Stream *s) { return s->frames.passed > 0 || frames_resume(&s->frames); }
 
 static bool write_question(Stream *s) {
     Text code = buffer_text(&s->code);
@@ -16,7 +19,7 @@ static bool write_question(Stream *s) {
         .worker_id = buffer_text(&s->worker_id),
         .code = number,
         .details = buffer_text(&s->details),
-        .started = s->frames.passed > 0 || frames_resume(&s->frames),
+        .started = begun(s),
         .parked = s->after_parking,
         .losses = s->losses,
         .fingerprint = buffer_text(&s->fingerprint),
@@ -46,7 +49,13 @@ static int call_controller(Stream *s, Text cluster) {
 static bool follow(Stream *s) {
     Answer answer;
     if (!answer_read(&s->answer, &answer)) return false;
-    if (answer.again) return ++s->rounds < MOST_ROUNDS && s->asked-- > 0;
+    if (answer.again) {
+        if (++s->rounds >= MOST_ROUNDS) return false;
+        /* In turn: each may hear of somebody who goes on. Who may begin, the one that picked knows: it has counted. */
+        s->controller = (s->controller + s->asked - !begun(s)) % s->config->settings.count;
+        s->asked = 0;
+        return true;
+    }
     if (answer.place.size) {
         if (!buffer_set(&s->place, answer.place) || !buffer_set(&s->cluster, answer.cluster)) return false;
         s->controller = (s->controller + s->asked - 1) % s->config->settings.count;

@@ -23,6 +23,7 @@ from fastchat_grpc.errors import (
 from fastchat_grpc.rpc.bridge import CONTINUE_KEY, LUA_NAMESPACE
 from fastchat_grpc.rpc.status import error_to_status
 from fastchat_grpc.v1 import registry_pb2 as pb
+from tests.conftest import eventually
 from tests.unit.controller.envoy_site import GENERATE, Site, ended, frame, places, ticket
 
 RESUME = frozenset({Capability.RESUME})
@@ -44,13 +45,24 @@ class Stream:
         self.pick = dict(response.dynamic_metadata)[CONTINUE_KEY]
 
     async def ask(
-        self, error: FastChatError | None = None, *, started: bool = True, at: Site | None = None, **values: Any
+        self,
+        error: FastChatError | None = None,
+        *,
+        started: bool = True,
+        at: Site | None = None,
+        once: bool = False,
+        **values: Any,
     ) -> pb.ContinueStreamResponse:
+        """What a gateway hears at last, of one controller; `once`: of its first question."""
         question = pb.ContinueStreamRequest(pick=self.pick, place=self.place, started=started, **values)
         if error is not None:
             question.status_code = int(error.code)
             question.status_details = base64.b64encode(error_to_status(error).SerializeToString()).decode()
-        answer = await (at or self.site).bridge.going_on.answer(question)
+        answer = pb.ContinueStreamResponse(ask_again=True)
+        while answer.ask_again:
+            answer = await (at or self.site).bridge.going_on.answer(question)
+            if once:
+                break
         self.place = answer.place or self.place
         return answer
 
@@ -128,9 +140,9 @@ async def test_a_question_is_answered_in_time_if_only_with_ask_again(
     monkeypatch.setattr(going_on, "HOLD_S", 0.02)
     worker = site.add(1, capabilities=RESUME)
     stream = await chat(site)
-    assert (await stream.ask(loss_count=1)).ask_again
+    assert (await stream.ask(once=True, loss_count=1)).ask_again
     journey = site.bridge.tickets.get(stream.ticket).journey
-    assert (await stream.ask(loss_count=1)).ask_again
+    assert (await stream.ask(once=True, loss_count=1)).ask_again
     assert journey.losses == 1  # the same question again says nothing new
     assert worker.health.suspect
 
@@ -224,6 +236,57 @@ async def test_a_controller_that_did_not_pick_answers_too(site: Site) -> None:
         each.tell(ended(stream.ticket))
         assert len(each.bridge.tickets) == 0
     assert left.reserved_count == 0
+
+
+async def test_others_are_asked_before_anybody_waits(site: Site) -> None:
+    site.add(1, capabilities=RESUME)
+    stream = await chat(site)
+    assert (await asyncio.wait_for(stream.ask(once=True), 1)).ask_again
+
+
+async def test_a_controller_that_does_not_know_the_model_may_hear_of_it(site: Site) -> None:
+    site.add(1, capabilities=RESUME)
+    other = Site()
+    other.add(9, model="other", capabilities=RESUME)
+    stream = await chat(site)
+    asked = asyncio.create_task(stream.ask(at=other))
+    await asyncio.sleep(0)
+    other.add(2, capabilities=RESUME)
+    assert (await asked).place == "127.0.0.1:5002"
+
+
+async def test_a_question_that_comes_after_the_end_of_its_stream_reserves_nothing(site: Site) -> None:
+    site.add(1, capabilities=RESUME)
+    other = Site()
+    workers = [other.add(number, capabilities=RESUME) for number in (1, 2)]
+    stream = await chat(site)
+    for each in (site, other):
+        each.tell(ended(stream.ticket))
+        assert not (await stream.ask(at=each)).place
+        assert len(each.bridge.tickets) == 0
+    assert not any(worker.reserved_count for worker in workers)
+
+
+async def test_a_question_that_waits_at_the_end_of_its_stream_reserves_nothing(site: Site) -> None:
+    site.add(1, capabilities=RESUME)
+    stream = await chat(site)
+    asked = asyncio.create_task(stream.ask())
+    await eventually(lambda: site.bridge.tickets.get(stream.ticket).journey is not None)
+    site.tell(ended(stream.ticket))
+    helper = site.add(2, capabilities=RESUME)
+    assert not (await asked).place
+    assert helper.reserved_count == 0
+    assert len(site.bridge.tickets) == 0
+
+
+async def test_a_ticket_that_was_void_is_opened_again_by_its_stream(site: Site) -> None:
+    site.add(1, capabilities=RESUME)
+    helper = site.add(2, capabilities=RESUME)
+    stream = await chat(site)
+    site.bridge.tickets.void("g")
+    assert (await stream.ask()).place
+    site.tell(ended(stream.ticket))
+    assert helper.reserved_count == 0
 
 
 @pytest.mark.parametrize("pick", ["", "{}", "[1]", '{"ticket":""}', '{"ticket":"t","resumed":[1]}'])

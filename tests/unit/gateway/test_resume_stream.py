@@ -72,3 +72,16 @@ def test_a_worker_that_does_not_know_of_state_is_left_before_its_text_is_passed_
 
 def test_a_reply_that_was_complete_ends_without_a_word_of_the_next_worker(envoy: Told) -> None:
     assert envoy(f"{BROKEN} goes 2 second heads 3 end")[-1].startswith("trailers")
+
+
+def test_a_controller_that_has_nobody_yet_is_asked_in_turn_with_the_others(envoy: Told) -> None:
+    lines = envoy(f"controllers 2 {BROKEN} again 2 again 3 silent 4 goes 5 second")
+    asked = [line.partition(" asks ")[2] for line in lines if "asks" in line]
+    assert asked == ["controller_0", "controller_1", "controller_0", "controller_1"]
+    assert lines[-1].endswith("at second")
+
+
+def test_questions_that_bring_nothing_end(envoy: Told) -> None:
+    lines = envoy(f"controllers 2 {BROKEN} " + " ".join(f"again {2 + i}" for i in range(1002)))
+    assert sum("asks" in line for line in lines) <= 1002
+    assert lines[-1].startswith("trailers grpc-status=14")
