@@ -102,8 +102,8 @@ void stream_ask(Stream *s, bool after_parking) {
     ask_next(s);
 }
 
-void stream_answered(Stream *s, int result, const Text *parts, size_t count) {
-    if (s->phase != PHASE_ASKING) return;
+void stream_answered(Stream *s, uint64_t id, int result, const Text *parts, size_t count) {
+    if (s->phase != PHASE_ASKING || (!s->calling && id != s->callout)) return;
     s->answer.size = 0;
     bool whole = result == CALLOUT_SUCCESS;
     for (size_t i = 0; i < count && whole; i++) whole = buffer_put(&s->answer, parts[i].data, parts[i].size);

@@ -77,10 +77,12 @@ static FramesResult pass(Frames *frames, const uint8_t *frame, size_t size, Buff
     if (!buffer_put(out, frame, FRAME_HEAD)) return FRAMES_NO_MEMORY;
     Field field;
     while (at < end && wire_next(&at, end, &field)) {
-        if (field.number == frames->carriage.piece && field.type == WIRE_BYTES)
+        if (field.number == frames->carriage.piece && field.type == WIRE_BYTES) {
             keep(frames, &field);
-        else if (!buffer_put(out, field.start, (size_t)(field.end - field.start)))
+        } else if (!buffer_put(out, field.start, (size_t)(field.end - field.start))) {
+            out->size = head; /* the half of it is no frame */
             return FRAMES_NO_MEMORY;
+        }
     }
     size_t left = out->size - head - FRAME_HEAD;
     if (left == 0) {

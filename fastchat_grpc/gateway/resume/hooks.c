@@ -76,7 +76,9 @@ static void collect(Stream *s) {
     size_t count = CALL(http_get_body_chunks_size)(s->envoy, RECEIVED_REQUEST_BODY);
     if (count == 0) return;
     Text *chunks = calloc(count, sizeof *chunks);
-    if (chunks != NULL && CALL(http_get_body_chunks)(s->envoy, RECEIVED_REQUEST_BODY, chunks))
+    if (chunks == NULL || !CALL(http_get_body_chunks)(s->envoy, RECEIVED_REQUEST_BODY, chunks))
+        stream_fail(s, TEXT("8"), TEXT("the gateway has no memory for the request"));
+    else
         for (size_t i = 0; i < count; i++) stream_collect(s, chunks[i]);
     free(chunks);
 }
@@ -167,11 +169,10 @@ void HOOK(http_filter_http_stream_reset)(void *envoy, const void *module, uint64
 void HOOK(http_filter_http_callout_done)(void *envoy, const void *module, uint64_t id, int result, Header *headers,
                                          size_t header_count, Text *parts, size_t count) {
     (void)envoy;
-    (void)id;
     (void)headers;
     (void)header_count;
     Stream *s = enter(module);
-    stream_answered(s, result, parts, count);
+    stream_answered(s, id, result, parts, count);
     leave(s);
 }
 

@@ -347,8 +347,12 @@ void stream_trailers(Stream *s, Header *trailers, size_t count) {
     if (!alone && !tell_headers(s)) return;
     s->phase = PHASE_OVER;
     if (alone) {
+        Header headers[MOST_HEADERS];
+        size_t kept = 0;
+        for (size_t i = 0; i < count && kept < MOST_HEADERS; i++)
+            if (!is_ours(header_name(&trailers[i]))) headers[kept++] = trailers[i];
         s->told = true;
-        CALL(http_send_response_headers)(s->envoy, trailers, count, true);
+        CALL(http_send_response_headers)(s->envoy, headers, kept, true);
     } else {
         CALL(http_send_response_trailers)(s->envoy, trailers, count);
     }

@@ -78,7 +78,8 @@ void stream_data(Stream *stream, const Text *parts, size_t count);
 void stream_trailers(Stream *stream, Header *trailers, size_t count);
 /* The attempt has ended without a status. */
 void stream_broke(Stream *stream);
-void stream_answered(Stream *stream, int result, const Text *parts, size_t count);
+/* A controller has answered the question of that id, or will not. */
+void stream_answered(Stream *stream, uint64_t id, int result, const Text *parts, size_t count);
 void stream_above(Stream *stream);
 void stream_below(Stream *stream);
 /* Envoy has answered in our place. */

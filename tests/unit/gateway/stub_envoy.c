@@ -15,7 +15,7 @@
  *     again ID            ... ask again
  *     silent ID           ... not at all
  *     above, below        the caller's connection passes a watermark
- *     nomemory NAME       the next calloc or realloc fails
+ *     nomemory NAME N     the N-th calloc or realloc from now on fails
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -40,14 +40,13 @@ void HOOK(http_filter_downstream_below_write_buffer_low_watermark)(void *, const
 static const void *stream;
 static uint64_t newest;
 static const char *fails = "";
+static unsigned long fails_at;
 
 void *__real_calloc(size_t count, size_t size);
 void *__real_realloc(void *data, size_t size);
 
 static bool fails_now(const char *name) {
-    if (strcmp(fails, name) != 0) return false;
-    fails = "";
-    return true;
+    return strcmp(fails, name) == 0 && --fails_at == 0;
 }
 
 void *__wrap_calloc(size_t count, size_t size) { return fails_now("calloc") ? NULL : __real_calloc(count, size); }
@@ -245,7 +244,7 @@ static int obey(char **words) {
         return HOOK(http_filter_downstream_above_write_buffer_high_watermark)(NULL, stream), 1;
     if (strcmp(command, "below") == 0)
         return HOOK(http_filter_downstream_below_write_buffer_low_watermark)(NULL, stream), 1;
-    if (strcmp(command, "nomemory") == 0) return fails = words[1], 2;
+    if (strcmp(command, "nomemory") == 0) return fails = words[1], fails_at = strtoul(words[2], NULL, 10), 3;
     if (strcmp(command, "reset") == 0) return HOOK(http_filter_http_stream_reset)(NULL, stream, id, 0), 2;
     fails = "";
     if (strcmp(command, "heads") == 0) return send_heads(id, word), 3;

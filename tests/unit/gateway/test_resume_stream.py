@@ -85,3 +85,27 @@ def test_questions_that_bring_nothing_end(envoy: Told) -> None:
     lines = envoy(f"controllers 2 {BROKEN} " + " ".join(f"again {2 + i}" for i in range(1002)))
     assert sum("asks" in line for line in lines) <= 1002
     assert lines[-1].startswith("trailers grpc-status=14")
+
+
+def test_an_answer_to_an_earlier_question_is_none_to_this_one(envoy: Told) -> None:
+    lines = envoy(f"{BROKEN} goes 1 elsewhere goes 2 second reset 3 goes 2 elsewhere goes 4 third")
+    assert [line.rpartition(" ")[2] for line in lines if "starts" in line] == ["first", "second", "third"]
+
+
+def test_headers_between_gateway_and_worker_do_not_reach_the_caller(envoy: Told) -> None:
+    for words in ("begin heads 1 ack,end", "begin heads 1 ack frame 1 Hello"):
+        line = next(line for line in envoy(words) if line.startswith(("only", "headers")))
+        assert "content-type" in line
+        assert "x-fastchat" not in line
+
+
+@pytest.mark.parametrize("words", ["nomemory calloc 1 begin", "nomemory realloc 4 begin"])
+def test_a_request_that_there_is_no_memory_for_goes_to_no_worker(envoy: Told, words: str) -> None:
+    (line,) = envoy(words)
+    assert "grpc-status=8 grpc-message=the gateway has no memory" in line
+
+
+def test_no_part_of_a_message_that_there_is_no_memory_for_is_passed_on(envoy: Told) -> None:
+    lines = envoy(f"begin heads 1 ack nomemory realloc 2 frame 1 {'x' * 99}")
+    assert "grpc-status=8" in lines[-1]
+    assert not [line for line in lines if line.startswith(("headers", "caller gets"))]
