@@ -359,7 +359,7 @@ class Call(Generic[T]):
         if not self.started:
             unable = self._absent or self._last if self._verdict is Verdict.UNABLE else None
             return self._full or unable or nobody.error
-        broke = "" if self._loss is None else f"the stream broke ({self._loss.message})"
+        broke = "the stream broke" if self._loss is None else f"the stream broke ({self._loss.message})"
         if self._verdict is Verdict.UNABLE and self._last is not None:
             return NotResumable(f"{broke}, and the worker that was asked to go on cannot: {self._last.message}")
         if nobody.error is self._last or not isinstance(nobody.error, NoLiveWorker):

@@ -110,7 +110,7 @@ class GrpcCaller:
 
 
 class HttpCaller:
-    """Asks a gateway in direct mode, where a stream that has begun breaks with its worker."""
+    """Asks a gateway in direct mode, where a stream that has begun breaks if nobody can go on with it."""
 
     def __init__(self, address: str, number: int) -> None:
         self.client = httpx2.AsyncClient(base_url=f"http://{address}", timeout=REQUEST_TIMEOUT_S, trust_env=False)
