@@ -273,7 +273,7 @@ class ReleasePickResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class ContinueStreamRequest(_message.Message):
-    __slots__ = ("pick", "place", "worker_id", "status_code", "status_details", "started", "loss_count", "parked", "model_fingerprint", "backend")
+    __slots__ = ("pick", "place", "worker_id", "status_code", "status_details", "started", "loss_count", "parked", "model_fingerprint", "backend", "unread")
     PICK_FIELD_NUMBER: _ClassVar[int]
     PLACE_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -284,6 +284,7 @@ class ContinueStreamRequest(_message.Message):
     PARKED_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
+    UNREAD_FIELD_NUMBER: _ClassVar[int]
     pick: str
     place: str
     worker_id: str
@@ -294,7 +295,8 @@ class ContinueStreamRequest(_message.Message):
     parked: bool
     model_fingerprint: str
     backend: str
-    def __init__(self, pick: _Optional[str] = ..., place: _Optional[str] = ..., worker_id: _Optional[str] = ..., status_code: _Optional[int] = ..., status_details: _Optional[str] = ..., started: _Optional[bool] = ..., loss_count: _Optional[int] = ..., parked: _Optional[bool] = ..., model_fingerprint: _Optional[str] = ..., backend: _Optional[str] = ...) -> None: ...
+    unread: bool
+    def __init__(self, pick: _Optional[str] = ..., place: _Optional[str] = ..., worker_id: _Optional[str] = ..., status_code: _Optional[int] = ..., status_details: _Optional[str] = ..., started: _Optional[bool] = ..., loss_count: _Optional[int] = ..., parked: _Optional[bool] = ..., model_fingerprint: _Optional[str] = ..., backend: _Optional[str] = ..., unread: _Optional[bool] = ...) -> None: ...
 
 class ContinueStreamResponse(_message.Message):
     __slots__ = ("place", "cluster", "ask_again", "status_code", "status_message", "status_details", "last_message")

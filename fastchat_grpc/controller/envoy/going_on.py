@@ -129,6 +129,10 @@ class GoingOn:
         if self._tickets.has_ended(pick.ticket):
             return pb.ContinueStreamResponse()  # which nobody reads any more
         ticket = self._tickets.get(pick.ticket)
+        if question.unread:
+            if ticket is not None:
+                ticket.release()
+            return pb.ContinueStreamResponse()
         if ticket is None:
             ticket = self._tickets.adopt(pick.ticket, pick.gateway)
         journey = ticket.journey

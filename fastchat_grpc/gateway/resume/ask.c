@@ -3,7 +3,7 @@
 #include "frames.h"
 #include "wire.h"
 
-enum { PICK = 1, PLACE, WORKER_ID, CODE, DETAILS, STARTED, LOSSES, PARKED, FINGERPRINT, BACKEND };
+enum { PICK = 1, PLACE, WORKER_ID, CODE, DETAILS, STARTED, LOSSES, PARKED, FINGERPRINT, BACKEND, UNREAD };
 enum { TO_PLACE = 1, CLUSTER, AGAIN, TO_CODE, MESSAGE, TO_DETAILS, LAST };
 enum { MOST_CODE = 16, MOST_PLACE = 63 };
 
@@ -18,7 +18,8 @@ bool ask_write(const Ask *ask, Buffer *out) {
                    put_text(out, WORKER_ID, ask->worker_id) && wire_number(out, CODE, ask->code) &&
                    put_text(out, DETAILS, ask->details) && wire_number(out, STARTED, ask->started) &&
                    wire_number(out, LOSSES, ask->losses) && wire_number(out, PARKED, ask->parked) &&
-                   put_text(out, FINGERPRINT, ask->fingerprint) && put_text(out, BACKEND, ask->backend);
+                   put_text(out, FINGERPRINT, ask->fingerprint) && put_text(out, BACKEND, ask->backend) &&
+                   wire_number(out, UNREAD, ask->unread);
     frame_set_size(out->data + head, out->size - head - FRAME_HEAD);
     return written;
 }

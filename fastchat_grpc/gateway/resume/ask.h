@@ -14,6 +14,7 @@ typedef struct {
     Text details;     /* of that status, as in the trailer grpc-status-details-bin */
     bool started;     /* whether the caller has seen a part of the answer */
     bool parked;      /* whether it ended for its slow caller, through no fault of the worker */
+    bool unread;      /* and that the caller still does not read: nothing is to be reserved */
     unsigned losses;  /* times that it has lost a worker after its start, this one included */
     Text fingerprint; /* of the model that began, and its backend */
     Text backend;

@@ -21,6 +21,7 @@ static bool write_question(Stream *s) {
         .details = buffer_text(&s->details),
         .started = begun(s),
         .parked = s->after_parking,
+        .unread = s->phase == PHASE_PARKED,
         .losses = s->losses,
         .fingerprint = buffer_text(&s->fingerprint),
         .backend = buffer_text(&s->backend),
@@ -95,6 +96,21 @@ static void ask_next(Stream *s) {
         stream_give_up(s);
 }
 
+void stream_park(Stream *s) {
+    stream_drop(s);
+    s->phase = PHASE_PARKED;
+    s->after_parking = true;
+    s->calling = true;
+    s->answered = false;
+    int result = write_question(s) ? call_controller(s, s->config->settings.controllers[s->controller]) : !STARTED;
+    s->calling = false;
+    s->telling = result == STARTED && !s->answered;
+}
+
+void stream_unpark(Stream *s) {
+    if (s->phase == PHASE_PARKED && s->above == 0 && !s->telling) stream_ask(s, true);
+}
+
 void stream_ask(Stream *s, bool after_parking) {
     s->phase = PHASE_ASKING;
     s->after_parking = after_parking;
@@ -102,16 +118,25 @@ void stream_ask(Stream *s, bool after_parking) {
     ask_next(s);
 }
 
-void stream_answered(Stream *s, uint64_t id, int result, const Text *parts, size_t count) {
-    if (s->phase != PHASE_ASKING || (!s->calling && id != s->callout)) return;
+static void heed(Stream *s, int result, const Text *parts, size_t count) {
     s->answer.size = 0;
     bool whole = result == CALLOUT_SUCCESS;
     for (size_t i = 0; i < count && whole; i++) whole = buffer_put(&s->answer, parts[i].data, parts[i].size);
     if (!whole) s->answer.size = 0; /* which is no answer */
-    s->answered = true;
     if (s->calling) return;
     unsigned attempts = s->attempts;
     bool followed = follow(s);
     /* An attempt that ended at once has asked by itself. */
     if (s->attempts == attempts && (!followed || s->phase == PHASE_ASKING)) ask_next(s);
+}
+
+void stream_answered(Stream *s, uint64_t id, int result, const Text *parts, size_t count) {
+    if (!s->calling && id != s->callout) return;
+    s->answered = true;
+    if (s->phase == PHASE_PARKED) { /* whatever it was: only, no later question may overtake it */
+        s->telling = false;
+        stream_unpark(s);
+    } else if (s->phase == PHASE_ASKING) {
+        heed(s, result, parts, count);
+    }
 }

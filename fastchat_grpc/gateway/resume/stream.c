@@ -295,9 +295,8 @@ static void mind_the_reader(Stream *s, size_t sent) {
     if (s->above == 0) return;
     s->unread += sent;
     if (s->unread > settings->parked && frames_can_go_on(&s->frames)) {
-        stream_drop(s);
-        s->phase = PHASE_PARKED;
         stream_count(s, s->config->parked);
+        stream_park(s);
     } else if (s->unread > settings->unread) {
         stream_fail(s, TEXT("8"), TEXT("the caller reads too slowly, and the answer cannot be resumed"));
     }
@@ -371,7 +370,7 @@ void stream_below(Stream *s) {
     if (s->above) s->above--;
     if (s->above) return;
     s->unread = 0;
-    if (s->phase == PHASE_PARKED) stream_ask(s, true);
+    stream_unpark(s);
 }
 
 void stream_over(Stream *s) {

@@ -54,6 +54,7 @@ typedef struct {
 
     uint64_t callout;
     bool calling, answered;
+    bool telling;       /* a controller is told that it is parked */
     bool after_parking; /* why the controller is asked */
     size_t asked;       /* controllers that were asked in vain */
     unsigned rounds;
@@ -91,6 +92,9 @@ void stream_over(Stream *stream);
 void stream_try(Stream *stream);
 /* Set the next of the places that were picked; false where none is left. */
 bool stream_take_place(Stream *stream);
+/* Leave the worker, since the caller does not read, and tell a controller; come back when it does. */
+void stream_park(Stream *stream);
+void stream_unpark(Stream *stream);
 /* Ask the controllers where to go on, and go. */
 void stream_ask(Stream *stream, bool after_parking);
 /* End the attempt that runs. */

@@ -521,7 +521,9 @@ class TestWaiting:
             await run(Server([delta("a", 1)], LOST), unable)
 
     async def test_the_error_reads_as_one_sentence_where_nothing_but_an_inability_is_known(self) -> None:
-        with pytest.raises(NotResumable, match=r"^the stream broke, and the worker .* cannot: resume: it is of no use$"):
+        with pytest.raises(
+            NotResumable, match=r"^the stream broke, and the worker .* cannot: resume: it is of no use$"
+        ):
             await run(Server([delta("a", 1)], InvalidArgument("resume", "it is of no use")))
 
     async def test_a_server_that_cannot_go_on_is_passed_over(self) -> None:

@@ -223,6 +223,17 @@ async def test_a_parked_stream_may_go_on_where_it_was(site: Site) -> None:
     assert site.bridge.tickets.get(stream.ticket).journey.losses == 0
 
 
+async def test_a_stream_whose_caller_does_not_read_reserves_nothing(site: Site) -> None:
+    worker = site.add(1, capabilities=RESUME)
+    stream = await chat(site)
+    assert not (await stream.ask(parked=True, unread=True)).place
+    assert worker.reserved_count == 0
+    assert (await stream.ask(parked=True)).place == worker.spec.address
+    assert worker.reserved_count == 1
+    site.tell(ended(stream.ticket))
+    assert worker.reserved_count == 0
+
+
 async def test_a_controller_that_did_not_pick_answers_too(site: Site) -> None:
     site.add(1, capabilities=RESUME)
     other = Site()

@@ -124,12 +124,14 @@ void CALL(http_send_response_trailers)(void *filter, Header *trailers, size_t co
     print_headers(trailers, count);
 }
 
-static bool asks_after_parking(Text question) {
+/* What a question says of parking. */
+static const char *parking(Text question) {
+    const char *found = "";
     const uint8_t *at = (const uint8_t *)question.data + FRAME_HEAD, *end = (const uint8_t *)question.data + question.size;
     Field field;
     while (at < end && wire_next(&at, end, &field))
-        if (field.number == 8) return field.value != 0;
-    return false;
+        if (field.number == 8 || field.number == 11) found = field.number == 8 ? " after parking" : " while parked";
+    return found;
 }
 
 int CALL(http_filter_http_callout)(void *filter, uint64_t *id, Text cluster, Header *headers, size_t count, Text body,
@@ -137,7 +139,7 @@ int CALL(http_filter_http_callout)(void *filter, uint64_t *id, Text cluster, Hea
     (void)filter, (void)headers, (void)count, (void)timeout_ms;
     *id = ++newest;
     printf("%llu asks %.*s%s\n", (unsigned long long)newest, (int)cluster.size, cluster.data,
-           asks_after_parking(body) ? " after parking" : "");
+           parking(body));
     return STARTED;
 }
 

@@ -109,3 +109,20 @@ def test_no_part_of_a_message_that_there_is_no_memory_for_is_passed_on(envoy: To
     lines = envoy(f"begin heads 1 ack nomemory realloc 2 frame 1 {'x' * 99}")
     assert "grpc-status=8" in lines[-1]
     assert not [line for line in lines if line.startswith(("headers", "caller gets"))]
+
+
+@pytest.mark.parametrize("order", ["silent 2 below", "below goes 2 elsewhere"])
+def test_a_parked_stream_tells_its_controller_and_asks_when_its_caller_reads(envoy: Told, order: str) -> None:
+    lines = envoy(
+        f"controllers 2 begin heads 1 ack frame 1 Hello above frame 1 World {order} goes 3 second heads 4 plain frame 4 x"
+    )
+    assert [line for line in lines if not line.startswith(("caller", "headers"))] == [
+        "1 starts with 3 bytes at first",
+        "1 is reset",
+        "2 asks controller_0 while parked",
+        "3 asks controller_0 after parking",
+        "4 starts with 13 bytes at second",
+        "4 is reset",
+        "5 asks controller_0",
+    ]
+    assert said(lines) == "HelloWorld"
