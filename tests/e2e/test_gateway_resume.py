@@ -360,6 +360,7 @@ async def test_a_slow_caller_is_parked_and_gets_everything(mocks: Mocks) -> None
         await eventually(lambda: mocks.workers["a"].running == 1)
         # Without the caller the worker would say all of it; it is left instead.
         await eventually(lambda: mocks.workers["a"].running == 0, timeout_s=20)
+        await eventually(lambda: mocks.leftovers() == (1, 0))  # its ticket, and no reservation
         text = b""
         while chunk := await asyncio.wait_for(loop.sock_recv(caller, 1 << 20), 30):
             text += chunk

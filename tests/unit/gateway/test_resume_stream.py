@@ -113,9 +113,8 @@ def test_no_part_of_a_message_that_there_is_no_memory_for_is_passed_on(envoy: To
 
 @pytest.mark.parametrize("order", ["silent 2 below", "below goes 2 elsewhere"])
 def test_a_parked_stream_tells_its_controller_and_asks_when_its_caller_reads(envoy: Told, order: str) -> None:
-    lines = envoy(
-        f"controllers 2 begin heads 1 ack frame 1 Hello above frame 1 World {order} goes 3 second heads 4 plain frame 4 x"
-    )
+    parks = "controllers 2 begin heads 1 ack frame 1 Hello above frame 1 World"
+    lines = envoy(f"{parks} {order} goes 3 second heads 4 plain frame 4 x")
     assert [line for line in lines if not line.startswith(("caller", "headers"))] == [
         "1 starts with 3 bytes at first",
         "1 is reset",
