@@ -105,7 +105,7 @@ class Excuses:
     """What excuses a refusal, or an end, for those who ask for a model.
 
     While a fault comes every second or two, an answer in one piece that takes longer than its worker is left alone
-    cannot be had of the direct gateway, however often it is asked for: what has been generated is not kept there. So
+    cannot be had of a direct gateway that does not resume, however often it is asked for: it keeps nothing of it. So
     time in which that was so is no time in which a request was lost. At all other times a refusal for want of
     workers is a fault of the fleet, at once.
     """

@@ -75,19 +75,30 @@ static bool follow(Stream *s) {
     return true;
 }
 
+/* Whether that ends the question: where it does not, the next controller is asked. An attempt that ended at once has
+ * asked by itself. */
+static bool settles(Stream *s) {
+    unsigned attempts = s->attempts;
+    return follow(s) && (s->phase != PHASE_ASKING || s->attempts != attempts);
+}
+
+/* Ask one controller; whether its answer is still to come. */
+static bool ask_one(Stream *s, Text cluster) {
+    s->calling = true;
+    s->answered = false;
+    int result = write_question(s) ? call_controller(s, cluster) : !STARTED;
+    s->calling = false;
+    return result == STARTED && !s->answered;
+}
+
 /* Ask the controllers in turn, from the one that picked, until one is asked or has answered. */
 static void ask_next(Stream *s) {
     const Settings *settings = &s->config->settings;
     while (s->asked < settings->count) {
         Text cluster = settings->controllers[(s->controller + s->asked++) % settings->count];
-        s->calling = true;
-        s->answered = false;
-        int result = write_question(s) ? call_controller(s, cluster) : !STARTED;
-        s->calling = false;
-        if (s->gone || s->phase != PHASE_ASKING) return;
-        if (result == STARTED && !s->answered) return;
-        unsigned attempts = s->attempts;
-        if (s->answered && follow(s) && (s->phase != PHASE_ASKING || s->attempts != attempts)) return;
+        bool waits = ask_one(s, cluster);
+        if (waits || s->gone || s->phase != PHASE_ASKING) return;
+        if (s->answered && settles(s)) return;
     }
     /* None of them says anything: what was picked at first may do. */
     if (stream_take_place(s))
@@ -100,11 +111,7 @@ void stream_park(Stream *s) {
     stream_drop(s);
     s->phase = PHASE_PARKED;
     s->after_parking = true;
-    s->calling = true;
-    s->answered = false;
-    int result = write_question(s) ? call_controller(s, s->config->settings.controllers[s->controller]) : !STARTED;
-    s->calling = false;
-    s->telling = result == STARTED && !s->answered;
+    s->telling = ask_one(s, s->config->settings.controllers[s->controller]);
 }
 
 void stream_unpark(Stream *s) {
@@ -123,11 +130,7 @@ static void heed(Stream *s, int result, const Text *parts, size_t count) {
     bool whole = result == CALLOUT_SUCCESS;
     for (size_t i = 0; i < count && whole; i++) whole = buffer_put(&s->answer, parts[i].data, parts[i].size);
     if (!whole) s->answer.size = 0; /* which is no answer */
-    if (s->calling) return;
-    unsigned attempts = s->attempts;
-    bool followed = follow(s);
-    /* An attempt that ended at once has asked by itself. */
-    if (s->attempts == attempts && (!followed || s->phase == PHASE_ASKING)) ask_next(s);
+    if (!s->calling && !settles(s)) ask_next(s);
 }
 
 void stream_answered(Stream *s, uint64_t id, int result, const Text *parts, size_t count) {
