@@ -35,7 +35,7 @@ class OutOfPatience(Exception):
 
 
 class Broken(Exception):
-    """A stream that ended with an error after its beginning, where nobody promises more."""
+    """A stream that ended with an error after its beginning."""
 
 
 class Refused(Exception):
@@ -201,8 +201,8 @@ async def patiently(caller: Caller, ask: Ask, patience_s: float, excuses: Excuse
         except Broken as broken:
             now = monotonic()
             await asyncio.sleep(LOOK_S)
-            if not excuses.broken_stream(asked, now):
-                raise Lost(f"a stream broke, and nobody was harmed: {broken}") from None
+            if not excuses.refusal(asked, now):
+                raise Lost(f"a stream broke, and nothing excuses it: {broken}") from None
             raise
         except Lost as lost:
             if lost.away and excuses.patience_ended(asked, monotonic()):

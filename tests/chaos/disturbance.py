@@ -102,7 +102,7 @@ class Disturbances:
 
 @dataclass(frozen=True)
 class Excuses:
-    """What excuses a refusal, or an end, for those who ask for a model.
+    """What excuses a refusal, a stream that broke, or an end, for those who ask for a model.
 
     While a fault comes every second or two, an answer in one piece that takes longer than its worker is left alone
     cannot be had of a direct gateway that does not resume, however often it is asked for: it keeps nothing of it. So
@@ -115,7 +115,10 @@ class Excuses:
     workers: Sequence[Named]
 
     def refusal(self, since: float, until: float) -> bool:
-        """Whether all workers that are tried for one request, or all controllers, may have been away."""
+        """Whether all workers that are tried for one request, or all controllers, may have been away.
+
+        A stream that breaks is excused by the same: while another worker is well it goes on there.
+        """
         tried = min(TRIES, len(self.workers))
         return self.disturbances.among(self.workers, since, until) >= tried or (
             self.disturbances.among(self.controllers, since, until) == len(self.controllers)
@@ -127,7 +130,3 @@ class Excuses:
             self.disturbances.outage_s(self.controllers, since, until) >= PATIENCE.wait_s
             or self.disturbances.outage_s(self.workers, since, until) >= FailoverConfig().wait_s
         )
-
-    def broken_stream(self, since: float, until: float) -> bool:
-        """Whether a worker may have been away."""
-        return self.disturbances.among(self.workers, since, until) > 0

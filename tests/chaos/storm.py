@@ -74,7 +74,7 @@ class Report:
             f"requests: {sum(self.requests.values())} ({_counts(self.requests)}), "
             f"lost {len(self.lost)}, differing texts {len(self.differing)}",
             f"refused for the moment, and asked again: {_counts(self.refused) or 'none'}",
-            f"streams of the direct gateway that broke with their worker: {sum(self.broken.values())}",
+            f"streams of the direct gateway that nobody was left to go on with: {sum(self.broken.values())}",
             f"given up in outages longer than callers and relays are to wait: {self.out_of_patience}",
             f"seconds per request: p50 {ordered[len(ordered) // 2]:.1f}, p99 {ordered[len(ordered) * 99 // 100]:.1f}",
             f"longest silence in a stream: {self.longest_gap_s:.1f} s",

@@ -14,7 +14,7 @@ import pytest
 from fastchat_grpc.config import BackendConfig, ModelConfig
 from fastchat_grpc.core import Delta, GenerateRequest, ResumedChoice, SamplingParams, StopConditions, TextPrompt
 from tests.chaos.__main__ import MAIN, SEEDLESS, SOLO, dice_groups
-from tests.chaos.callers import Lost, Refused, patiently
+from tests.chaos.callers import Broken, Lost, Refused, patiently
 from tests.chaos.dice import Dice, agrees, text_of
 from tests.chaos.disturbance import GRACE_S, STALL_S, Disturbance, Disturbances, Excuses
 from tests.chaos.fleet import ChaosFleet
@@ -85,8 +85,23 @@ async def test_a_refusal_is_excused_only_where_all_that_are_asked_may_have_been_
         assert await refusals(excuses, GONE, GONE, FULL, patience_s=0) == 3
     now = monotonic()
     assert excuses.refusal(now, now)
-    assert excuses.broken_stream(now, now)
-    assert not excuses.broken_stream(now + 2 * GRACE_S, now + 3 * GRACE_S)
+    assert not excuses.refusal(now + 2 * GRACE_S, now + 3 * GRACE_S)
+
+
+async def test_a_broken_stream_is_lost_unless_nobody_may_have_been_left_to_go_on_with_it() -> None:
+    *workers, controller, other = [SimpleNamespace(name=name) for name in "abcd"]
+    faults = Disturbances()
+    excuses = Excuses(faults, [controller, other], workers)
+    broken = Broken("its worker is gone")
+    with pytest.raises(Lost, match="nothing excuses it: its worker is gone"):
+        await refusals(excuses, broken)
+    with faults.during("kill", [workers[0], controller]), pytest.raises(Lost):
+        await refusals(excuses, broken)
+    with faults.during("kill", workers[1:]), pytest.raises(Broken):
+        await refusals(excuses, broken)
+    faults = Disturbances()
+    with faults.during("all controllers restart", [controller, other]), pytest.raises(Broken):
+        await refusals(Excuses(faults, [controller, other], workers), broken)
 
 
 async def test_all_controllers_away_excuse_a_refusal_too() -> None:
