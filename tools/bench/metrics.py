@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 
+from tools.bench.controller_role import serve_controller
 from tools.bench.processes import Child, child, percentile, role, table
 
 NAME = "metrics"
@@ -243,24 +244,7 @@ async def _serve_worker(metrics: str) -> None:
 
 
 async def _serve_controller(metrics: str, worker: str) -> None:
-    from fastchat_grpc.config import ControllerConfig, ListenConfig
-    from fastchat_grpc.controller.app import ControllerApp
-    from fastchat_grpc.controller.fleet import WorkerSpec
-    from fastchat_grpc.core import Capability, Load, ModelInfo
-
-    app = ControllerApp(ControllerConfig(listen=ListenConfig(port=0), metrics=_metrics(metrics)))
-    await app.start()
-    capabilities = frozenset({Capability.GENERATE, Capability.RESUME})
-    spec = WorkerSpec(
-        worker_id="echo",
-        instance_id="1",
-        address=worker,
-        models=(ModelInfo(name="echo", context_length=4096, capabilities=capabilities),),
-        check_heartbeat=False,
-    )
-    app.registry.register(spec, Load())
-    print(f"ready {app.address}", flush=True)
-    await asyncio.Event().wait()
+    await serve_controller(worker, "echo", _metrics(metrics))
 
 
 def _metrics(wanted: str) -> Any:

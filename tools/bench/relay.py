@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 
+from tools.bench.controller_role import serve_controller
 from tools.bench.processes import Child, child, percentile, role, table
 
 NAME = "relay"
@@ -145,25 +146,7 @@ async def _serve(handler: Any, *, as_ours: bool = False) -> None:
 
 
 async def _serve_ours(worker: str) -> None:
-    """A controller that knows the worker."""
-    from fastchat_grpc.config import ControllerConfig, ListenConfig
-    from fastchat_grpc.controller.app import ControllerApp
-    from fastchat_grpc.controller.fleet import WorkerSpec
-    from fastchat_grpc.core import Capability, Load, ModelInfo
-
-    app = ControllerApp(ControllerConfig(listen=ListenConfig(port=0)))
-    await app.start()
-    capabilities = frozenset({Capability.GENERATE, Capability.RESUME})
-    spec = WorkerSpec(
-        worker_id="mock",
-        instance_id="1",
-        address=worker,
-        models=(ModelInfo(name="mock", context_length=4096, capabilities=capabilities),),
-        check_heartbeat=False,
-    )
-    app.registry.register(spec, Load())
-    print(f"ready {app.address}", flush=True)
-    await asyncio.Event().wait()
+    await serve_controller(worker, "mock")
 
 
 if __name__ == "__main__":
