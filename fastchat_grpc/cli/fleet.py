@@ -80,7 +80,7 @@ class Plan:
         self._file = file
         flags = ctx.params
         self.host: str = flags["host"].strip("[]")
-        self._refuse_doubles()
+        self._refuse_two_counts()
         self.controller_port: int = self._port("controller")
         self.gateway_port: int = self._port("gateway")
         if not self.controller_port:
@@ -121,7 +121,7 @@ class Plan:
         if with_gateway:
             own = ["--mode", "direct", "--host", self.gateway_host, "--port", str(self.gateway_port), *at_controller]
             found.append(self._part("gateway", "gateway", own + metrics["gateway"], self._section("gateway")))
-        _refuse_doubles(found)
+        _refuse_shared_ports(found)
         return found
 
     def _part(self, name: str, part: str, own: Sequence[str], *sections: Section) -> Planned:
@@ -156,7 +156,7 @@ class Plan:
     def _sets(self, part: str, name: str) -> bool:
         return bool(self._ctx.params[name]) or name in self._section(part).values
 
-    def _refuse_doubles(self) -> None:
+    def _refuse_two_counts(self) -> None:
         if self._file is None or self._file.workers is None:
             return
         if self._ctx.get_parameter_source("num_workers") is not ParameterSource.DEFAULT:
@@ -260,7 +260,7 @@ def _places(flags: Mapping[str, Any], entries: Sequence[Section], shared: Sectio
             yield Place(port, address, name, (entry, shared))
 
 
-def _refuse_doubles(parts: Sequence[Planned]) -> None:
+def _refuse_shared_ports(parts: Sequence[Planned]) -> None:
     """Raise ConfigError where two are to listen at one place, which the second would say after models are loaded."""
     holders: dict[str, str] = {}
     for part in parts:
