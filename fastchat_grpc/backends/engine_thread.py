@@ -221,7 +221,7 @@ class EngineThread:
 
     def _step(self) -> Sequence[Output]:
         assert self._engine is not None
-        began, processed = monotonic(), self._processed
+        began, processed = monotonic(), self._engine.processed_tokens
         try:
             outputs = list(self._engine.step())
         except Exception as error:
@@ -230,18 +230,13 @@ class EngineThread:
             outputs = [Output(sequence, error=failure) for sequence in self._running]
             self._engine.reset()
         else:
-            self._count(outputs, monotonic() - began, self._processed - processed)
+            self._count(outputs, monotonic() - began, self._engine.processed_tokens - processed)
         for position, output in enumerate(outputs):
             if output.error is not None:
                 outputs[position] = replace(output, error=as_domain_error(output.error))
             if output.finish_reason is not None or output.error is not None:
                 self._running.discard(output.sequence)
         return outputs
-
-    @property
-    def _processed(self) -> int:
-        """Tokens that the engine has processed, prompts included; 0 where it does not count."""
-        return getattr(self._engine, "processed_tokens", 0)
 
     def _count(self, outputs: Sequence[Output], seconds: float, tokens: int) -> None:
         if not outputs and not tokens:

@@ -190,15 +190,16 @@ class Engine:
         if sequence.grammar is not None:
             sequence.grammar.accept(token)
         reason = _finish_reason(sequence, token)
-        if reason is not None:
-            self._retire(sequence)
-        return Output(
+        output = Output(
             running,
             token_ids=(token,),
             logprobs=() if logprob is None else (logprob,),
             finish_reason=reason,
             prompt_logprobs=_prompt_logprobs(sequence.request),
         )
+        if reason is not None:
+            self._retire(sequence)  # at last: whose output cannot be made is still of its request, and fails with it
+        return output
 
     def _take_prompt_logprobs(self, result: StepLogits) -> None:
         for chunk, slices in result.prompts:

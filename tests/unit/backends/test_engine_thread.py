@@ -28,6 +28,7 @@ class CountingEngine:
     def __init__(self) -> None:
         self.running: dict[Running, int] = {}
         self.added: list[int] = []
+        self.processed_tokens = 0
         self.gate = threading.Event()
         self.gate.set()
         self.fail_next_step = False

@@ -18,6 +18,7 @@ from fastchat_grpc.core import (
     StopConditions,
     TokenPrompt,
 )
+from fastchat_grpc.engine import engine
 from fastchat_grpc.engine.model_runner import StepLogits
 from fastchat_grpc.engine.output_rules import OutputRules
 from fastchat_grpc.errors import BackendFailed, OutOfMemory, WorkerUnavailable
@@ -268,6 +269,23 @@ def test_a_request_that_breaks_alone_fails_alone(llama, monkeypatch):
     assert isinstance(first.error, BackendFailed)
     assert second.error is None
     assert len(second.tokens()) == 12
+
+
+def test_a_last_token_whose_output_cannot_be_made_fails_its_request(llama, monkeypatch):
+    """It had been retired by then, so that nobody was told, and its caller waited for ever."""
+    entries = engine._prompt_logprobs
+
+    def fragile(request):
+        if len(request.prompt) == 21:
+            raise ValueError("this one")
+        return entries(request)
+
+    monkeypatch.setattr(engine, "_prompt_logprobs", fragile)
+    with Harness(llama) as harness:
+        broken, fine = harness.run(ask(prompt(21), 1), ask(prompt(20)))
+        assert not harness.engine.busy
+    assert isinstance(broken.error, BackendFailed)
+    assert len(fine.tokens()) == 12
 
 
 def test_out_of_memory_makes_steps_smaller_and_changes_no_text(llama, monkeypatch):
